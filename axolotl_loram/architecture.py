@@ -1,0 +1,350 @@
+"""Which weight dimensions move together, declared as data: one row per model family.
+
+A decoder's features live in *spaces*. The hidden space is as wide in the pruned model as in the
+base. Others are made of *units* that LoRAM keeps or removes whole: an MLP neuron, or a KV group
+(one key/value head with the query heads that attend to it). A row says, for each weight, which
+space each of its dimensions is in; everything else follows from that:
+
+* pruning gathers, along each dimension, the features of the kept units;
+* recovery scatters LoRA's B along a module's output space and A along its input space;
+* parameters are counted by multiplying the sizes of the spaces;
+* the pruned model's config is the fields that count units, set to what was kept.
+
+Configs are plain dicts as `PretrainedConfig.to_dict()` gives them: this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.errors import LoRAMError
+
+Config = Mapping[str, Any]
+Sizes = Mapping[str, int]
+Kept = Mapping[str, np.ndarray]
+"""Kept units by kind: ascending indices, each in [0, number of units in the base)."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A run of features along a weight dimension: `units` × `block` of them.
+
+    Attributes:
+        units: The kind of unit that owns the features; None where nothing is ever pruned.
+        block: Names of the sizes that multiply to the features one unit owns, adjacent in memory.
+    """
+
+    units: str | None = None
+    block: tuple[str, ...] = ()
+
+    def block_size(self, sizes: Sizes) -> int:
+        """Features per unit (or in all, where there are no units)."""
+        return math.prod(sizes[name] for name in self.block)
+
+    def size(self, sizes: Sizes) -> int:
+        """Number of features."""
+        return (sizes[self.units] if self.units else 1) * self.block_size(sizes)
+
+
+Dim = tuple[Space, ...]
+"""A weight dimension: spaces laid end to end (several in fused projections, segment by segment)."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A module that holds `weight`, and `bias` along the first dimension.
+
+    Attributes:
+        module: Path below the decoder layer, or below the model for the ones outside layers.
+        dims: The dimensions of `weight`; for a linear layer (output, input).
+        bias: Whether there is a bias, or the config field that says so.
+        tied: Config field which, when true, makes this weight an alias that is not stored.
+    """
+
+    module: str
+    dims: tuple[Dim, ...]
+    bias: bool | str = False
+    tied: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A kind of unit that is kept or removed whole.
+
+    Attributes:
+        kind: Name of the kind, and of the size that counts its units in a layer.
+        module: Path below the decoder layer under which a plan lists the kept units.
+        fields: Config fields that count it → names of the sizes one unit adds to the field.
+        noun: What to call one unit in messages.
+        rounds_up_if: Name of a size; where it exceeds 1, the number kept is rounded up, not down.
+            The reference code keeps n − ceil(n·r) neurons, int(h·(1−r)) heads of plain multi-head
+            attention, but kv − int(kv·r) KV groups when query heads share them.
+    """
+
+    kind: str
+    module: str
+    fields: Mapping[str, tuple[str, ...]]
+    noun: str
+    rounds_up_if: str | None = None
+
+    def keep_count(self, ratio: float, sizes: Sizes) -> int:
+        """Units kept of a layer at pruning ratio `ratio`, exact in decimal (0.9 is 9/10)."""
+        kept = sizes[self.kind] * (1 - Fraction(str(ratio)))
+        rounds_up = self.rounds_up_if is not None and sizes[self.rounds_up_if] > 1
+        return math.ceil(kept) if rounds_up else math.floor(kept)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: how the weights of a model family hang together."""
+
+    model_type: str
+    layer: tuple[Weight, ...]
+    model: tuple[Weight, ...]
+    groups: tuple[Group, ...]
+    layers: str = "model.layers"
+
+    def entry(self, layer: int, group: Group) -> str:
+        """Name under which a plan lists the kept units, e.g. ``model.layers.17.mlp``."""
+        return f"{self.layers}.{layer}.{group.module}"
+
+    @property
+    def sized_fields(self) -> tuple[str, ...]:
+        """Config fields that pruning changes."""
+        return tuple(field for group in self.groups for field in group.fields)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor of a model: its name, what its dimensions mean, and its shape."""
+
+    name: str
+    module: str
+    layer: int | None
+    dims: tuple[Dim, ...]
+    sizes: Sizes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of features along each dimension."""
+        return tuple(sum(space.size(self.sizes) for space in dim) for dim in self.dims)
+
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of unit that own features of this tensor."""
+        return {space.units for dim in self.dims for space in dim if space.units}
+
+
+HIDDEN: Dim = (Space(block=("hidden",)),)
+VOCABULARY: Dim = (Space(block=("vocabulary",)),)
+HEAD: Dim = (Space(block=("head_dim",)),)
+QUERY: Dim = (Space("kv_groups", ("queries", "head_dim")),)
+KEY_VALUE: Dim = (Space("kv_groups", ("head_dim",)),)
+NEURONS: Dim = (Space("neurons"),)
+
+MLP_NEURONS = Group("neurons", "mlp", {"intermediate_size": ()}, noun="MLP neuron")
+KV_GROUPS = Group(
+    "kv_groups",
+    "self_attn",
+    {"num_attention_heads": ("queries",), "num_key_value_heads": ()},
+    noun="KV group",
+    rounds_up_if="queries",
+)
+
+
+def _llama_like(
+    model_type: str,
+    qkv_bias: bool | str = False,
+    output_bias: bool | str = False,
+    mlp_bias: bool | str = False,
+    head_norms: bool = False,
+) -> Family:
+    """A pre-norm decoder with gated MLP and (grouped-query) attention."""
+    norms = ("self_attn.q_norm", "self_attn.k_norm") if head_norms else ()
+    return Family(
+        model_type,
+        layer=(
+            Weight("self_attn.q_proj", (QUERY, HIDDEN), qkv_bias),
+            Weight("self_attn.k_proj", (KEY_VALUE, HIDDEN), qkv_bias),
+            Weight("self_attn.v_proj", (KEY_VALUE, HIDDEN), qkv_bias),
+            Weight("self_attn.o_proj", (HIDDEN, QUERY), output_bias),
+            Weight("mlp.gate_proj", (NEURONS, HIDDEN), mlp_bias),
+            Weight("mlp.up_proj", (NEURONS, HIDDEN), mlp_bias),
+            Weight("mlp.down_proj", (HIDDEN, NEURONS), mlp_bias),
+            Weight("input_layernorm", (HIDDEN,)),
+            Weight("post_attention_layernorm", (HIDDEN,)),
+            *(Weight(norm, (HEAD,)) for norm in norms),
+        ),
+        model=(
+            Weight("model.embed_tokens", (VOCABULARY, HIDDEN)),
+            Weight("model.norm", (HIDDEN,)),
+            Weight("lm_head", (VOCABULARY, HIDDEN), tied="tie_word_embeddings"),
+        ),
+        groups=(MLP_NEURONS, KV_GROUPS),
+    )
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        _llama_like("llama", "attention_bias", "attention_bias", "mlp_bias"),
+        _llama_like("mistral"),
+        _llama_like("qwen2", qkv_bias=True),
+        _llama_like("qwen3", "attention_bias", "attention_bias", head_norms=True),
+    )
+}
+
+
+def family_of(config: Config) -> Family:
+    """The row that declares `config`'s model family.
+
+    Raises:
+        LoRAMError: No row has this `model_type`.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise LoRAMError(
+            f"unknown architecture: expected model_type to be one of {', '.join(FAMILIES)}, found "
+            f"{model_type!r}; to add it, write one row in axolotl_loram/architecture.py as "
+            'CONTRIBUTING.md ("Add a model family") shows'
+        )
+    return FAMILIES[model_type]
+
+
+def layer_fields(config: Config, layer: int) -> dict[str, Any]:
+    """The config as layer `layer` sees it: global fields, then its `per_layer_config`."""
+    overrides = config.get("per_layer_config") or {}
+    own: Config = next((fields for key, fields in overrides.items() if int(key) == layer), {})
+    return {**config, **own}
+
+
+def sizes_of(fields: Config) -> dict[str, int]:
+    """Sizes that spaces are made of, read from a (layer's) config.
+
+    Raises:
+        LoRAMError: A field is missing, not a positive integer, or heads do not divide.
+    """
+    heads = _positive(fields, "num_attention_heads")
+    kv_groups = _positive(fields, "num_key_value_heads", default=heads)
+    hidden = _positive(fields, "hidden_size")
+    if heads % kv_groups:
+        raise LoRAMError(
+            f"expected num_attention_heads to be a multiple of num_key_value_heads, found {heads} "
+            f"and {kv_groups}: check the model's config.json"
+        )
+    return {
+        "hidden": hidden,
+        "vocabulary": _positive(fields, "vocab_size"),
+        "neurons": _positive(fields, "intermediate_size"),
+        "kv_groups": kv_groups,
+        "queries": heads // kv_groups,
+        "head_dim": _positive(fields, "head_dim", default=hidden // heads),
+    }
+
+
+def _positive(fields: Config, name: str, default: int | None = None) -> int:
+    value = fields.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LoRAMError(
+            f"expected config field {name} to be a positive integer, found {value!r}: check the "
+            "model's config.json"
+        )
+    return value
+
+
+def layer_count(config: Config) -> int:
+    """Number of decoder layers."""
+    return _positive(config, "num_hidden_layers")
+
+
+def tensors(config: Config) -> Iterator[Tensor]:
+    """Every tensor that a checkpoint of this config stores, those outside the layers first."""
+    family = family_of(config)
+    yield from _tensors_of(family.model, config, sizes_of(config), prefix="", layer=None)
+    for layer in range(layer_count(config)):
+        fields = layer_fields(config, layer)
+        prefix = f"{family.layers}.{layer}."
+        yield from _tensors_of(family.layer, fields, sizes_of(fields), prefix, layer)
+
+
+def _tensors_of(
+    weights: tuple[Weight, ...], fields: Config, sizes: Sizes, prefix: str, layer: int | None
+) -> Iterator[Tensor]:
+    for weight in weights:
+        if weight.tied and fields.get(weight.tied):
+            continue
+        module = prefix + weight.module
+        yield Tensor(f"{module}.weight", module, layer, weight.dims, sizes)
+        if fields.get(weight.bias) if isinstance(weight.bias, str) else weight.bias:
+            yield Tensor(f"{module}.bias", module, layer, weight.dims[:1], sizes)
+
+
+def parameter_count(config: Config) -> int:
+    """Parameters of a model with this config; a tied lm_head is not counted twice."""
+    return sum(math.prod(tensor.shape) for tensor in tensors(config))
+
+
+def kept_features(dim: Dim, sizes: Sizes, kept: Kept) -> np.ndarray | None:
+    """Positions along `dim` of the features whose units are kept.
+
+    This is the only place that turns units into indices: pruning gathers along the result,
+    recovery scatters along the same.
+
+    Args:
+        dim: The dimension, in a layer of the base model.
+        sizes: Sizes of that layer in the base model.
+        kept: Kept units by kind; a kind that is missing is whole.
+
+    Returns:
+        Ascending int64 positions, or None where all features are kept.
+    """
+    if not any(space.units in kept for space in dim):
+        return None
+    positions, start = [], 0
+    for space in dim:
+        size, block = space.size(sizes), space.block_size(sizes)
+        if space.units and space.units in kept:
+            units = np.asarray(kept[space.units], dtype=np.int64)
+            run = (units[:, None] * block + np.arange(block)).reshape(-1)
+        else:
+            run = np.arange(size)
+        positions.append(start + run)
+        start += size
+    return np.concatenate(positions)
+
+
+def config_changes(config: Config, counts: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
+    """What the pruned model's config says differently from the base's.
+
+    Args:
+        config: The base model's config.
+        counts: Layer → kind → units kept. Layers and kinds that are missing are whole.
+
+    Returns:
+        The fields of a plain homogeneous config if all layers come out equal and transformers
+        accepts that (it wants hidden_size divisible by num_attention_heads), else a
+        `per_layer_config`. `head_dim` is always explicit: it no longer follows from the heads.
+    """
+    family, own = family_of(config), {}
+    for layer, kept in sorted(counts.items()):
+        sizes = sizes_of(layer_fields(config, layer))
+        own[layer] = {
+            field: kept[group.kind] * math.prod(sizes[name] for name in factors)
+            for group in family.groups
+            if group.kind in kept
+            for field, factors in group.fields.items()
+        }
+    head_dim = {"head_dim": sizes_of(config)["head_dim"]}
+    first = own.get(0, {})
+    uniform = len(own) == layer_count(config) and all(fields == first for fields in own.values())
+    heads = first.get("num_attention_heads", config["num_attention_heads"])
+    if uniform and config["hidden_size"] % heads == 0:
+        return head_dim | first
+    return head_dim | {"per_layer_config": {str(layer): fields for layer, fields in own.items()}}

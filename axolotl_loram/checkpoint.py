@@ -1,0 +1,324 @@
+"""Reading sharded safetensors lazily, and writing folders that are whole or absent.
+
+Tensors are handled as opaque bits: arrays of unsigned integers as wide as the elements. Pruning
+and recovery only move elements, so every dtype, 4-bit to 64-bit, goes through unchanged and
+neither needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from axolotl_loram.errors import LoRAMError
+
+MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+ELEMENT_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: dtype as safetensors names it, shape, and bytes in a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def bits(self) -> np.dtype:
+        """Unsigned integer type as wide as an element."""
+        return np.dtype(f"u{ELEMENT_BYTES[self.dtype]}")
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.bits.itemsize
+
+    def read(self) -> np.ndarray:
+        """The tensor's bits, read into memory of its own (a map would count as ours too)."""
+        return self.read_bytes(0, self.nbytes).view(self.bits).reshape(self.shape)
+
+    def read_bytes(self, offset: int, count: int) -> np.ndarray:
+        """`count` bytes from `offset` within the tensor, as uint8."""
+        return np.fromfile(self.file, dtype=np.uint8, count=count, offset=self.start + offset)
+
+
+def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one file, in the order they are stored, and the file's own metadata.
+
+    Raises:
+        LoRAMError: Not a whole safetensors file (safetensors itself checks header and size).
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            described = [(n, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()]
+    except FileNotFoundError:
+        raise LoRAMError(f"expected the file {file}, found none: download it again") from None
+    except (SafetensorError, OSError) as error:
+        raise LoRAMError(
+            f"expected a whole safetensors file, found {file} unreadable ({error}): it is "
+            "truncated or damaged, so download or write it again"
+        ) from None
+    with file.open("rb") as handle:
+        start = 8 + int.from_bytes(handle.read(8), "little")
+    tensors = {}
+    for name, dtype, shape in described:
+        if dtype not in ELEMENT_BYTES:
+            raise LoRAMError(
+                f"expected tensors of {', '.join(ELEMENT_BYTES)}, found {name} of {dtype} in {file}"
+            )
+        tensors[name] = StoredTensor(name, dtype, shape, file, start)
+        start += tensors[name].nbytes
+    return tensors, metadata
+
+
+class Checkpoint:
+    """The tensors of a folder, read on demand.
+
+    Attributes:
+        folder: The folder.
+        tensors: Every stored tensor by name.
+        shards: Names of the tensors of each file, in the order they are stored.
+    """
+
+    def __init__(self, folder: Path, file: str = MODEL_FILE):
+        """Open `folder`/`file`, or the shards that `file`.index.json lists.
+
+        Raises:
+            LoRAMError: Neither is there, or a listed file is missing, damaged or outside.
+        """
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        self.shards: dict[str, list[str]] = {}
+        self.metadata: dict[str, str] = {}
+        for name in _shard_names(folder, file):
+            tensors, metadata = open_safetensors(folder / name)
+            self.shards[name] = list(tensors)
+            self.tensors |= tensors
+            self.metadata |= metadata
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self.tensors[name]
+
+    def fingerprint(self, samples: int = 16, sample_bytes: int = 4096) -> str:
+        """A digest of what the checkpoint holds, in milliseconds whatever its size.
+
+        It covers every tensor's name, dtype and shape, and `sample_bytes` from the middle of each
+        of `samples` tensors spread over the model; not how tensors are dealt to shards.
+        """
+        digest = hashlib.sha256()
+        names = sorted(self.tensors)
+        for name in names:
+            tensor = self.tensors[name]
+            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+        for index in np.linspace(0, len(names) - 1, min(samples, len(names)), dtype=int):
+            tensor = self.tensors[names[index]]
+            count = min(sample_bytes, tensor.nbytes)
+            digest.update(tensor.read_bytes((tensor.nbytes - count) // 2, count).tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds model weights as safetensors."""
+    return (folder / MODEL_FILE).exists() or (folder / f"{MODEL_FILE}.index.json").exists()
+
+
+def _shard_names(folder: Path, file: str) -> list[str]:
+    if (folder / file).exists():
+        return [file]
+    index = folder / f"{file}.index.json"
+    if not index.exists():
+        raise LoRAMError(
+            f"expected {file} or {index.name} in {folder}, found neither: give a folder whose "
+            "weights are saved as safetensors"
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LoRAMError(f"expected a weight_map in {index}, found none: download it again")
+    names = sorted(set(weight_map.values()), key=str)
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+            raise LoRAMError(
+                f"expected {index} to list plain file names, found {name!r}: do not use this "
+                "checkpoint, its index points out of its folder"
+            )
+    return names
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        LoRAMError: There is no such file, or it is no JSON object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoRAMError(f"expected the file {file}, found none") from None
+    except (ValueError, OSError) as error:
+        raise LoRAMError(f"expected a JSON object in {file}, found {error}") from None
+    if not isinstance(value, dict):
+        raise LoRAMError(f"expected a JSON object in {file}, found a {type(value).__name__}")
+    return value
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write `value` as JSON for people to read."""
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+TensorShape = tuple[str, str, tuple[int, ...]]
+"""Name, dtype as safetensors names it, shape."""
+
+
+def write_safetensors(
+    file: Path,
+    described: Sequence[TensorShape],
+    data: Iterable[np.ndarray],
+    metadata: dict[str, str] | None = None,
+) -> str:
+    """Write a safetensors file, taking its tensors one at a time.
+
+    Only the tensor that is being written is in memory, which the library's own writer does not
+    offer.
+
+    Args:
+        file: Where to.
+        described: What will come, in order.
+        data: The bits of each, in that order; consumed lazily.
+        metadata: Strings for the header.
+
+    Returns:
+        The file's SHA-256, in hexadecimal.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    start = 0
+    for name, dtype, shape in described:
+        end = start + math.prod(shape) * ELEMENT_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with file.open("wb") as handle:
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            digest.update(chunk)
+            handle.write(chunk)
+        for (name, dtype, shape), array in zip(described, data, strict=True):
+            expected = math.prod(shape) * ELEMENT_BYTES[dtype]
+            if array.nbytes != expected:
+                raise AssertionError(f"{name}: wrote {array.nbytes} bytes, announced {expected}")
+            flat = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            digest.update(flat)
+            handle.write(flat)
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends, and vanishes if it fails.
+
+    `target` is at every moment absent, the old folder, or the complete new one.
+
+    Raises:
+        LoRAMError: `target` holds something and `overwrite` is false, or nothing can be written.
+    """
+    check_vacant(target, overwrite)
+    with _scratch_beside(target) as scratch:
+        yield scratch
+        _sync(scratch)
+        with _scratch_beside(target) as old:
+            if target.exists():
+                target.replace(old / "old")
+            scratch.replace(target)
+        _sync_folder(target.parent)
+
+
+def check_vacant(target: Path, overwrite: bool = False) -> None:
+    """Refuse a target that would be overwritten unasked; called before the long work."""
+    if target.is_file():
+        raise LoRAMError(f"expected {target} to be a folder to write, found a file")
+    if target.is_dir() and not overwrite and any(target.iterdir()):
+        raise LoRAMError(
+            f"expected {target} to be new or empty, found files in it: choose another folder or "
+            "pass --overwrite"
+        )
+
+
+@contextmanager
+def updated_folder(target: Path, last: str) -> Iterator[Path]:
+    """A temporary folder whose files move into `target` when the block ends.
+
+    For a folder that keeps other things too. The file `last`, without which the rest means nothing,
+    is taken away first and put back last: a reader finds the old files, no `last`, or the new ones.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    with _scratch_beside(target / last) as scratch:
+        yield scratch
+        _sync(scratch)
+        (target / last).unlink(missing_ok=True)
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == last):
+            file.replace(target / file.name)
+        _sync_folder(target)
+
+
+@contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise LoRAMError(
+            f"expected to be able to write in {target.parent}, found: {error.strerror}"
+        ) from None
+    try:
+        yield scratch
+    except OSError as error:
+        raise LoRAMError(
+            f"expected to write {target}, found: {error.strerror or error}; nothing of it was "
+            "kept, so make room or choose another folder and run it again"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that everything below `folder` has reached the disk."""
+    folder.chmod(0o755)  # mkdtemp gives 0o700; the result is an ordinary folder
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""Building and loading models whose layers differ in width (transformers' `per_layer_config`).
+
+transformers 5.16 reads and writes such configs but does not build such models (its pull request
+45332): it raises, or with `allow_global_per_layer_attribute_access` builds every layer at full
+width. So our checkpoints leave that key out: without this module they fail loudly. Importing it
+grants the access and makes each decoder layer receive its own layer's config. It steps aside where
+transformers brings `apply_heterogeneous_modeling`, and either way checks every model it sees: a
+layer of another width than its config says is an error, never a silent full-width model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations import heterogeneity
+
+from axolotl_loram.architecture import FAMILIES, family_of, layer_fields, sizes_of
+from axolotl_loram.errors import LoRAMError
+
+_MARK = "_loram_per_layer"
+
+
+def is_heterogeneous(config: Any) -> bool:
+    """Whether a config's layers differ."""
+    return bool(getattr(config, "is_heterogeneous", False))
+
+
+def install() -> None:
+    """Make transformers build heterogeneous models. Idempotent; done on import."""
+    if not hasattr(heterogeneity, "apply_heterogeneous_modeling"):
+        _grant_global_access()
+        _wrap(PreTrainedModel, "__init__", _prepare_layers_before)
+    _wrap(PreTrainedModel, "post_init", _check_widths_before)
+
+
+def _grant_global_access() -> None:
+    """Let the global fields be read unless a config says no: Llama's own validation reads them."""
+    key = "allow_global_per_layer_attribute_access"
+    setattr(
+        heterogeneity.HeterogeneousConfigMixin,
+        key,
+        property(
+            lambda config: config.__dict__.get(key, True),
+            lambda config, value: config.__dict__.__setitem__(key, value),
+        ),
+    )
+
+
+def _wrap(cls: type, name: str, wrapper: Any) -> None:
+    original = getattr(cls, name)
+    if getattr(original, _MARK, False):
+        return
+    wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+    method = functools.wraps(original)(lambda self, *args, **kwargs: wrapped(self, *args, **kwargs))
+    setattr(method, _MARK, True)
+    setattr(cls, name, method)
+
+
+def _prepare_layers_before(
+    original: Any, model: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any
+) -> None:
+    """Before a model builds its layers, see to it that they take their own layer's config."""
+    if is_heterogeneous(config):
+        for cls in _decoder_layers(type(model)):
+            _wrap(cls, "__init__", _with_own_config)
+    original(model, config, *args, **kwargs)
+
+
+def _check_widths_before(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    if is_heterogeneous(model.config):
+        check_widths(model)
+    original(model, *args, **kwargs)
+
+
+def _with_own_config(original: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    bound = inspect.signature(original).bind(layer, *args, **kwargs)
+    config, index = bound.arguments["config"], bound.arguments["layer_idx"]
+    if is_heterogeneous(config):
+        bound.arguments["config"] = config.per_layer_config[index]
+    original(*bound.args, **bound.kwargs)
+
+
+def _decoder_layers(model_class: type[PreTrainedModel]) -> list[type]:
+    """The decoder layer classes that a model class names in `_no_split_modules`.
+
+    Raises:
+        LoRAMError: None of them takes `config` and `layer_idx`.
+    """
+    module = sys.modules[model_class.__module__]
+    named = [getattr(module, name, None) for name in model_class._no_split_modules or ()]
+    classes = [cls for cls in named if cls is not None and _takes_layer_index(cls)]
+    if not classes:
+        raise LoRAMError(
+            f"expected {model_class.__name__} to name decoder layers that take config and "
+            f"layer_idx, found {model_class._no_split_modules}: layers of different widths cannot "
+            "be built for this architecture"
+        )
+    return classes
+
+
+def _takes_layer_index(cls: type) -> bool:
+    original: Any = getattr(cls.__init__, "__wrapped__", cls.__init__)  # type: ignore[misc]
+    return {"config", "layer_idx"} <= set(inspect.signature(original).parameters)
+
+
+def check_widths(model: PreTrainedModel) -> None:
+    """Refuse a model with a linear layer of another width than its config says.
+
+    Looks at in_features and out_features, which stay true under 4-bit and ZeRO-3 weights.
+
+    Args:
+        model: A model, or a part of one (transformers builds inner models first).
+
+    Raises:
+        LoRAMError: A layer was built at another width, such as the base's.
+    """
+    config = model.config.to_dict()
+    if config.get("model_type") not in FAMILIES:
+        return
+    family = family_of(config)
+    declared = {weight.module: weight for weight in family.layer}
+    for name, module in model.named_modules():
+        layer, below = _layer_of(name, family.layers)
+        weight = declared.get(below)
+        if weight is None or not hasattr(module, "in_features"):
+            continue
+        sizes = sizes_of(layer_fields(config, layer))
+        expected = [sum(space.size(sizes) for space in dim) for dim in weight.dims]
+        if [module.out_features, module.in_features] != expected:
+            raise LoRAMError(
+                f"expected {name} to have {expected[0]} outputs and {expected[1]} inputs, found "
+                f"{module.out_features} and {module.in_features}: the model was built without its "
+                "per_layer_config; import axolotl_loram.heterogeneous before loading it"
+            )
+
+
+def _layer_of(name: str, layers: str) -> tuple[int, str]:
+    """(17, "mlp.up_proj") of a module name, whatever stands before "layers." in it."""
+    _, _, path = f".{name}".rpartition(f".{layers.rpartition('.')[2]}.")
+    index, _, below = path.partition(".")
+    return (int(index), below) if index.isdigit() else (-1, "")
+
+
+install()

@@ -1,0 +1,248 @@
+"""The pruning plan: which units of the base model are kept, and of which base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.architecture import (
+    Config,
+    Dim,
+    Group,
+    Kept,
+    config_changes,
+    family_of,
+    kept_features,
+    layer_count,
+    layer_fields,
+    parameter_count,
+    sizes_of,
+)
+from axolotl_loram.args import check_ratio
+from axolotl_loram.checkpoint import open_safetensors, write_safetensors
+from axolotl_loram.errors import LoRAMError
+
+LOG = logging.getLogger(__name__)
+PLAN_FILE = "loram_plan.safetensors"
+RECORD_FILE = "loram.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a plan prunes.
+
+    Attributes:
+        id: Folder or hub id.
+        revision: Commit (or branch) on the hub, None for a folder.
+        fingerprint: `Checkpoint.fingerprint` of its weights; None while they were not read.
+    """
+
+    id: str
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Kept units per layer and kind, ascending; entries that are missing are whole.
+
+    Attributes:
+        config: The base model's config, defaults filled in.
+        kept: Entry, such as ``model.layers.17.mlp`` → int32 indices of kept units.
+        base: The model it was made for.
+    """
+
+    config: Config
+    kept: Mapping[str, np.ndarray]
+    base: Base = field(default_factory=lambda: Base("unknown"))
+
+    def __post_init__(self) -> None:
+        entries = {entry: (layer, group) for entry, layer, group in entries_of(self.config)}
+        for name, units in self.kept.items():
+            if name not in entries:
+                raise LoRAMError(
+                    f"expected a plan of {next(iter(entries))} … {list(entries)[-1]}, found an "
+                    f"entry {name}: the plan was made for another model"
+                )
+            layer, group = entries[name]
+            _check_units(name, units, sizes_of(layer_fields(self.config, layer))[group.kind])
+
+    def kept_in(self, layer: int | None) -> Kept:
+        """Kept units by kind in a layer (none for what lies outside the layers)."""
+        if layer is None:
+            return {}
+        family = family_of(self.config)
+        entries = {group.kind: family.entry(layer, group) for group in family.groups}
+        return {kind: self.kept[name] for kind, name in entries.items() if name in self.kept}
+
+    def features(self, dims: tuple[Dim, ...], layer: int | None) -> list[np.ndarray | None]:
+        """For each dimension, the kept features' positions in the base, None where all are."""
+        kept = self.kept_in(layer)
+        if not kept:
+            return [None] * len(dims)
+        sizes = sizes_of(layer_fields(self.config, layer or 0))
+        return [kept_features(dim, sizes, kept) for dim in dims]
+
+    @property
+    def counts(self) -> dict[int, dict[str, int]]:
+        """Layer → kind → units kept, of the layers that are not whole."""
+        counted: dict[int, dict[str, int]] = {}
+        for name, layer, group in entries_of(self.config):
+            if name in self.kept:
+                counted.setdefault(layer, {})[group.kind] = len(self.kept[name])
+        return counted
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the pruned model's config says differently from the base's."""
+        return config_changes(self.config, self.counts)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the kept units: what binds an adapter to the plan it was trained under."""
+        hashed = hashlib.sha256()
+        for name in sorted(self.kept):
+            hashed.update(name.encode() + b"\0" + self.kept[name].astype("<i4").tobytes())
+        return f"sha256:{hashed.hexdigest()}"
+
+    def save(self, folder: Path) -> str:
+        """Write `loram_plan.safetensors`; returns its SHA-256."""
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "base": vars(self.base),
+            "base_config": dict(self.config),
+        }
+        names = sorted(self.kept)
+        described = [(name, "I32", self.kept[name].shape) for name in names]
+        units = (self.kept[name].astype("<i4") for name in names)
+        return write_safetensors(folder / PLAN_FILE, described, units, {"loram": json.dumps(about)})
+
+    @classmethod
+    def load(cls, folder: Path) -> PruningPlan:
+        """Read `loram_plan.safetensors` and check it.
+
+        Raises:
+            LoRAMError: No plan, a damaged one, or one written by a newer version.
+        """
+        file = folder / PLAN_FILE
+        if not file.exists():
+            raise LoRAMError(
+                f"expected {PLAN_FILE} in {folder}, found none: give the folder of a model that "
+                "`axolotl-loram prune` wrote"
+            )
+        stored, metadata = open_safetensors(file)
+        try:
+            about = json.loads(metadata.get("loram", ""))
+            version, base = about["schema_version"], Base(**about["base"])
+            config = dict(about["base_config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise LoRAMError(f"expected a LoRAM plan in {file}, found none ({error!r})") from None
+        if version != SCHEMA_VERSION:
+            raise LoRAMError(
+                f"expected a plan of schema version {SCHEMA_VERSION}, found {version} in {file}: "
+                "upgrade axolotl-loram"
+            )
+        for tensor in stored.values():
+            if tensor.dtype != "I32" or len(tensor.shape) != 1:
+                raise LoRAMError(
+                    f"expected lists of I32 in {file}, found {tensor.name} of {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+        return cls(
+            config, {n: t.read().view("<i4").astype(np.int32) for n, t in stored.items()}, base
+        )
+
+
+def entries_of(config: Config) -> Iterator[tuple[str, int, Group]]:
+    """Every (entry, layer, group) that a plan for `config` may have, in layer order."""
+    family = family_of(config)
+    for layer in range(layer_count(config)):
+        for group in family.groups:
+            yield family.entry(layer, group), layer, group
+
+
+def _check_units(name: str, units: np.ndarray, available: int) -> None:
+    ascending = units.ndim == 1 and len(units) > 0 and bool((np.diff(units) > 0).all())
+    if not ascending or units[0] < 0 or units[-1] >= available:
+        raise LoRAMError(
+            f"expected {name} to keep 1 to {available} units, ascending, each in 0…{available - 1},"
+            f" found {np.array2string(units, threshold=6)}: the plan is damaged or for another "
+            "model"
+        )
+
+
+def protected_layers(layers: int, first: int, last: int) -> set[int]:
+    """Layers that stay whole: the `first` and `last` ones, at most a quarter of them at each end.
+
+    The paper's 4 and 2 suit 32 layers and more; of an 8-layer model they would leave two to prune.
+    """
+    if min(first, last) < 0:
+        raise LoRAMError(f"expected 0 or more protected layers, found {first} first, {last} last")
+    kept_first, kept_last = min(first, layers // 4), min(last, layers // 4)
+    if (kept_first, kept_last) != (first, last):
+        LOG.warning(
+            "protecting the first %d and last %d of %d layers, not %d and %d: at most a quarter at "
+            "each end",
+            kept_first,
+            kept_last,
+            layers,
+            first,
+            last,
+        )
+    return set(range(kept_first)) | set(range(layers - kept_last, layers))
+
+
+def keep_counts(config: Config, ratio: float, first: int, last: int) -> dict[int, dict[str, int]]:
+    """Layer → kind → units kept at a uniform pruning ratio; protected layers are missing.
+
+    Raises:
+        LoRAMError: The ratio is outside (0, 1), leaves a layer without a unit of some kind, or the
+            model is pruned already.
+    """
+    check_ratio(ratio)
+    if config.get("per_layer_config"):
+        raise LoRAMError(
+            "expected a model whose layers are all alike, found per_layer_config in its config: "
+            "prune the original model, not one that is pruned already"
+        )
+    sizes, protected = sizes_of(config), protected_layers(layer_count(config), first, last)
+    counts = {}
+    for group in family_of(config).groups:
+        counts[group.kind] = group.keep_count(ratio, sizes)
+        if counts[group.kind] < 1:
+            raise LoRAMError(
+                f"expected every layer to keep a {group.noun}, found none of {sizes[group.kind]} "
+                f"left at pruning ratio {ratio}: use a ratio of at most "
+                f"{1 - 1 / sizes[group.kind]:.4g}"
+            )
+    return {layer: dict(counts) for layer in range(layer_count(config)) if layer not in protected}
+
+
+def summary(config: Config, counts: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
+    """Parameter counts of base and pruned model, as the paper's tables count them.
+
+    `nominal_qloram_reduction` is four times the parameter reduction: it counts every parameter as
+    4 bits, embeddings and quantization constants included, which no real checkpoint reaches.
+    """
+    base, pruned = (
+        parameter_count(config),
+        parameter_count({**config, **config_changes(config, counts)}),
+    )
+    return {
+        "model_type": config["model_type"],
+        "layers": layer_count(config),
+        "pruned_layers": len(counts),
+        "kept_per_pruned_layer": dict(next(iter(counts.values()), {})),
+        "base_parameters": base,
+        "pruned_parameters": pruned,
+        "parameter_reduction": round(base / pruned, 4),
+        "nominal_qloram_reduction": round(4 * base / pruned, 4),
+    }

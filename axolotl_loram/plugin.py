@@ -1,0 +1,353 @@
+"""The Axolotl plugin: substitutes the pruned model for training, and recovers the adapter after.
+
+The order of Axolotl's hooks decides where things happen (axolotl 0.19):
+
+* `register` sees every command's YAML, but cannot tell `train` from `evaluate`: it only refuses.
+* `load_datasets(preprocess=False)` is called by `train` alone, on each rank, before the model:
+  there the pruned model takes the base's place. The tokenizer stays the base's, so that
+  `preprocess` and `train` agree on the prepared data set.
+* `post_train_unload` comes after the trainer has saved everything, with the process group gone:
+  there global rank 0 recovers the adapter from the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from filelock import FileLock
+from transformers import TrainerCallback
+
+import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
+from axolotl_loram.architecture import tensors
+from axolotl_loram.args import LoRAMConfig, PruningArgs
+from axolotl_loram.checkpoint import Checkpoint, write_json
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.heterogeneous import check_widths
+from axolotl_loram.pairing import check_base, check_pruned, read_record
+from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.progress import progress_bar
+from axolotl_loram.prune import prune
+from axolotl_loram.recover import ADAPTER_CONFIG, gather_adapter, recover, unrecoverable
+from axolotl_loram.sources import find_folder
+
+LOG = logging.getLogger(__name__)
+PRUNED_FOLDER = "pruned"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        base: What the user's YAML names as base_model.
+        pruned: Folder of the pruned model.
+        plan: Its plan.
+        output: The user's output_dir, which will hold the recovered adapter.
+        warm_start: The full-size adapter that training starts from, if any.
+        hub_model_id: Where the user wants the adapter uploaded, if anywhere.
+    """
+
+    base: Base
+    pruned: Path
+    plan: PruningPlan
+    output: Path
+    warm_start: str | None
+    hub_model_id: str | None
+
+    @property
+    def trained(self) -> Path:
+        """Folder of the adapter as trained, and of the checkpoints."""
+        return self.output / PRUNED_FOLDER
+
+    def write_record(self, folder: Path) -> None:
+        """Write down in a folder under which plan its adapter is trained."""
+        training = {"pruned_model": str(self.pruned), "warm_start": self.warm_start}
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "trained-adapter",
+            "base": asdict(self.base),
+            "plan": self.plan.digest,
+            "training": training,
+        }
+        write_json(folder / RECORD_FILE, record)
+
+
+class LoRAMPlugin(BasePlugin):
+    """`plugins: [axolotl_loram.LoRAMPlugin]`: train small, infer large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: Run | None = None
+
+    def get_input_args(self) -> str:
+        """The schema of the `loram:` section."""
+        return "axolotl_loram.args.LoRAMArgs"
+
+    def register(self, cfg: Any) -> None:
+        """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""
+        check_supported(cfg)
+        if cfg.merge_lora:
+            use_recovered_adapter(cfg)
+            _merge_into_unquantized_base(cfg)
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Put the pruned model in the base's place: of all commands, only `train` comes here."""
+        if not preprocess:
+            self.run = begin_training(cfg)
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Outside training, give the original base its recovered adapter."""
+        if self.run is None:
+            use_recovered_adapter(cfg)
+
+    def post_model_build(self, cfg: Any, model: Any) -> None:
+        """Make sure that the model about to be trained is the pruned one."""
+        if self.run is not None:
+            check_widths(model)
+            config = {**self.run.plan.config, **self.run.plan.changes}
+            expected = sum(1 for _ in tensors(config))
+            LOG.info("training on the pruned model in %s (%d tensors)", self.run.pruned, expected)
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
+        """Record the plan with each checkpoint, and never train the original by accident."""
+        return [LoRAMCallback(lambda: self.run)]
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """Recover the trained adapter into output_dir, on one rank of all."""
+        if self.run is None or int(os.environ.get("RANK", "0")) != 0:
+            return
+        recover(
+            self.run.trained,
+            str(self.run.pruned),
+            output=self.run.output,
+            base=self.run.base,
+            update=True,
+            card=_yaml_details(cfg),
+        )
+        LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
+        if self.run.hub_model_id:
+            upload(self.run.output, self.run.hub_model_id)
+
+
+class LoRAMCallback(TrainerCallback):
+    """Stops training that did not come through `axolotl train`; records the plan on save."""
+
+    def __init__(self, current_run: Callable[[], Run | None]) -> None:
+        self.current_run = current_run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to train the original model; record the plan for an adapter saved on interrupt."""
+        run = self.current_run()
+        if run is None:
+            raise LoRAMError(
+                "expected training to be started by `axolotl train`, found another caller, for "
+                "which base_model was not replaced by the pruned model: use `axolotl train`"
+            )
+        if state.is_world_process_zero:
+            run.write_record(Path(args.output_dir))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the plan in the checkpoint that was just saved."""
+        run, folder = self.current_run(), Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if run is not None and state.is_world_process_zero and folder.is_dir():
+            run.write_record(folder)
+
+
+def check_supported(cfg: Any) -> None:
+    """Refuse, by name and with the reason, what LoRAM cannot recover.
+
+    Args:
+        cfg: The YAML as Axolotl read it, not validated yet.
+
+    Raises:
+        LoRAMError: One sentence.
+    """
+    if not cfg.loram:
+        raise LoRAMError(
+            "expected a `loram:` section for the LoRAMPlugin, found none: add "
+            "`loram: {pruned_model_path: ...}` or take the plugin out"
+        )
+    if cfg.adapter not in ("lora", "qlora"):
+        raise LoRAMError(
+            f"expected adapter: lora or qlora with loram:, found {cfg.adapter!r}: LoRAM recovers "
+            "LoRA matrices only"
+        )
+    refused = {
+        "relora": "it merges into the pruned weights as it goes, which the original has not",
+        "gptq": "pruned models hold plain weights; use adapter: qlora for 4 bits",
+        "reinit_weights": "it would throw the pruned model's weights away",
+        "lora_target_parameters": "LoRA on raw parameters is not recovered yet",
+        "peft_layer_replication": "it makes layers that the original has not",
+    }
+    for key, reason in refused.items():
+        if cfg[key]:
+            raise LoRAMError(f"expected no `{key}` with loram:, found {cfg[key]!r}: {reason}")
+    if (cfg.tensor_parallel_size or 1) > 1:
+        raise LoRAMError(
+            "expected tensor_parallel_size 1 with loram:, found "
+            f"{cfg.tensor_parallel_size}: it splits every layer by the base's head counts"
+        )
+    loftq = cfg.peft and cfg.peft.loftq_config
+    adapter = {
+        "use_dora": cfg.peft_use_dora,
+        "init_lora_weights": "loftq" if loftq else cfg.peft_init_lora_weights or True,
+    }
+    refusal = unrecoverable(adapter)
+    if refusal:
+        raise LoRAMError(f"this adapter cannot be recovered: {refusal}")
+
+
+def begin_training(cfg: Any) -> Run:
+    """Find or make the pruned model, check that it fits, and change cfg to train on it.
+
+    Raises:
+        LoRAMError: The pruned model does not belong to base_model, or cannot be trained on.
+    """
+    section = LoRAMConfig(**cfg.loram.to_dict())
+    model, revision = str(cfg.base_model), cfg.revision_of_model
+    if section.pruned_model_path:
+        pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)
+    else:
+        assert section.pruning is not None  # the schema saw to it
+        pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir)
+    plan = PruningPlan.load(pruned)
+    check_pruned(pruned, plan)
+    check_base(plan, model, revision)
+    _check_modules_to_save(cfg, plan)
+    run = Run(
+        Base(model, revision),
+        pruned.resolve(),
+        plan,
+        Path(cfg.output_dir),
+        cfg.lora_model_dir,
+        cfg.hub_model_id,
+    )
+    _check_same_plan(run)
+    if run.warm_start:
+        start = run.trained / "warm-start"
+        gather_adapter(run.warm_start, plan, str(run.pruned), start)
+        cfg.lora_model_dir = str(start)
+    # A folder needs no revision: cfg keeps the base's, which the tokenizer is loaded at.
+    cfg.base_model = cfg.base_model_config = str(run.pruned)
+    cfg.output_dir = str(run.trained)
+    cfg.hub_model_id = None  # the trainer would upload the adapter as trained
+    return run
+
+
+def prune_into_cache(
+    model: str, revision: str | None, settings: PruningArgs, cache_dir: str | None
+) -> Path:
+    """The pruned model for these settings, made by whichever process comes first.
+
+    A file lock makes the others wait, so that no process group and no timeout is involved; each
+    node makes its own where they share no disk.
+    """
+    default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
+    cache = Path(cache_dir or default).expanduser()
+    fingerprint = Checkpoint(find_folder(model, revision)).fingerprint()
+    identity = json.dumps([SCHEMA_VERSION, fingerprint, settings.model_dump()], sort_keys=True)
+    stem = re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1])
+    name = f"{stem}-{settings.method}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{name}.lock"):
+        if not (cache / name).exists():
+            LOG.info("pruning %s into %s", model, cache / name)
+            with progress_bar("pruning") as progress:
+                prune(model, cache / name, settings, revision, progress=progress)
+    return cache / name
+
+
+def use_recovered_adapter(cfg: Any) -> None:
+    """Outside training, let lora_model_dir be the recovered adapter in output_dir.
+
+    A lora_model_dir that the user gives stays, unless it is the one that the run in output_dir
+    started from: then the result of the run is meant.
+
+    Raises:
+        LoRAMError: output_dir holds no recovered adapter, or lora_model_dir an unrecovered one.
+    """
+    output = Path(str(cfg.output_dir))
+    started_from = (read_record(output).get("trained") or {}).get("warm_start")
+    if cfg.lora_model_dir and cfg.lora_model_dir != started_from:
+        if read_record(Path(cfg.lora_model_dir)).get("kind") == "trained-adapter":
+            raise LoRAMError(
+                f"expected an adapter for the original model, found {cfg.lora_model_dir} trained "
+                f"on the pruned one: run `axolotl-loram recover {cfg.lora_model_dir}` first"
+            )
+        return
+    if read_record(output).get("kind") != "recovered-adapter":
+        raise LoRAMError(
+            f"expected a recovered adapter in output_dir, found none in {output}: run `axolotl "
+            f"train` first, or `axolotl-loram recover {output / PRUNED_FOLDER}/checkpoint-N` and "
+            "pass --lora-model-dir"
+        )
+    LOG.info("using the recovered adapter in %s", output)
+    cfg.lora_model_dir = str(output)
+
+
+def _merge_into_unquantized_base(cfg: Any) -> None:
+    """Take the NF4 round trip out of `axolotl merge-lora`.
+
+    For plain QLoRA it makes the merged base equal to the one in training. In LoRAM the original was
+    never quantized in training: the round trip would only damage it.
+    """
+    from axolotl.cli import merge_lora
+
+    original = merge_lora.merge_lora_sharded_efficient
+
+    def merge_without_nf4(**kwargs: Any) -> Any:
+        return original(**{**kwargs, "simulate_nf4": False, "simulate_nf4_experts": False})
+
+    merge_lora.merge_lora_sharded_efficient = merge_without_nf4
+    cfg.adapter, cfg.load_in_4bit, cfg.load_in_8bit = "lora", False, False
+
+
+def _check_modules_to_save(cfg: Any, plan: PruningPlan) -> None:
+    """Refuse to train in whole a module that has lost features: BA is not all of its update."""
+    named = set(cfg.lora_modules_to_save or [])
+    touched = {part for t in tensors(plan.config) if t.kinds for part in t.module.split(".")[-2:]}
+    if named & touched:
+        raise LoRAMError(
+            "expected lora_modules_to_save to name modules that pruning leaves whole, found "
+            f"{', '.join(sorted(named & touched))}: adapt them by LoRA instead"
+        )
+
+
+def _check_same_plan(run: Run) -> None:
+    """Refuse an output_dir whose checkpoints were trained on another pruned model."""
+    recorded = read_record(run.trained).get("plan")
+    if recorded not in (None, run.plan.digest):
+        raise LoRAMError(
+            f"expected output_dir to be new or of a run on this pruned model, found {run.trained} "
+            f"trained under plan {recorded[:19]}…, not {run.plan.digest[:19]}…: choose another "
+            "output_dir or remove it"
+        )
+
+
+def _yaml_details(cfg: Any) -> str:
+    """The YAML of the run, for the model card."""
+    file = Path(str(cfg.axolotl_config_path or ""))
+    if not file.is_file():
+        return ""
+    text = file.read_text(encoding="utf-8")
+    return f"<details><summary>Axolotl config</summary>\n\n```yaml\n{text}\n```\n\n</details>\n"
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload the recovered adapter, private unless the repository says otherwise."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, private=True, exist_ok=True)
+    names = [ADAPTER_CONFIG, "adapter_model.safetensors", RECORD_FILE, "README.md", "*token*"]
+    api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names)
+    LOG.info("uploaded the adapter to %s", repository)

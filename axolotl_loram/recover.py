@@ -1,0 +1,308 @@
+"""Scattering an adapter from the pruned model's shapes to the base's, and gathering one back.
+
+Training on the pruned model gives h = x W₀ᴾ + x BᴾAᴾ. The recovered Bᴿ, Aᴿ hold Bᴾ, Aᴾ at the kept
+features and zeros elsewhere, so that h = x (W₀ + BᴿAᴿ) on the base (arXiv 2502.13533, eq. 6).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.architecture import Dim, Tensor, tensors
+from axolotl_loram.checkpoint import (
+    ADAPTER_FILE,
+    Checkpoint,
+    StoredTensor,
+    new_folder,
+    read_json,
+    updated_folder,
+    write_json,
+    write_safetensors,
+)
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.pairing import check_trained_under, read_record
+from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
+
+LOG = logging.getLogger(__name__)
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "lora_A.weight": ((1, 1),),
+    "lora_B.weight": ((0, 0),),
+    "lora_B.bias": ((0, 0),),
+    "lora_embedding_A": (),
+    "lora_embedding_B": (),
+}
+"""Part of a LoRA → (its axis, the axis of the adapted weight that it lies along) for what prunes.
+
+A is (r, input), B is (output, r), and a linear weight is (output, input). Embeddings never prune.
+"""
+DEFAULT_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One adapter tensor: where it comes from, the shape it will have, the features it keeps."""
+
+    stored: StoredTensor
+    shape: tuple[int, ...]
+    features: tuple[np.ndarray | None, ...]
+
+    def scatter(self) -> np.ndarray:
+        """The tensor with zeros at pruned features, bits unchanged at kept ones."""
+        array = self.stored.read()
+        if all(kept is None for kept in self.features):
+            return array
+        result = np.zeros(self.shape, array.dtype)
+        index = [np.arange(n) if kept is None else kept for n, kept in self._axes()]
+        result[np.ix_(*index)] = array
+        return result
+
+    def gather(self) -> np.ndarray:
+        """The tensor at kept features."""
+        array = self.stored.read()
+        for axis, kept in enumerate(self.features):
+            if kept is not None:
+                array = array.take(kept, axis=axis)
+        return array
+
+    def _axes(self) -> Iterator[tuple[int, np.ndarray | None]]:
+        return zip(self.shape, self.features, strict=True)
+
+
+def recover(
+    adapter: Path,
+    pruned_model: str | None = None,
+    output: Path | None = None,
+    base: Base | None = None,
+    update: bool = False,
+    overwrite: bool = False,
+    card: str = "",
+) -> dict[str, Any]:
+    """Turn an adapter trained on a pruned model into an ordinary PEFT adapter for the base.
+
+    Args:
+        adapter: Folder with adapter_config.json and adapter_model.safetensors.
+        pruned_model: Folder or hub id of the pruned model; by default the one that the adapter's
+            own config names.
+        output: Folder to write, by default `adapter`/recovered.
+        base: What the result names as its base, by default the plan's.
+        update: Put the files into `output` beside others that it keeps.
+        overwrite: Replace what `output` holds.
+        card: Text to append to the model card.
+
+    Returns:
+        What the result's `loram.json` says, and "output", the folder.
+
+    Raises:
+        LoRAMError: The adapter cannot be recovered exactly, or does not belong to the plan.
+    """
+    settings = read_adapter_config(adapter)
+    plan = PruningPlan.load(_plan_folder(pruned_model or settings["base_model_name_or_path"]))
+    check_trained_under(adapter, plan)
+    checkpoint = Checkpoint(adapter, ADAPTER_FILE)
+    moved = match(checkpoint, plan, full_size=False)
+    base, output = base or plan.base, output or adapter / "recovered"
+    LOG.info("recovering %d tensors of %s to %s", len(moved), adapter, output)
+    manager = updated_folder(output, ADAPTER_CONFIG) if update else new_folder(output, overwrite)
+    with manager as scratch:
+        _write_adapter(scratch, moved, Moved.scatter, settings, base)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "recovered-adapter",
+            "base": vars(base),
+            "plan": plan.digest,
+            "trained": read_record(adapter).get("training"),
+        }
+        write_json(scratch / RECORD_FILE, record)
+        (scratch / "README.md").write_text(model_card(base, card), encoding="utf-8")
+        for pattern in TOKENIZER_PATTERNS:
+            for file in adapter.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, scratch / file.name)
+    return {**record, "output": str(output)}
+
+
+def gather_adapter(adapter: str, plan: PruningPlan, pruned_model: str, output: Path) -> None:
+    """The mirror of `recover`: cut a full-size adapter to the pruned model, for a warm start.
+
+    Args:
+        adapter: Folder or hub id of a PEFT LoRA adapter for the base.
+        plan: The pruned model's plan.
+        pruned_model: What the result names as its base.
+        output: Folder to write; replaced.
+
+    Raises:
+        LoRAMError: The adapter is not one for the plan's base.
+    """
+    folder = find_folder(adapter, patterns=["adapter_*", RECORD_FILE])
+    settings = read_adapter_config(folder)
+    moved = match(Checkpoint(folder, ADAPTER_FILE), plan, full_size=True)
+    with new_folder(output, overwrite=True) as scratch:
+        _write_adapter(scratch, moved, Moved.gather, settings, Base(pruned_model))
+
+
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """An adapter's config, if recovery of such an adapter is exact.
+
+    Raises:
+        LoRAMError: No adapter, or one whose update is not BA on the adapted weights.
+    """
+    if not (adapter / ADAPTER_CONFIG).exists():
+        raise LoRAMError(
+            f"expected a PEFT adapter with {ADAPTER_CONFIG} in {adapter}, found none: give the "
+            "folder that training wrote, such as output_dir/pruned or a checkpoint in it"
+        )
+    settings = read_json(adapter / ADAPTER_CONFIG)
+    refusal = unrecoverable(settings)
+    if refusal:
+        raise LoRAMError(f"{adapter} cannot be recovered: {refusal}")
+    return settings
+
+
+def unrecoverable(settings: Mapping[str, Any]) -> str | None:
+    """Why an adapter with this PEFT config cannot be recovered exactly; None if it can."""
+    init = settings.get("init_lora_weights", True)
+    if settings.get("peft_type", "LORA") != "LORA":
+        return f"expected peft_type LORA, found {settings['peft_type']}, whose update is not BA"
+    if settings.get("use_dora"):
+        return (
+            "DoRA rescales each row of W₀ + BA by its norm, which differs between pruned and "
+            "original rows: train without peft_use_dora"
+        )
+    if init not in DEFAULT_INITS:
+        return (
+            f"init_lora_weights {init!r} changes the base weights when training starts, so BA "
+            "alone is not the update: use the default"
+        )
+    if settings.get("layer_replication"):
+        return "layer_replication makes layers that the base has not: train without it"
+    if settings.get("target_parameters"):
+        return "LoRA on raw parameters (lora_target_parameters) is not recovered yet: use modules"
+    if settings.get("bias", "none") != "none":
+        return f"expected lora bias 'none', found {settings['bias']!r}: trained biases are not BA"
+    return None
+
+
+def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Moved]:
+    """Find out, for each adapter tensor, along which features of the base it lies.
+
+    Args:
+        checkpoint: The adapter.
+        plan: The plan.
+        full_size: Whether its tensors have the base's shapes (to gather) or the pruned model's
+            (to scatter).
+
+    Returns:
+        The tensors in stored order, each with the shape it will have.
+
+    Raises:
+        LoRAMError: A tensor is none of LoRA's, or its shape does not fit the plan.
+    """
+    declared: dict[str, Tensor] = {}
+    for tensor in tensors(plan.config):
+        declared.setdefault(tensor.module, tensor)  # the weight comes before the bias
+    aliases = {"lm_head": "model.embed_tokens"}  # a tied lm_head is not stored, but can be adapted
+    moved = []
+    for stored in checkpoint.tensors.values():
+        module, part = _split(stored.name)
+        adapted = declared.get(module) or declared.get(aliases.get(module, ""))
+        if part in LORA_AXES and adapted is not None:
+            moved.append(_match_lora(stored, part, adapted, plan, full_size))
+        else:
+            moved.append(_match_whole(stored, module, adapted))
+    return moved
+
+
+def _split(name: str) -> tuple[str, str]:
+    """``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`` → module, ``lora_A.weight``."""
+    path = re.sub(r"\.(base_layer|token_adapter)\b", "", name.removeprefix(PREFIX))
+    found = re.fullmatch(r"(.+?)\.(lora_.+)", path)
+    return (found[1], found[2]) if found else (path.rpartition(".")[0], path.rpartition(".")[2])
+
+
+def _match_lora(
+    stored: StoredTensor, part: str, tensor: Tensor, plan: PruningPlan, full_size: bool
+) -> Moved:
+    features: list[np.ndarray | None] = [None] * len(stored.shape)
+    shape = list(stored.shape)
+    for axis, weight_axis in LORA_AXES[part]:
+        dim: Dim = tensor.dims[weight_axis]
+        (kept,) = plan.features((dim,), tensor.layer)
+        whole = sum(space.size(tensor.sizes) for space in dim)
+        narrow = whole if kept is None else len(kept)
+        expected, shape[axis] = (whole, narrow) if full_size else (narrow, whole)
+        features[axis] = kept
+        if axis >= len(stored.shape) or stored.shape[axis] != expected:
+            raise LoRAMError(
+                f"expected {stored.name} to have {expected} features along axis {axis}, found "
+                f"shape {list(stored.shape)}: this adapter was "
+                + ("made for another base" if full_size else "trained under another plan")
+            )
+    return Moved(stored, tuple(shape), tuple(features))
+
+
+def _match_whole(stored: StoredTensor, module: str, tensor: Tensor | None) -> Moved:
+    """A tensor that goes through as it is: a module saved whole that pruning does not touch."""
+    if "lora_magnitude_vector" in stored.name:
+        raise LoRAMError(f"expected a LoRA adapter, found {stored.name}: DoRA is not recoverable")
+    if tensor is None:
+        raise LoRAMError(
+            f"expected tensors of modules that the base has, found {stored.name}: this adapter was "
+            "made for another model"
+        )
+    if tensor.kinds:
+        raise LoRAMError(
+            f"expected only modules that pruning leaves whole to be saved whole, found "
+            f"{stored.name}: put no {module.rpartition('.')[2]} into lora_modules_to_save"
+        )
+    return Moved(stored, stored.shape, (None,) * len(stored.shape))
+
+
+def _plan_folder(pruned_model: str) -> Path:
+    return find_folder(pruned_model, patterns=[PLAN_FILE, RECORD_FILE])
+
+
+def _write_adapter(
+    folder: Path,
+    moved: list[Moved],
+    move: Callable[[Moved], np.ndarray],
+    settings: Mapping[str, Any],
+    base: Base,
+) -> None:
+    described = [(m.stored.name, m.stored.dtype, m.shape) for m in moved]
+    write_safetensors(folder / ADAPTER_FILE, described, (move(m) for m in moved))
+    named = {"base_model_name_or_path": base.id, "revision": base.revision}
+    write_json(folder / ADAPTER_CONFIG, {**settings, **named})
+
+
+def model_card(base: Base, details: str = "") -> str:
+    """A model card whose metadata names the base, for the hub and for people."""
+    revision = f" at revision `{base.revision}`" if base.revision else ""
+    front = {"base_model": base.id, "library_name": "peft", "tags": ["axolotl", "lora", "loram"]}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
+    return "\n".join(
+        [
+            "---",
+            *lines,
+            "---",
+            "",
+            f"# LoRA adapter for {base.id}",
+            "",
+            f"Runs on `{base.id}`{revision}, the original model, like any PEFT adapter. It was",
+            "trained on a pruned version of that model and recovered to the original shapes with",
+            "[axolotl-loram](https://pypi.org/project/axolotl-loram) (LoRAM, arXiv 2502.13533).",
+            "",
+            details,
+        ]
+    )

@@ -1,0 +1,103 @@
+"""Finding what a user names: a folder, a config file, or a model on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from axolotl_loram.architecture import family_of
+from axolotl_loram.checkpoint import has_weights, read_json
+from axolotl_loram.errors import LoRAMError
+
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+)
+SMALL_PATTERNS = ("config.json", "generation_config.json", "loram*", *TOKENIZER_PATTERNS)
+MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SMALL_PATTERNS)
+
+
+def find_folder(
+    model: str, revision: str | None = None, patterns: Sequence[str] = MODEL_PATTERNS
+) -> Path:
+    """The local folder of a model, downloaded to the hub's cache where it is a hub id.
+
+    Args:
+        model: A folder, or a hub id such as ``org/name``.
+        revision: Branch, tag or commit on the hub; meaningless for a folder.
+        patterns: Which files to download.
+
+    Raises:
+        LoRAMError: There is no such folder and no such model within reach.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if _looks_local(model):
+        raise LoRAMError(f"no such model: expected a folder or a hub id, found {model!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LoRAMError(
+            f"no such model: expected a folder or a model that the hub gives out, found {model!r} "
+            f"({reason}): check the name, the connection, and `hf auth whoami` for gated models"
+        ) from None
+
+
+def find_local_weights(model: str, revision: str | None = None) -> Path | None:
+    """The folder that holds a model's weights on this machine, or None: downloads nothing."""
+    if Path(model).is_dir():
+        return Path(model) if has_weights(Path(model)) else None
+    if _looks_local(model):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        found = try_to_load_from_cache(model, name, revision=revision)
+        if isinstance(found, str):
+            folder = Path(found).parent
+            shards = set(read_json(Path(found))["weight_map"].values()) if "index" in name else {}
+            return folder if all((folder / shard).exists() for shard in shards) else None
+    return None
+
+
+def commit_of(folder: Path, revision: str | None) -> str | None:
+    """The hub commit that a folder is a snapshot of, if it lies in the hub's cache."""
+    return folder.name if folder.parent.name == "snapshots" else revision
+
+
+def load_config(model: str, revision: str | None = None) -> dict[str, Any]:
+    """A model's config with transformers' defaults filled in, from a folder, file or hub id.
+
+    Nothing is built and no code from the checkpoint is run.
+
+    Raises:
+        LoRAMError: No such model, an unknown architecture, or a config transformers refuses.
+    """
+    path = Path(model)
+    if not path.is_file():
+        path = find_folder(model, revision, patterns=["config.json"]) / "config.json"
+    family_of(read_json(path))
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path).to_dict()
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise LoRAMError(
+            f"expected a config that transformers accepts, found {path} refused ({error})"
+        ) from None
+
+
+def _looks_local(model: str) -> bool:
+    """Whether a name cannot be a hub id (``name`` or ``org/name``)."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".json")

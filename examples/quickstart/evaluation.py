@@ -1,0 +1,93 @@
+"""Measure the quickstart's models on held-out functions, and show what they write."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100  # the label of a token that does not count
+BATCH = 32
+
+
+def heldout_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, jsonl: Path
+) -> float:
+    """Return exp of the mean loss over the labelled tokens of all rows, the prompts left out."""
+    rows = sorted((_encode(tokenizer, row) for row in _rows(jsonl)), key=lambda row: len(row[0]))
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for tokens, mask, labels in _batches(rows, tokenizer.pad_token_id):
+            logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1].float()
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            ).item()
+            count += int((labels[:, 1:] != IGNORED).sum())
+    return math.exp(total / count)
+
+
+def generate_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jsonl: Path,
+    count: int = 3,
+    max_new_tokens: int = 32,
+) -> list[tuple[str, str, str]]:
+    """Return (prompt, the docstring in the file, the greedy answer) for rows spread over a file."""
+    rows = _rows(jsonl)
+    model.eval()
+    samples = []
+    for row in rows[len(rows) // (2 * count) :: len(rows) // count][:count]:
+        prompt, reference = (segment["text"] for segment in row["segments"])
+        tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=tokens["input_ids"],
+                attention_mask=tokens["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        answer = output[0, tokens["input_ids"].shape[1] :]
+        samples.append(tuple(_plain(tokenizer, text) for text in (prompt, reference, answer)))
+    return samples
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str | torch.Tensor) -> str:
+    """Return a text or token ids as text without special tokens."""
+    tokens = tokenizer(text, add_special_tokens=False).input_ids if isinstance(text, str) else text
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _rows(jsonl: Path) -> list[dict]:
+    """Read the rows of a file."""
+    return [json.loads(line) for line in jsonl.read_text("utf-8").splitlines()]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], list[int]]:
+    """Return the token ids and labels of a row, as Axolotl's `input_output` makes them."""
+    tokens, labels = [], []
+    for segment in row["segments"]:
+        ids = tokenizer(segment["text"], add_special_tokens=False)["input_ids"]
+        tokens += ids
+        labels += ids if segment["label"] else [IGNORED] * len(ids)
+    return tokens, labels
+
+
+def _batches(
+    rows: list[tuple[list[int], list[int]]], padding: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield token ids, attention mask and labels, each int64 [rows, longest], padded right."""
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        longest = max(len(tokens) for tokens, _ in batch)
+        shape = (len(batch), longest)
+        tokens, labels = torch.full(shape, padding), torch.full(shape, IGNORED)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        for index, (ids, targets) in enumerate(batch):
+            tokens[index, : len(ids)] = torch.tensor(ids)
+            labels[index, : len(ids)] = torch.tensor(targets)
+            mask[index, : len(ids)] = 1
+        yield tokens, mask, labels
