@@ -91,7 +91,7 @@ def check_base(plan: PruningPlan, model: str, revision: str | None = None) -> No
     machine. Where they are not, training does not need them, and the hub's id and commit decide.
     """
     expected, found = shapes_of(plan.config), shapes_of(load_config(model, revision))
-    for name in expected.keys() | found.keys():
+    for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise LoRAMError(
                 f"expected base_model to be {plan.base.id}, for which the pruned model was made, "

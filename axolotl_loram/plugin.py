@@ -94,6 +94,7 @@ class LoRAMPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""
+        _log_as_axolotl_does()
         check_supported(cfg)
         if cfg.merge_lora:
             use_recovered_adapter(cfg)
@@ -162,6 +163,12 @@ class LoRAMCallback(TrainerCallback):
             run.write_record(folder)
 
 
+def _log_as_axolotl_does() -> None:
+    """Let this package's log lines appear where, and as, Axolotl's do."""
+    ours, axolotl = logging.getLogger("axolotl_loram"), logging.getLogger("axolotl")
+    ours.handlers, ours.level, ours.propagate = axolotl.handlers, axolotl.level, False
+
+
 def check_supported(cfg: Any) -> None:
     """Refuse, by name and with the reason, what LoRAM cannot recover.
 
@@ -212,7 +219,7 @@ def begin_training(cfg: Any) -> Run:
     Raises:
         LoRAMError: The pruned model does not belong to base_model, or cannot be trained on.
     """
-    section = LoRAMConfig(**cfg.loram.to_dict())
+    section = LoRAMConfig.model_validate(dict(cfg.loram))
     model, revision = str(cfg.base_model), cfg.revision_of_model
     if section.pruned_model_path:
         pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)

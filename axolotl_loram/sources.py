@@ -87,12 +87,14 @@ def load_config(model: str, revision: str | None = None) -> dict[str, Any]:
     path = Path(model)
     if not path.is_file():
         path = find_folder(model, revision, patterns=["config.json"]) / "config.json"
-    family_of(read_json(path))
-    from transformers import AutoConfig
+    raw = read_json(path)
+    model_type = family_of(raw).model_type
+    own = {key: raw.pop(key) for key in ("per_layer_config",) if key in raw}
+    from transformers import CONFIG_MAPPING
 
     try:
-        return AutoConfig.from_pretrained(path).to_dict()
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        return {**CONFIG_MAPPING[model_type].from_dict(raw).to_dict(), **own}
+    except (ValueError, TypeError, KeyError) as error:
         raise LoRAMError(
             f"expected a config that transformers accepts, found {path} refused ({error})"
         ) from None

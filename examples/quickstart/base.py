@@ -25,17 +25,17 @@ class Settings:
     """All that decides the weights, apart from the text."""
 
     vocabulary: int = 2048
-    hidden: int = 192
-    intermediate: int = 512
-    layers: int = 8
+    hidden: int = 128
+    intermediate: int = 344
+    layers: int = 12
     heads: int = 8
     kv_heads: int = 4
-    head_dim: int = 24
-    steps: int = 350
-    batch: int = 16
+    head_dim: int = 16
+    steps: int = 800
+    batch: int = 4
     length: int = 128
-    warmup: int = 30
-    learning_rate: float = 3e-3
+    warmup: int = 50
+    learning_rate: float = 4e-3
     weight_decay: float = 0.1
     seed: int = 0
 
@@ -101,6 +101,7 @@ def _train_model(
         lr=settings.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,

@@ -1,0 +1,138 @@
+"""Pico models, a tokenizer and a data set of real text, all made offline in seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PICO = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def build_model(family: str = "llama", seed: int = 0, **sizes):
+    """A pico model with random weights, large enough for its outputs to tell layers apart."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**PICO, "initializer_range": 0.2, **sizes})
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def byte_tokenizer():
+    """One token per byte, and three special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<bos>", "<eos>", "<pad>"]
+    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[])
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """Saves pico models with their tokenizer, each once per session; returns the folder."""
+    made = {}
+
+    def make(family: str = "llama", seed: int = 0, **sizes) -> Path:
+        key = json.dumps([family, seed, sizes], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{family}-") / "model"
+            build_model(family, seed, **sizes).save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Real text as a data set: paragraphs of the standard library's own source."""
+    source = Path(json.__file__).read_text(encoding="utf-8")
+    rows = [{"text": part[:120]} for part in source.split("\n\n") if len(part) > 40]
+    file = tmp_path_factory.mktemp("data") / "text.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows * 2), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def settings(text_file, tmp_path):
+    """Axolotl settings for a short training run on a CPU."""
+
+    def make(base: Path, **changes) -> dict:
+        return {
+            "base_model": str(base),
+            "plugins": ["axolotl_loram.LoRAMPlugin"],
+            "datasets": [{"path": str(text_file), "ds_type": "json", "type": "completion"}],
+            "dataset_prepared_path": str(tmp_path / "prepared"),
+            "output_dir": str(tmp_path / "out"),
+            "sequence_len": 64,
+            "val_set_size": 0.1,
+            "adapter": "lora",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_target_linear": True,
+            **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")},
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 4,
+            "learning_rate": 0.01,
+            "optimizer": "adamw_torch",
+            "lr_scheduler": "constant",
+            "seed": 1,
+            "bf16": False,
+            "fp16": False,
+            "tf32": False,
+            "attn_implementation": "sdpa",
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            **changes,
+        }
+
+    return make
+
+
+def write_yaml(file: Path, settings: dict) -> Path:
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def run_command(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run an installed command of this environment, and show its output if it fails."""
+    programs = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(
+        [str(programs / str(command[0])), *map(str, command[1:])],
+        capture_output=True,
+        text=True,
+        **{"env": environment, **options},
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{command} failed:\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}")
+    return result

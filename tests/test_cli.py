@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import run_command
+from test_architecture import LLAMA_31_70B
+from test_recover import train_on
+
+
+def loram(*arguments, check=True, **options):
+    return run_command("axolotl-loram", *arguments, check=check, **options)
+
+
+def test_help_is_fast_and_imports_no_torch():
+    start = time.perf_counter()
+    loram("--help")
+    assert time.perf_counter() - start < 1
+    command = [sys.executable, "-X", "importtime", "-m", "axolotl_loram.cli", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage: axolotl-loram" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "axolotl_loram.args" in imported
+    assert not {"torch", "transformers", "axolotl", "numpy"} & imported
+
+
+def test_the_same_commands_are_axolotls():
+    assert "recover" in run_command("axolotl", "loram", "--help").stdout
+
+
+def test_plan_reads_a_config_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_31_70B))
+    result = loram("plan", tmp_path / "config.json", "--pruning-ratio", "0.85", "--json")
+    counted = json.loads(result.stdout)
+    assert counted["pruned_parameters"] == 17_849_982_976
+    assert round(counted["nominal_qloram_reduction"], 2) == 15.81
+    human = loram("plan", tmp_path, "--pruning-ratio", "0.85").stdout
+    assert "17,849,982,976" in human
+
+
+def test_prune_train_recover_by_command_line(make_model, tmp_path):
+    base, pruned = make_model(), tmp_path / "pruned"
+    result = loram(
+        "prune", base, pruned, "--method", "magnitude", "--pruning-ratio", "0.5", "--json"
+    )
+    assert json.loads(result.stdout)["pruned_layers"] == 2
+    assert "pruning: 100%" in result.stderr
+    train_on(pruned, tmp_path / "adapter")
+    result = loram("recover", tmp_path / "adapter", "--output", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["base"] == str(base)
+    shown = json.loads(loram("inspect", pruned, "--json").stdout)
+    assert (shown["kind"], shown["pruned_layers"]) == ("pruned-model", 2)
+    assert json.loads(loram("inspect", tmp_path / "out", "--json").stdout)["kind"] == (
+        "recovered-adapter"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("plan", "./nowhere", "--pruning-ratio", "0.5"), 1, "no such model"),
+        (("plan", "some-org/nowhere", "--pruning-ratio", "0.5"), 1, "no such model"),
+        (("plan", "{base}", "--pruning-ratio", "1.5"), 2, "between 0 and 1"),
+        (("plan", "{base}", "--pruning-ratio", "0"), 2, "between 0 and 1"),
+        (("plan", "{base}"), 2, "expected a pruning ratio, found none"),
+        (("plan", "{heads}", "--pruning-ratio", "0.9"), 1, "KV group"),
+        (("plan", "{mamba}", "--pruning-ratio", "0.5"), 1, "unknown architecture"),
+        (("prune", "{base}", "{out}", "--method", "guess"), 2, "--method"),
+        (("prune", "{base}", "{out}", "--pruning-ratio", "0.5", "--seed", "-1"), 2, "seed"),
+        (("recover", "{base}"), 1, "expected a PEFT adapter"),
+        (("inspect", "{base}"), 1, "loram.json"),
+    ],
+)
+def test_errors_are_one_line(arguments, status, message, make_model, tmp_path):
+    (tmp_path / "mamba.json").write_text('{"model_type": "mamba"}')
+    places = {
+        "base": make_model(),
+        "heads": make_model(num_key_value_heads=4),
+        "mamba": tmp_path / "mamba.json",
+        "out": tmp_path / "out",
+    }
+    result = loram(*(argument.format(**places) for argument in arguments), check=False)
+    assert (result.returncode, result.stdout) == (status, "")
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback():
+    result = loram("--debug", "plan", "./nowhere", "--pruning-ratio", "0.5", check=False)
+    assert "Traceback" in result.stderr
+
+
+def limit_file_size(size):
+    """A disk that is full after `size` bytes of a file."""
+    import resource
+    import signal
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_a_full_disk_leaves_nothing_half_written(make_model, tmp_path):
+    arguments = ("prune", make_model(), tmp_path / "work/out", "--pruning-ratio", "0.5")
+    (tmp_path / "work").mkdir()
+    result = loram(*arguments, check=False, preexec_fn=limit_file_size(50_000))
+    assert result.returncode == 1
+    assert "make room" in result.stderr and "Traceback" not in result.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+    loram(*arguments)
+
+
+def test_a_full_disk_keeps_the_old_adapter_or_none(make_model, tmp_path):
+    loram("prune", make_model(), tmp_path / "pruned", "--pruning-ratio", "0.5")
+    train_on(tmp_path / "pruned", tmp_path / "adapter")
+    arguments = ("recover", tmp_path / "adapter", "--output", tmp_path / "out", "--overwrite")
+    loram(*arguments)
+    before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    result = loram(*arguments, check=False, preexec_fn=limit_file_size(10_000))
+    assert result.returncode == 1 and "make room" in result.stderr
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "adapter", "out"}
+
+
+def test_a_read_only_place_is_one_line(make_model, tmp_path):
+    target = "/proc/loram-out"
+    result = loram("prune", make_model(), target, "--pruning-ratio", "0.5", check=False)
+    assert result.returncode == 1 and "expected to be able to write in /proc" in result.stderr
+
+
+def test_recovery_imports_no_torch(make_model, tmp_path):
+    loram("prune", make_model(), tmp_path / "pruned", "--pruning-ratio", "0.5")
+    train_on(tmp_path / "pruned", tmp_path / "adapter")
+    assert torch.__version__  # this process has it; the command must not
+    command = [sys.executable, "-X", "importtime", "-m", "axolotl_loram.cli"]
+    command += ["recover", str(tmp_path / "adapter")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "axolotl_loram.recover" in imported and "torch" not in imported

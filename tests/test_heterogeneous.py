@@ -1,0 +1,99 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, build_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+import axolotl_loram.heterogeneous as heterogeneous
+from axolotl_loram.args import PruningArgs
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.prune import prune
+
+TOKENS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture
+def pruned(make_model, tmp_path):
+    prune(str(make_model()), tmp_path / "pruned", PruningArgs(ratio=0.5))
+    return tmp_path / "pruned"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_load_and_generate(family, make_model, tmp_path):
+    prune(str(make_model(family)), tmp_path / "pruned", PruningArgs(ratio=0.5))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert model.model.layers[1].mlp.up_proj.out_features == 24
+    assert model.model.layers[0].mlp.up_proj.out_features == 48
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(model(TOKENS).logits, again(TOKENS).logits)
+    cached, uncached = (
+        model.generate(
+            TOKENS, max_new_tokens=8, do_sample=False, use_cache=cache, eos_token_id=None
+        )
+        for cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+
+
+def test_bitsandbytes_builds_narrow_4_bit_layers_and_peft_trains_them(pruned):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(pruned, quantization_config=quantization)
+    layer = model.model.layers[1].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit" and layer.out_features == 24
+    assert layer.weight.numel() == 24 * 32 // 2
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj", "q_proj"]))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for p in trained)
+
+
+def test_a_full_width_model_is_never_built_silently(pruned):
+    script = (
+        "import sys; from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "config = AutoConfig.from_pretrained(sys.argv[1])\n"
+        "AutoModelForCausalLM.from_config(config)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(pruned)], capture_output=True, text=True
+    )
+    assert result.returncode and "AmbiguousGlobalPerLayerAttributeError" in result.stderr
+
+
+def test_widths_are_checked_after_building(pruned):
+    model = build_model()
+    model.config = AutoConfig.from_pretrained(pruned)
+    with pytest.raises(LoRAMError, match="model.layers.1.self_attn.q_proj to have 16 outputs"):
+        heterogeneous.check_widths(model)
+
+
+def test_ignoring_mismatched_sizes_does_not_widen_the_model(pruned, make_model):
+    config = json.loads((pruned / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(
+        make_model(), config=AutoConfig.from_pretrained(pruned), ignore_mismatched_sizes=True
+    )
+    assert model.model.layers[2].mlp.down_proj.in_features == 24
+    assert config["per_layer_config"]["2"]["intermediate_size"] == 24
+
+
+def test_it_steps_aside_for_transformers_own_implementation(monkeypatch):
+    calls = []
+    monkeypatch.setattr(heterogeneous, "_wrap", lambda cls, name, wrapper: calls.append(name))
+    monkeypatch.setattr(
+        heterogeneous.heterogeneity, "apply_heterogeneous_modeling", object(), raising=False
+    )
+    heterogeneous.install()
+    assert calls == ["post_init"]
+    monkeypatch.delattr(heterogeneous.heterogeneity, "apply_heterogeneous_modeling")
+    heterogeneous.install()
+    assert calls == ["post_init", "__init__", "post_init"]
+
+
+def test_homogeneous_models_are_untouched():
+    assert build_model().model.layers[1].mlp.up_proj.out_features == 48

@@ -1,0 +1,185 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from axolotl.utils.dict import DictDefault
+
+from axolotl_loram.args import LoRAMArgs, PruningArgs
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.plan import PruningPlan
+from axolotl_loram.plugin import (
+    LoRAMPlugin,
+    begin_training,
+    check_supported,
+    prune_into_cache,
+    use_recovered_adapter,
+)
+from axolotl_loram.prune import prune
+
+GOOD = {"adapter": "lora", "loram": {"pruned_model_path": "somewhere"}}
+
+
+def test_what_works_is_not_refused():
+    check_supported(DictDefault(GOOD))
+    check_supported(DictDefault({**GOOD, "adapter": "qlora", "peft_use_rslora": True}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loram": None}, "`loram:` section"),
+        ({"adapter": None}, "adapter: lora or qlora"),
+        ({"adapter": "llama-adapter"}, "adapter: lora or qlora"),
+        ({"relora": True}, "`relora`.*merges"),
+        ({"peft_use_dora": True}, "DoRA"),
+        ({"peft_init_lora_weights": "pissa"}, "pissa"),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq"),
+        ({"gptq": True}, "`gptq`"),
+        ({"reinit_weights": True}, "`reinit_weights`"),
+        ({"lora_target_parameters": ["mlp.up_proj.weight"]}, "`lora_target_parameters`"),
+        ({"peft_layer_replication": [[0, 4]]}, "`peft_layer_replication`"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+    ],
+)
+def test_what_cannot_be_recovered_is_refused_by_name(changes, message):
+    with pytest.raises(LoRAMError, match=message):
+        check_supported(DictDefault({**GOOD, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"prunning": {"ratio": 0.5}},
+            "unknown key 'prunning' in loram: expected pruned_model_path",
+        ),
+        ({"pruning": {"ratio": 0.5, "metod": "random"}}, "unknown key 'metod'.*method"),
+        ({"pruning": {"ratio": 2}}, "between 0 and 1"),
+        ({"pruning": {}}, "expected a pruning ratio"),
+        ({}, "found neither"),
+        ({"pruned_model_path": "a", "pruning": {"ratio": 0.5}}, "found both"),
+    ],
+)
+def test_the_section_is_checked(section, message):
+    with pytest.raises(ValueError, match=message):
+        LoRAMArgs(loram=section)
+
+
+@pytest.fixture
+def run(make_model, tmp_path):
+    """Settings of a run on a pruned model, as they are when training begins."""
+    prune(str(make_model()), tmp_path / "pruned", PruningArgs(ratio=0.5))
+    settings = {
+        "base_model": str(make_model()),
+        "base_model_config": str(make_model()),
+        "output_dir": str(tmp_path / "out"),
+        "hub_model_id": "me/adapter",
+        "loram": {"pruned_model_path": str(tmp_path / "pruned")},
+    }
+    return DictDefault(settings)
+
+
+def test_training_begins_on_the_pruned_model(run, make_model, tmp_path):
+    begun = begin_training(run)
+    assert run.base_model == run.base_model_config == str(tmp_path / "pruned")
+    assert run.output_dir == str(tmp_path / "out/pruned")
+    assert run.hub_model_id is None and begun.hub_model_id == "me/adapter"
+    assert begun.base.id == str(make_model())
+
+
+def test_a_base_that_was_not_pruned_into_it_is_refused(run, make_model):
+    run.base_model = str(make_model(seed=1))
+    with pytest.raises(LoRAMError, match="fine-tuned"):
+        begin_training(run)
+
+
+def test_pruned_modules_are_not_saved_whole(run):
+    run.lora_modules_to_save = ["lm_head", "down_proj"]
+    with pytest.raises(LoRAMError, match="found down_proj"):
+        begin_training(run)
+    run.lora_modules_to_save = ["lm_head", "embed_tokens"]
+    begin_training(run)
+
+
+def test_an_output_of_another_pruned_model_is_refused(run, make_model, tmp_path):
+    (tmp_path / "out/pruned").mkdir(parents=True)
+    begin_training(run).write_record(tmp_path / "out/pruned")
+    prune(str(make_model()), tmp_path / "other", PruningArgs(ratio=0.5, seed=1))
+    run.base_model, run.output_dir = str(make_model()), str(tmp_path / "out")
+    run.loram = {"pruned_model_path": str(tmp_path / "other")}
+    with pytest.raises(LoRAMError, match="another output_dir"):
+        begin_training(run)
+
+
+def test_pruning_happens_once_per_base_and_settings(make_model, tmp_path):
+    folders = [
+        prune_into_cache(str(make_model(seed=seed)), None, PruningArgs(ratio=ratio), str(tmp_path))
+        for seed, ratio in ((0, 0.5), (0, 0.5), (0, 0.25), (1, 0.5))
+    ]
+    assert folders[0] == folders[1] and len(set(folders)) == 3
+    made = (folders[0] / "loram.json").stat().st_mtime_ns
+    prune_into_cache(str(make_model()), None, PruningArgs(ratio=0.5), str(tmp_path))
+    assert (folders[0] / "loram.json").stat().st_mtime_ns == made
+
+
+def test_ranks_that_arrive_together_prune_once(make_model, tmp_path):
+    script = (
+        "import sys; from axolotl_loram.plugin import prune_into_cache\n"
+        "from axolotl_loram.args import PruningArgs\n"
+        "print(prune_into_cache(sys.argv[1], None, PruningArgs(ratio=0.5), sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", script, str(make_model()), str(tmp_path)]
+    ranks = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    results = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert results[0][0].splitlines()[-1] == results[1][0].splitlines()[-1]
+    assert sum("pruning: 100%" in stderr for _, stderr in results) == 1
+    folder = results[0][0].splitlines()[-1]
+    assert PruningPlan.load(tmp_path / folder).kept
+
+
+def write_record(folder, **record):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "loram.json").write_text(json.dumps({"schema_version": 1, **record}))
+
+
+def test_other_commands_use_the_recovered_adapter(tmp_path):
+    cfg = DictDefault({"output_dir": str(tmp_path / "out")})
+    with pytest.raises(LoRAMError, match="run `axolotl train` first"):
+        use_recovered_adapter(cfg)
+    write_record(tmp_path / "out", kind="recovered-adapter", trained={"warm_start": "start"})
+    use_recovered_adapter(cfg)
+    assert cfg.lora_model_dir == str(tmp_path / "out")
+    cfg.lora_model_dir = "start"  # what training started from is not what it ended with
+    use_recovered_adapter(cfg)
+    assert cfg.lora_model_dir == str(tmp_path / "out")
+    cfg.lora_model_dir = str(tmp_path / "mine")
+    use_recovered_adapter(cfg)
+    assert cfg.lora_model_dir == str(tmp_path / "mine")
+    write_record(tmp_path / "mine", kind="trained-adapter")
+    with pytest.raises(LoRAMError, match="axolotl-loram recover"):
+        use_recovered_adapter(cfg)
+
+
+def test_training_that_bypasses_the_substitution_is_stopped():
+    plugin = LoRAMPlugin()
+    (callback,) = plugin.add_callbacks_pre_trainer(DictDefault({}), None)
+    with pytest.raises(LoRAMError, match="use `axolotl train`"):
+        callback.on_train_begin(None, None, None)
+
+
+def test_a_plugin_that_cannot_be_imported_stops_axolotl():
+    """Axolotl swallows ImportError and goes on without the plugin; ours raises something else."""
+    script = (
+        "import sys; from axolotl.integrations.base import PluginManager\n"
+        "sys.modules['filelock'] = None  # what a broken installation looks like\n"
+        "PluginManager.get_instance().register('axolotl_loram.LoRAMPlugin')\n"
+        "print('went on without the plugin')"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode and "LoRAMPlugin could not be imported" in result.stderr
+    assert "went on" not in result.stdout
