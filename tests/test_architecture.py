@@ -130,12 +130,12 @@ def test_ratio_outside_the_unit_interval_is_refused(ratio):
 
 
 def test_a_layer_without_a_kv_group_is_refused():
-    with pytest.raises(LoRAMError, match="at most 0.975"):
+    with pytest.raises(LoRAMError, match=r"at most 0\.975"):
         keep_counts(LLAMA_2_13B, 0.99, 4, 2)
 
 
 def test_unknown_architecture_says_how_to_add_one():
-    with pytest.raises(LoRAMError, match="'mamba'.*CONTRIBUTING"):
+    with pytest.raises(LoRAMError, match=r"'mamba'.*CONTRIBUTING"):
         family_of({"model_type": "mamba"})
 
 

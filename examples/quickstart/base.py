@@ -96,6 +96,24 @@ def _train_model(
     """Train a new model in float32 on random windows of the stream."""
     torch.manual_seed(settings.seed)
     model = _new_model(tokenizer, settings).train()
+    optimizer, schedule = _optimizer(model, settings)
+    with tqdm(total=settings.steps, desc="base model", unit="step") as progress:
+        for tokens in _batches(stream, settings):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            progress.update()
+    return model.eval()
+
+
+def _optimizer(
+    model: LlamaForCausalLM, settings: Settings
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return AdamW with a short warm-up and a cosine decay over all steps."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
@@ -110,17 +128,7 @@ def _train_model(
         pct_start=settings.warmup / settings.steps,
         cycle_momentum=False,
     )
-    with tqdm(total=settings.steps, desc="base model", unit="step") as progress:
-        for tokens in _batches(stream, settings):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            progress.update()
-    return model.eval()
+    return optimizer, schedule
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> LlamaForCausalLM:

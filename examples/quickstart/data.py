@@ -25,6 +25,7 @@ SKIPPED_FOLDERS = {
     "test",
     "tests",
 }
+MACHINE_PREFIXES = ("_sysconfigdata", "config-")  # written when this Python was built
 HELD_OUT_SHARE = 8  # one top-level module in 8 is held out
 COMPLETION_CHARACTERS = (10, 100)  # shorter lines say nothing, longer ones are not summaries
 PROMPT_CHARACTERS = 300
@@ -71,7 +72,7 @@ def _sources(library: Path) -> Iterator[tuple[str, str]]:
     """Yield the top-level module and the text of each source file, in the order of their paths."""
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
-        if SKIPPED_FOLDERS.isdisjoint(parts) and not parts[0].startswith(("_sysconfigdata", "config-")):
+        if SKIPPED_FOLDERS.isdisjoint(parts) and not parts[0].startswith(MACHINE_PREFIXES):
             try:
                 yield parts[0].removesuffix(".py"), path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
@@ -111,9 +112,7 @@ def _pair(
         yield prompt, line + QUOTES
 
 
-def _head(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, owner: ast.Module | ast.ClassDef
-) -> str:
+def _head(node: ast.FunctionDef | ast.AsyncFunctionDef, owner: ast.Module | ast.ClassDef) -> str:
     """Return the text up to the docstring: the class line of a method, the `def` line, quotes."""
     keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
     head = f"{keyword} {node.name}({ast.unparse(node.args)}):\n    {QUOTES}"

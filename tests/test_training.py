@@ -1,0 +1,224 @@
+"""The stories, each through Axolotl's own commands as a user types them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_command, write_yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from axolotl_loram.args import PruningArgs
+from axolotl_loram.plan import PruningPlan
+from axolotl_loram.prune import prune
+from axolotl_loram.recover import recover
+
+pytestmark = pytest.mark.slow
+TOKENS = torch.arange(3, 60)[None]
+
+
+def train(yaml_file, *arguments, **options):
+    return run_command("axolotl", "train", yaml_file, "--launcher", "python", *arguments, **options)
+
+
+def adapter_weights(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def logits_of(base, adapter=None):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def assert_same(first, second):
+    """Equal to 1e-5 of the largest value, in float32."""
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5 * float(second.abs().max()))
+
+
+@pytest.fixture
+def pruned(make_model, tmp_path):
+    prune(str(make_model()), tmp_path / "pruned-model", PruningArgs(ratio=0.5))
+    return tmp_path / "pruned-model"
+
+
+def check_output(output, base):
+    """output_dir is an ordinary adapter for the base, with nothing of the pruned model beside."""
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    assert str(base) in (output / "README.md").read_text()
+    assert not (output / "config.json").exists()
+    assert json.loads((output / "loram.json").read_text())["kind"] == "recovered-adapter"
+    for name, weight in adapter_weights(output / "pruned").items():
+        full = adapter_weights(output)[name]
+        assert torch.equal(full[full != 0].sort()[0], weight[weight != 0].sort()[0])
+    assert not torch.allclose(logits_of(base), logits_of(base, output), atol=0.01)
+
+
+def test_lora_from_preprocess_to_merge(pruned, make_model, settings, tmp_path):
+    """preprocess, train, merge-lora by both methods, inference, evaluate: one YAML."""
+    base, output = make_model(), tmp_path / "out"
+    options = {
+        "loram": {"pruned_model_path": str(pruned)},
+        "sample_packing": True,
+        "pad_to_sequence_len": True,
+        "gradient_checkpointing": True,
+        "peft_use_rslora": True,
+        "lora_modules_to_save": ["lm_head"],
+    }
+    yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **options))
+    run_command("axolotl", "preprocess", yaml_file)
+    prepared = sorted((tmp_path / "prepared").iterdir())
+    log = train(yaml_file)
+    assert sorted((tmp_path / "prepared").iterdir()) == prepared  # the same data set was used
+    assert "training on the pruned model" in log.stdout + log.stderr
+    narrow = adapter_weights(output / "pruned")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    assert narrow[name].shape == (24, 4) and adapter_weights(output)[name].shape == (48, 4)
+    assert "base_model.model.lm_head.weight" in narrow
+    check_output(output, base)
+
+    expected = logits_of(base, output)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output)
+    assert_same(loaded.merge_and_unload().eval()(TOKENS).logits.detach(), expected)
+    for method in ("memory_efficient", "legacy"):
+        run_command("axolotl", "merge-lora", yaml_file, "--merge-method", method)
+        assert_same(logits_of(output / "merged"), expected)
+
+    said = run_command(
+        "axolotl", "inference", yaml_file, "--launcher", "python", input="def loads(s):\n"
+    )
+    assert f"using the recovered adapter in {output}" in said.stdout + said.stderr
+    yaml_file = write_yaml(yaml_file, settings(base, loram=options["loram"], sample_packing=False))
+    said = run_command("axolotl", "evaluate", yaml_file, "--launcher", "python")
+    assert f"using the recovered adapter in {output}" in said.stdout + said.stderr
+    assert "validation" in (output / "eval_summary.csv").read_text()
+
+
+def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, settings, tmp_path):
+    base, output = make_model(), tmp_path / "out"
+    section = {
+        "pruning": {"method": "magnitude", "ratio": 0.5},
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    changes = {"loram": section, "adapter": "qlora", "load_in_4bit": True}
+    yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **changes))
+    log = train(yaml_file)
+    assert "pruning" in log.stderr
+    (cached,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert PruningPlan.load(cached).counts == {
+        layer: {"neurons": 24, "kv_groups": 1} for layer in (1, 2)
+    }
+    check_output(output, base)
+    run_command("axolotl", "merge-lora", yaml_file)
+    assert_same(logits_of(output / "merged"), logits_of(base, output))
+
+
+def test_a_killed_run_is_recovered_from_a_checkpoint_and_resumes(
+    pruned, make_model, settings, tmp_path
+):
+    base = make_model()
+    changes = {
+        "loram": {"pruned_model_path": str(pruned)},
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = {**settings(base, **changes), "output_dir": str(tmp_path / "whole")}
+    train(write_yaml(tmp_path / "whole.yml", whole))
+
+    yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **changes))
+    program = Path(sys.executable).parent / "axolotl"
+    command = [program, "train", yaml_file, "--launcher", "python"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "out/pruned/checkpoint-4"
+    deadline = time.monotonic() + 300
+    while not (checkpoint / "loram.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/adapter_config.json").exists()
+
+    record = recover(checkpoint)
+    assert record["plan"] == PruningPlan.load(pruned).digest
+    assert not torch.allclose(logits_of(base), logits_of(base, record["output"]), atol=0.01)
+
+    (tmp_path / "out/pruned/checkpoint-6").exists() and pytest.skip("the kill came too late")
+    train(yaml_file, "--resume-from-checkpoint", checkpoint)
+    resumed, uninterrupted = adapter_weights(tmp_path / "out"), adapter_weights(tmp_path / "whole")
+    for name, weight in uninterrupted.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_an_interrupted_run_leaves_an_adapter_to_recover(pruned, make_model, settings, tmp_path):
+    changes = {
+        "loram": {"pruned_model_path": str(pruned)},
+        "max_steps": 100_000,
+        "num_epochs": 9999,
+    }
+    yaml_file = write_yaml(tmp_path / "loram.yml", settings(make_model(), **changes))
+    program = Path(sys.executable).parent / "axolotl"
+    command = [program, "train", yaml_file, "--launcher", "python"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while "'loss'" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == 0
+    record = recover(tmp_path / "out/pruned")
+    assert not torch.allclose(
+        logits_of(make_model()), logits_of(make_model(), record["output"]), atol=0.001
+    )
+
+
+def test_a_full_size_adapter_is_a_warm_start(pruned, make_model, settings, tmp_path):
+    """Training goes on from where the adapter was, and the other commands use the result."""
+    base = make_model()
+    plain = {**settings(base), "plugins": [], "output_dir": str(tmp_path / "start")}
+    train(write_yaml(tmp_path / "plain.yml", plain))
+    changes = {
+        "loram": {"pruned_model_path": str(pruned)},
+        "lora_model_dir": str(tmp_path / "start"),
+        "learning_rate": 1e-9,
+    }
+    yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **changes))
+    train(yaml_file)
+    start, end = adapter_weights(tmp_path / "start"), adapter_weights(tmp_path / "out")
+    for name, weight in end.items():
+        kept = weight != 0
+        torch.testing.assert_close(weight[kept], start[name][kept], rtol=0, atol=1e-6)
+        assert kept.float().mean() > 0.3
+    log = run_command("axolotl", "merge-lora", yaml_file)
+    assert f"using the recovered adapter in {tmp_path / 'out'}" in log.stdout + log.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"relora": True}, "expected no `relora`"),
+        ({"loram": {"prunned_model_path": "x"}}, "unknown key 'prunned_model_path'"),
+        ({"base_model": "other"}, "another model, such as a fine-tuned one"),
+    ],
+)
+def test_refusals_reach_the_user_before_training(
+    changes, message, pruned, make_model, settings, tmp_path
+):
+    if "base_model" in changes:
+        changes = {"base_model": str(make_model(seed=1))}
+    yaml_file = write_yaml(
+        tmp_path / "loram.yml",
+        {**settings(make_model(), loram={"pruned_model_path": str(pruned)}), **changes},
+    )
+    result = train(yaml_file, check=False)
+    assert result.returncode and message in result.stdout + result.stderr
+    assert not (tmp_path / "out/pruned").exists()
