@@ -222,3 +222,23 @@ def test_refusals_reach_the_user_before_training(
     result = train(yaml_file, check=False)
     assert result.returncode and message in result.stdout + result.stderr
     assert not (tmp_path / "out/pruned").exists()
+
+
+def test_two_ranks_under_zero_3_leave_one_complete_adapter(pruned, make_model, settings, tmp_path):
+    root = Path(__file__).resolve().parent
+    changes = {
+        "loram": {"pruned_model_path": str(pruned)},
+        "deepspeed": str(root.parent / "deepspeed_configs/zero3.json"),
+    }
+    yaml_file = write_yaml(tmp_path / "loram.yml", settings(make_model(), **changes))
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(root / "cpu_ranks"),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ("axolotl", "train", yaml_file, "--launcher", "torchrun", "--", "--nproc_per_node", "2")
+    log = run_command(*command, env=environment)
+    assert "world_size" in log.stdout + log.stderr
+    check_output(tmp_path / "out", make_model())

@@ -1,0 +1,40 @@
+# `make quickstart` and `make test` set up all they need in .venv; run again, they set up nothing.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export AXOLOTL_DO_NOT_TRACK := 1
+export WANDB_MODE := disabled
+
+.PHONY: quickstart test test-fast lint format bench clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: .venv/installed
+	$(BIN)/python examples/quickstart/quickstart.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/recover.py --csv
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis
