@@ -131,7 +131,9 @@ def prune(
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--pruned-model", help="Folder or hub id; by default what the adapter names.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Folder to write; ADAPTER/recovered if unset."
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write, by default recovered-… beside ADAPTER.",
 )
 @overwrite_option
 @json_option

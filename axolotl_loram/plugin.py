@@ -41,6 +41,12 @@ from axolotl_loram.sources import find_folder
 
 LOG = logging.getLogger(__name__)
 PRUNED_FOLDER = "pruned"
+ADAPTERS = {"loram": "lora", "qloram": "qlora", "lora": "lora", "qlora": "qlora"}
+"""What a YAML may name as its adapter → what Axolotl calls it.
+
+The first two mean the same as the others, but Axolotl refuses them where this package is not
+installed, whereas it would train the original model under the others.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class LoRAMPlugin(BasePlugin):
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""
         _log_as_axolotl_does()
         check_supported(cfg)
+        cfg.adapter = ADAPTERS[cfg.adapter]
         if cfg.merge_lora:
             use_recovered_adapter(cfg)
             _merge_into_unquantized_base(cfg)
@@ -183,10 +190,10 @@ def check_supported(cfg: Any) -> None:
             "expected a `loram:` section for the LoRAMPlugin, found none: add "
             "`loram: {pruned_model_path: ...}` or take the plugin out"
         )
-    if cfg.adapter not in ("lora", "qlora"):
+    if cfg.adapter not in ADAPTERS:
         raise LoRAMError(
-            f"expected adapter: lora or qlora with loram:, found {cfg.adapter!r}: LoRAM recovers "
-            "LoRA matrices only"
+            f"expected adapter: {', '.join(ADAPTERS)} with loram:, found {cfg.adapter!r}: LoRAM "
+            "recovers LoRA matrices only"
         )
     refused = {
         "relora": "it merges into the pruned weights as it goes, which the original has not",

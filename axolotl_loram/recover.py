@@ -95,7 +95,7 @@ def recover(
         adapter: Folder with adapter_config.json and adapter_model.safetensors.
         pruned_model: Folder or hub id of the pruned model; by default the one that the adapter's
             own config names.
-        output: Folder to write, by default `adapter`/recovered.
+        output: Folder to write, by default `default_output(adapter)`.
         base: What the result names as its base, by default the plan's.
         update: Put the files into `output` beside others that it keeps.
         overwrite: Replace what `output` holds.
@@ -112,7 +112,7 @@ def recover(
     check_trained_under(adapter, plan)
     checkpoint = Checkpoint(adapter, ADAPTER_FILE)
     moved = match(checkpoint, plan, full_size=False)
-    base, output = base or plan.base, output or adapter / "recovered"
+    base, output = base or plan.base, output or default_output(adapter)
     LOG.info("recovering %d tensors of %s to %s", len(moved), adapter, output)
     manager = updated_folder(output, ADAPTER_CONFIG) if update else new_folder(output, overwrite)
     with manager as scratch:
@@ -131,6 +131,16 @@ def recover(
                 if file.is_file():
                     shutil.copyfile(file, scratch / file.name)
     return {**record, "output": str(output)}
+
+
+def default_output(adapter: Path) -> Path:
+    """``run/pruned/checkpoint-7`` → ``run/pruned/recovered-checkpoint-7``.
+
+    Not below the checkpoint: on resume, the Trainer takes a folder there that holds an adapter for
+    one more adapter of the pruned model. Not ``checkpoint-7-…``: that looks like a checkpoint.
+    """
+    adapter = adapter.resolve()
+    return adapter.parent / f"recovered-{adapter.name}"
 
 
 def gather_adapter(adapter: str, plan: PruningPlan, pruned_model: str, output: Path) -> None:

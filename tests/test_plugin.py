@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.config import AxolotlInputConfig
 
 from axolotl_loram.args import LoRAMArgs, PruningArgs
 from axolotl_loram.errors import LoRAMError
@@ -29,8 +30,8 @@ def test_what_works_is_not_refused():
     ("changes", "message"),
     [
         ({"loram": None}, "`loram:` section"),
-        ({"adapter": None}, "adapter: lora or qlora"),
-        ({"adapter": "llama-adapter"}, "adapter: lora or qlora"),
+        ({"adapter": None}, "adapter: loram, qloram, lora, qlora.*found None"),
+        ({"adapter": "llama-adapter"}, "found 'llama-adapter'"),
         ({"relora": True}, "`relora`.*merges"),
         ({"peft_use_dora": True}, "DoRA"),
         ({"peft_init_lora_weights": "pissa"}, "pissa"),
@@ -45,6 +46,19 @@ def test_what_works_is_not_refused():
 def test_what_cannot_be_recovered_is_refused_by_name(changes, message):
     with pytest.raises(LoRAMError, match=message):
         check_supported(DictDefault({**GOOD, **changes}))
+
+
+@pytest.mark.parametrize(("named", "meant"), [("loram", "lora"), ("qloram", "qlora")])
+def test_adapters_that_axolotl_refuses_without_the_plugin(named, meant):
+    """Where the plugin is not installed, `adapter: loram` stops Axolotl before it loads a model."""
+    cfg = DictDefault({**GOOD, "adapter": named})
+    LoRAMPlugin().register(cfg)
+    assert cfg.adapter == meant
+    settings = {"base_model": "x", "micro_batch_size": 1, "learning_rate": 1e-4, "max_steps": 1}
+    datasets = [{"path": "x", "type": "completion"}]
+    with pytest.raises(ValueError, match=f"'?{named}'?"):
+        AxolotlInputConfig(**settings, datasets=datasets, adapter=named)
+    AxolotlInputConfig(**settings, datasets=datasets, adapter="lora")
 
 
 @pytest.mark.parametrize(

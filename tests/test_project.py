@@ -22,9 +22,11 @@ def imported_modules(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "axolotl_loram" else [
-                f"axolotl_loram.{alias.name}" for alias in node.names
-            ]
+            names = (
+                [node.module]
+                if node.module != "axolotl_loram"
+                else [f"axolotl_loram.{alias.name}" for alias in node.names]
+            )
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:

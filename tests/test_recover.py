@@ -236,7 +236,7 @@ def test_result_names_the_original_and_holds_no_pruned_config(pruned, make_model
     assert not (tmp_path / "out/config.json").exists()
     record = recover(tmp_path / "adapter")
     assert record["base"]["id"] == str(make_model())
-    assert Path(record["output"]) == tmp_path / "adapter/recovered"
+    assert Path(record["output"]) == tmp_path / "recovered-adapter"
 
 
 def edit_config(adapter, **changes):
@@ -261,7 +261,7 @@ def test_adapters_that_cannot_be_recovered_are_refused(changes, message, pruned,
     edit_config(tmp_path / "adapter", **changes)
     with pytest.raises(LoRAMError, match=message):
         recover(tmp_path / "adapter")
-    assert not (tmp_path / "adapter/recovered").exists()
+    assert not (tmp_path / "recovered-adapter").exists()
 
 
 def test_adapter_of_another_plan_is_refused(pruned, make_model, tmp_path):

@@ -110,7 +110,7 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
         "pruning": {"method": "magnitude", "ratio": 0.5},
         "cache_dir": str(tmp_path / "cache"),
     }
-    changes = {"loram": section, "adapter": "qlora", "load_in_4bit": True}
+    changes = {"loram": section, "adapter": "qloram", "load_in_4bit": True}
     yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **changes))
     log = train(yaml_file)
     assert "pruning" in log.stderr
@@ -238,7 +238,16 @@ def test_two_ranks_under_zero_3_leave_one_complete_adapter(pruned, make_model, s
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    command = ("axolotl", "train", yaml_file, "--launcher", "torchrun", "--", "--nproc_per_node", "2")
+    command = (
+        "axolotl",
+        "train",
+        yaml_file,
+        "--launcher",
+        "torchrun",
+        "--",
+        "--nproc_per_node",
+        "2",
+    )
     log = run_command(*command, env=environment)
     assert "world_size" in log.stdout + log.stderr
     check_output(tmp_path / "out", make_model())

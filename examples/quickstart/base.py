@@ -31,10 +31,10 @@ class Settings:
     heads: int = 8
     kv_heads: int = 4
     head_dim: int = 16
-    steps: int = 800
+    steps: int = 1000
     batch: int = 4
     length: int = 128
-    warmup: int = 50
+    warmup: int = 60
     learning_rate: float = 4e-3
     weight_decay: float = 0.1
     seed: int = 0

@@ -25,6 +25,7 @@ import torch
 from evaluation import generate_samples, heldout_perplexity
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import axolotl_loram.heterogeneous  # noqa: F401  (to load the pruned model)
 
@@ -43,9 +44,13 @@ LABELS = {
 def main() -> None:
     os.chdir(HERE.parent.parent)
     started = time.monotonic()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     say("Reading the standard library, training the base model on it (cached)")
     data.build(BUILD / "data")
-    base.build(BUILD / "data/pretrain.jsonl", BUILD / "base")
+    if base.build(BUILD / "data/pretrain.jsonl", BUILD / "base"):
+        # Axolotl knows a prepared data set by its settings, not by the text that it was made from.
+        shutil.rmtree(BUILD / "prepared", ignore_errors=True)
     for folder in ("pruned", "lora", "loram"):
         shutil.rmtree(BUILD / folder, ignore_errors=True)
     prune = ["axolotl-loram", "prune", BUILD / "base", BUILD / "pruned", "--pruning-ratio", "0.5"]
@@ -97,7 +102,9 @@ def run(what: str, program: str, *arguments: str | Path) -> float:
 def show_progress(log: Path, seconds: float) -> None:
     """Repeat the last progress bar of a log on the terminal."""
     if sys.stderr.isatty():
-        bars = re.findall(r"(\d+/\d+ \[[^\]]+\])", log.read_text(encoding="utf-8", errors="replace"))
+        bars = re.findall(
+            r"(\d+/\d+ \[[^\]]+\])", log.read_text(encoding="utf-8", errors="replace")
+        )
         print(f"\r   {seconds:4.0f} s  {bars[-1] if bars else '':60}", end="", file=sys.stderr)
 
 
@@ -111,7 +118,9 @@ def measure() -> dict:
     results = {"base": heldout_perplexity(original, tokenizer, heldout)}
     before = generate_samples(original, tokenizer, heldout)
     pruned = PeftModel.from_pretrained(pruned, BUILD / "loram/pruned")
-    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BUILD / "base"), BUILD / "lora")
+    lora = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(BUILD / "base"), BUILD / "lora"
+    )
     recovered = PeftModel.from_pretrained(original, BUILD / "loram")
     merged = AutoModelForCausalLM.from_pretrained(BUILD / "loram/merged")
     models = {"lora": lora, "pruned_lora": pruned, "recovered": recovered, "merged": merged}
