@@ -11,7 +11,7 @@ from axolotl_loram.architecture import Config, tensors
 from axolotl_loram.checkpoint import Checkpoint, read_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, PruningPlan
-from axolotl_loram.sources import find_local_weights, load_config
+from axolotl_loram.sources import commit_of, find_folder, find_local_weights, load_config
 
 LOG = logging.getLogger(__name__)
 
@@ -106,7 +106,9 @@ def check_base(plan: PruningPlan, model: str, revision: str | None = None) -> No
                 f"{str(plan.base.fingerprint)[:19]}…), found {model} of the same shape with "
                 f"{fingerprint[:19]}…: it is another model, such as a fine-tuned one"
             )
-    elif (model, revision) != (plan.base.id, plan.base.revision):
+        return
+    commit = commit_of(find_folder(model, revision, ["config.json"]), revision)
+    if (model, commit) != (plan.base.id, plan.base.revision):
         LOG.warning(
             "the weights of %s are not on this machine: only its config was compared with %s, the "
             "base of the pruned model",

@@ -29,15 +29,15 @@ from transformers import TrainerCallback
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
 from axolotl_loram.architecture import tensors
 from axolotl_loram.args import LoRAMConfig, PruningArgs
-from axolotl_loram.checkpoint import Checkpoint, write_json
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, write_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.pairing import check_base, check_pruned, read_record
-from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan, summary
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.prune import prune
 from axolotl_loram.recover import ADAPTER_CONFIG, gather_adapter, recover, unrecoverable
-from axolotl_loram.sources import find_folder
+from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
 
 LOG = logging.getLogger(__name__)
 PRUNED_FOLDER = "pruned"
@@ -121,9 +121,13 @@ class LoRAMPlugin(BasePlugin):
         """Make sure that the model about to be trained is the pruned one."""
         if self.run is not None:
             check_widths(model)
-            config = {**self.run.plan.config, **self.run.plan.changes}
-            expected = sum(1 for _ in tensors(config))
-            LOG.info("training on the pruned model in %s (%d tensors)", self.run.pruned, expected)
+            counted = summary(self.run.plan.config, self.run.plan.counts)
+            LOG.info(
+                "training on the pruned model in %s: %s of %s parameters",
+                self.run.pruned,
+                f"{counted['pruned_parameters']:,}",
+                f"{counted['base_parameters']:,}",
+            )
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""
@@ -362,6 +366,16 @@ def upload(folder: Path, repository: str) -> None:
 
     api = HfApi()
     api.create_repo(repository, private=True, exist_ok=True)
-    names = [ADAPTER_CONFIG, "adapter_model.safetensors", RECORD_FILE, "README.md", "*token*"]
-    api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names)
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        allow_patterns=[
+            ADAPTER_CONFIG,
+            ADAPTER_FILE,
+            RECORD_FILE,
+            "README.md",
+            *TOKENIZER_PATTERNS,
+        ],
+        ignore_patterns=[f"{PRUNED_FOLDER}/*", "merged/*"],
+    )
     LOG.info("uploaded the adapter to %s", repository)

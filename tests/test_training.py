@@ -13,6 +13,7 @@ import torch
 from conftest import run_command, write_yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_recover import train_on
 from transformers import AutoModelForCausalLM
 
 from axolotl_loram.args import PruningArgs
@@ -127,8 +128,10 @@ def test_a_killed_run_is_recovered_from_a_checkpoint_and_resumes(
     pruned, make_model, settings, tmp_path
 ):
     base = make_model()
+    train_on(base, tmp_path / "start")  # Axolotl does not seed LoRA's A, so both runs get one
     changes = {
         "loram": {"pruned_model_path": str(pruned)},
+        "lora_model_dir": str(tmp_path / "start"),
         "max_steps": 6,
         "save_strategy": "steps",
         "save_steps": 2,
