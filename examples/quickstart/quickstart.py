@@ -56,8 +56,10 @@ def main() -> None:
     prune = ["axolotl-loram", "prune", BUILD / "base", BUILD / "pruned", "--pruning-ratio", "0.5"]
     run("Pruning half of the neurons and KV groups of the inner layers", *prune, "--json")
     seconds = {
-        "lora": run("Plain LoRA on the original", *train("lora.yml")),
-        "loram": run("LoRAM: LoRA on the pruned model, recovered", *train("loram.yml")),
+        "lora": run("Plain LoRA on the original", "axolotl", "train", HERE / "lora.yml"),
+        "loram": run(
+            "LoRAM: on the pruned model, recovered", "axolotl", "train", HERE / "loram.yml"
+        ),
     }
     run("Merging", "axolotl", "merge-lora", HERE / "loram.yml")
     say("Measuring on held-out modules")
@@ -67,11 +69,6 @@ def main() -> None:
     show(results)
     if not results["recovered"] < results["base"] or results["share"] < GOAL:
         sys.exit(f"expected the recovered adapter to keep {GOAL} of what LoRA gains")
-
-
-def train(yaml_file: str) -> list[str | Path]:
-    """The command a user types, with the launcher that needs no accelerator."""
-    return ["axolotl", "train", HERE / yaml_file, "--launcher", "python"]
 
 
 def say(what: str) -> None:
@@ -84,12 +81,14 @@ def run(what: str, program: str, *arguments: str | Path) -> float:
     log = BUILD / f"{re.sub(r'[^a-z]+', '-', what.lower())[:40].strip('-')}.log"
     command = [str(PROGRAMS / program), *map(str, arguments)]
     print(f"   {program} {' '.join(command[1:])}\n   log: {log}", file=sys.stderr)
-    private = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    environment = {
+        **os.environ,
+        "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}",
+        **{"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+    }
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, **private}
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         while process.poll() is None:
             time.sleep(0.5)
             show_progress(log, time.monotonic() - started)
