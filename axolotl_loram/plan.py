@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,32 @@ class PruningPlan:
         return cls(
             config, {n: t.read().view("<i4").astype(np.int32) for n, t in stored.items()}, base
         )
+
+
+Features = Sequence[np.ndarray | None]
+"""For each axis of an array, the kept positions in the base, None where all are."""
+
+
+def gather(array: np.ndarray, features: Features) -> np.ndarray:
+    """What is kept of an array of the base's shape."""
+    for axis, kept in enumerate(features):
+        if kept is not None:
+            array = array.take(kept, axis=axis)
+    return array
+
+
+def scatter(array: np.ndarray, features: Features, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of the base's `shape` that is `array` at the kept positions and zero elsewhere.
+
+    The mirror of `gather`: gathering the result gives `array` back.
+    """
+    if all(kept is None for kept in features):
+        return array
+    whole = [np.arange(size) for size in shape]
+    index = [all_ if kept is None else kept for all_, kept in zip(whole, features, strict=True)]
+    result = np.zeros(shape, array.dtype)
+    result[np.ix_(*index)] = array
+    return result
 
 
 def entries_of(config: Config) -> Iterator[tuple[str, int, Group]]:

@@ -35,6 +35,7 @@ from axolotl_loram.plan import (
     SCHEMA_VERSION,
     Base,
     PruningPlan,
+    gather,
     keep_counts,
     summary,
 )
@@ -134,7 +135,8 @@ def write_weights(
 
     def gathered(names: list[str]) -> Iterator[np.ndarray]:
         for name in names:
-            array = gather(checkpoint[name].read(), base_tensors[name], plan)
+            tensor = base_tensors[name]
+            array = gather(checkpoint[name].read(), plan.features(tensor.dims, tensor.layer))
             yield array
             if done:
                 done(array.nbytes)
@@ -152,14 +154,6 @@ def write_weights(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     return files
-
-
-def gather(array: np.ndarray, tensor: Tensor, plan: PruningPlan) -> np.ndarray:
-    """The rows and columns of a base tensor that belong to kept units."""
-    for axis, features in enumerate(plan.features(tensor.dims, tensor.layer)):
-        if features is not None:
-            array = array.take(features, axis=axis)
-    return array
 
 
 def _write_rest(

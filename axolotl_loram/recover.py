@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from axolotl_loram.checkpoint import (
 )
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pairing import check_trained_under, read_record
-from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.plan import (
+    PLAN_FILE,
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    Base,
+    PruningPlan,
+    gather,
+    scatter,
+)
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
 
 LOG = logging.getLogger(__name__)
@@ -60,24 +68,11 @@ class Moved:
 
     def scatter(self) -> np.ndarray:
         """The tensor with zeros at pruned features, bits unchanged at kept ones."""
-        array = self.stored.read()
-        if all(kept is None for kept in self.features):
-            return array
-        result = np.zeros(self.shape, array.dtype)
-        index = [np.arange(n) if kept is None else kept for n, kept in self._axes()]
-        result[np.ix_(*index)] = array
-        return result
+        return scatter(self.stored.read(), self.features, self.shape)
 
     def gather(self) -> np.ndarray:
         """The tensor at kept features."""
-        array = self.stored.read()
-        for axis, kept in enumerate(self.features):
-            if kept is not None:
-                array = array.take(kept, axis=axis)
-        return array
-
-    def _axes(self) -> Iterator[tuple[int, np.ndarray | None]]:
-        return zip(self.shape, self.features, strict=True)
+        return gather(self.stored.read(), self.features)
 
 
 def recover(
