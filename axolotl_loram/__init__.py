@@ -21,5 +21,5 @@ def __getattr__(name: str) -> Any:
         # model as if nothing had been asked for: any other error stops it.
         raise RuntimeError(
             f"axolotl_loram.{name} could not be imported ({error}); expected an environment with "
-            "axolotl 0.19: reinstall with `pip install axolotl-loram`"
+            "axolotl 0.19: install axolotl-loram again, with what it depends on"
         ) from error

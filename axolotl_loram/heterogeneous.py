@@ -35,6 +35,7 @@ def install() -> None:
     if not hasattr(heterogeneity, "apply_heterogeneous_modeling"):
         _grant_global_access()
         _wrap(PreTrainedModel, "__init__", _prepare_layers_before)
+        _wrap(PreTrainedModel, "set_attn_implementation", _tell_layers_after)
     _wrap(PreTrainedModel, "post_init", _check_widths_before)
 
 
@@ -69,6 +70,16 @@ def _prepare_layers_before(
         for cls in _decoder_layers(type(model)):
             _wrap(cls, "__init__", _with_own_config)
     original(model, config, *args, **kwargs)
+
+
+def _tell_layers_after(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """A layer's own config is a copy: hand it the attention that was chosen after building."""
+    original(model, *args, **kwargs)
+    if is_heterogeneous(model.config):
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if config is not None and not isinstance(module, PreTrainedModel):
+                config._attn_implementation = model.config._attn_implementation
 
 
 def _check_widths_before(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:

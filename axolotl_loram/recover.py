@@ -306,7 +306,7 @@ def model_card(base: Base, details: str = "") -> str:
             "",
             f"Runs on `{base.id}`{revision}, the original model, like any PEFT adapter. It was",
             "trained on a pruned version of that model and recovered to the original shapes with",
-            "[axolotl-loram](https://pypi.org/project/axolotl-loram) (LoRAM, arXiv 2502.13533).",
+            "axolotl-loram (LoRAM, arXiv 2502.13533).",
             "",
             details,
         ]
