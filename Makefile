@@ -35,6 +35,8 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/recover.py --csv
+	$(BIN)/python examples/quickstart/quickstart.py
+	$(BIN)/python benchmarks/quickstart.py
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -65,6 +65,17 @@ def check_output(output, base):
     assert not torch.allclose(logits_of(base), logits_of(base, output), atol=0.01)
 
 
+def check_inference_and_evaluate(yaml_file, output):
+    """Both load the original base with the recovered adapter."""
+    launch = ("--launcher", "python")
+    said = run_command("axolotl", "inference", yaml_file, *launch, input="def loads(s):\n")
+    assert f"using the recovered adapter in {output}" in said.stdout + said.stderr
+    assert "def loads(s):" in said.stdout
+    said = run_command("axolotl", "evaluate", yaml_file, *launch)
+    assert f"using the recovered adapter in {output}" in said.stdout + said.stderr
+    assert "validation" in (output / "eval_summary.csv").read_text()
+
+
 def test_lora_from_preprocess_to_merge(pruned, make_model, settings, tmp_path):
     """preprocess, train, merge-lora by both methods, inference, evaluate: one YAML."""
     base, output = make_model(), tmp_path / "out"
@@ -95,14 +106,8 @@ def test_lora_from_preprocess_to_merge(pruned, make_model, settings, tmp_path):
         run_command("axolotl", "merge-lora", yaml_file, "--merge-method", method)
         assert_same(logits_of(output / "merged"), expected)
 
-    said = run_command(
-        "axolotl", "inference", yaml_file, "--launcher", "python", input="def loads(s):\n"
-    )
-    assert f"using the recovered adapter in {output}" in said.stdout + said.stderr
     yaml_file = write_yaml(yaml_file, settings(base, loram=options["loram"], sample_packing=False))
-    said = run_command("axolotl", "evaluate", yaml_file, "--launcher", "python")
-    assert f"using the recovered adapter in {output}" in said.stdout + said.stderr
-    assert "validation" in (output / "eval_summary.csv").read_text()
+    check_inference_and_evaluate(yaml_file, output)
 
 
 def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, settings, tmp_path):
@@ -122,6 +127,7 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
     check_output(output, base)
     run_command("axolotl", "merge-lora", yaml_file)
     assert_same(logits_of(output / "merged"), logits_of(base, output))
+    check_inference_and_evaluate(yaml_file, output)
 
 
 def test_a_killed_run_is_recovered_from_a_checkpoint_and_resumes(
