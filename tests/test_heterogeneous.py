@@ -85,6 +85,25 @@ def test_a_full_width_model_is_never_built_silently(pruned):
     assert result.returncode and "AmbiguousGlobalPerLayerAttributeError" in result.stderr
 
 
+def test_an_implementation_that_builds_full_width_is_caught(pruned):
+    """We step aside for transformers' own, but still look at what it built."""
+    script = (
+        "import sys; from transformers.integrations import heterogeneity\n"
+        "heterogeneity.apply_heterogeneous_modeling = lambda model: None  # does nothing\n"
+        "import axolotl_loram.heterogeneous\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "config = AutoConfig.from_pretrained(sys.argv[1])\n"
+        "AutoModelForCausalLM.from_config(config)\n"
+    )
+    file = pruned / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({"allow_global_per_layer_attribute_access": True, **config}))
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(pruned)], capture_output=True, text=True
+    )
+    assert result.returncode and "LoRAMError: expected layers.1" in result.stderr
+
+
 def test_widths_are_checked_after_building(pruned):
     model = build_model()
     model.config = AutoConfig.from_pretrained(pruned)

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from axolotl.utils.dict import DictDefault
@@ -139,21 +141,34 @@ def test_pruning_happens_once_per_base_and_settings(make_model, tmp_path):
 
 def test_ranks_that_arrive_together_prune_once(make_model, tmp_path):
     script = (
-        "import sys; from axolotl_loram.plugin import prune_into_cache\n"
+        "import sys, time; from pathlib import Path\n"
+        "from axolotl_loram.plugin import prune_into_cache\n"
         "from axolotl_loram.args import PruningArgs\n"
+        "Path(sys.argv[3]).touch()\n"
+        "while not Path(sys.argv[4]).exists(): time.sleep(0.001)\n"
         "print(prune_into_cache(sys.argv[1], None, PruningArgs(ratio=0.5), sys.argv[2]))"
     )
-    command = [sys.executable, "-c", script, str(make_model()), str(tmp_path)]
+    command = [sys.executable, "-c", script, str(make_model()), str(tmp_path / "cache")]
+    ready, go = [tmp_path / "ready-0", tmp_path / "ready-1"], tmp_path / "go"
     ranks = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen(
+            [*command, str(flag), str(go)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for flag in ready
     ]
+    while not all(flag.exists() for flag in ready):
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.01)
+    go.touch()
     results = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert results[0][0].splitlines()[-1] == results[1][0].splitlines()[-1]
     assert sum("pruning: 100%" in stderr for _, stderr in results) == 1
     folder = results[0][0].splitlines()[-1]
-    assert PruningPlan.load(tmp_path / folder).kept
+    assert PruningPlan.load(Path(folder)).kept
 
 
 def write_record(folder, **record):
