@@ -116,7 +116,11 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
         "pruning": {"method": "magnitude", "ratio": 0.5},
         "cache_dir": str(tmp_path / "cache"),
     }
+    # `axolotl inference` casts the model to its dtype; in float32 that would break 4-bit weights
+    # which are stored as bfloat16, Axolotl's default.
+    storage = {"bnb_4bit_quant_storage": "uint8"}
     changes = {"loram": section, "adapter": "qloram", "load_in_4bit": True}
+    changes["bnb_config_kwargs"] = storage
     yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **changes))
     log = train(yaml_file)
     assert "pruning" in log.stderr
