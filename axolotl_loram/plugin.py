@@ -36,11 +36,18 @@ from axolotl_loram.pairing import check_base, check_pruned, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan, summary
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.prune import prune
-from axolotl_loram.recover import ADAPTER_CONFIG, gather_adapter, recover, unrecoverable
+from axolotl_loram.recover import (
+    ADAPTER_CONFIG,
+    gather_adapter,
+    read_adapter_config,
+    recover,
+    unrecoverable,
+)
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
 
 LOG = logging.getLogger(__name__)
 PRUNED_FOLDER = "pruned"
+DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
 ADAPTERS = {"loram": "lora", "qloram": "qlora", "lora": "lora", "qlora": "qlora"}
 """What a YAML may name as its adapter → what Axolotl calls it.
 
@@ -251,14 +258,26 @@ def begin_training(cfg: Any) -> Run:
     )
     _check_same_plan(run)
     if run.warm_start:
-        start = run.trained / "warm-start"
-        gather_adapter(run.warm_start, plan, str(run.pruned), start)
-        cfg.lora_model_dir = str(start)
+        cfg.lora_model_dir = str(gather_warm_start(run, run.warm_start))
     # A folder needs no revision: cfg keeps the base's, which the tokenizer is loaded at.
     cfg.base_model = cfg.base_model_config = str(run.pruned)
     cfg.output_dir = str(run.trained)
     cfg.hub_model_id = None  # the trainer would upload the adapter as trained
     return run
+
+
+def gather_warm_start(run: Run, adapter: str) -> Path:
+    """The full-size adapter cut to the pruned model, by whichever rank comes first."""
+    folder = find_folder(adapter, patterns=["adapter_*", RECORD_FILE])
+    fingerprint = Checkpoint(folder, ADAPTER_FILE).fingerprint()
+    settings = read_adapter_config(folder)
+    identity = json.dumps([fingerprint, settings, run.plan.digest], sort_keys=True)
+    start = run.trained / f"warm-start-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    run.trained.mkdir(parents=True, exist_ok=True)
+    with FileLock(run.trained / "warm-start.lock"):
+        if not start.exists():
+            gather_adapter(folder, run.plan, str(run.pruned), start)
+    return start
 
 
 def prune_into_cache(
@@ -293,7 +312,7 @@ def use_recovered_adapter(cfg: Any) -> None:
     Raises:
         LoRAMError: output_dir holds no recovered adapter, or lora_model_dir an unrecovered one.
     """
-    output = Path(str(cfg.output_dir))
+    output = Path(str(cfg.output_dir or DEFAULT_OUTPUT))
     started_from = (read_record(output).get("trained") or {}).get("warm_start")
     if cfg.lora_model_dir and cfg.lora_model_dir != started_from:
         if read_record(Path(cfg.lora_model_dir)).get("kind") == "trained-adapter":

@@ -138,11 +138,11 @@ def default_output(adapter: Path) -> Path:
     return adapter.parent / f"recovered-{adapter.name}"
 
 
-def gather_adapter(adapter: str, plan: PruningPlan, pruned_model: str, output: Path) -> None:
+def gather_adapter(adapter: Path, plan: PruningPlan, pruned_model: str, output: Path) -> None:
     """The mirror of `recover`: cut a full-size adapter to the pruned model, for a warm start.
 
     Args:
-        adapter: Folder or hub id of a PEFT LoRA adapter for the base.
+        adapter: Folder of a PEFT LoRA adapter for the base.
         plan: The pruned model's plan.
         pruned_model: What the result names as its base.
         output: Folder to write; replaced.
@@ -150,9 +150,8 @@ def gather_adapter(adapter: str, plan: PruningPlan, pruned_model: str, output: P
     Raises:
         LoRAMError: The adapter is not one for the plan's base.
     """
-    folder = find_folder(adapter, patterns=["adapter_*", RECORD_FILE])
-    settings = read_adapter_config(folder)
-    moved = match(Checkpoint(folder, ADAPTER_FILE), plan, full_size=True)
+    settings = read_adapter_config(adapter)
+    moved = match(Checkpoint(adapter, ADAPTER_FILE), plan, full_size=True)
     with new_folder(output, overwrite=True) as scratch:
         _write_adapter(scratch, moved, Moved.gather, settings, Base(pruned_model))
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
+from safetensors.torch import load_file
+from test_recover import train_on
 
 from axolotl_loram.args import LoRAMArgs, PruningArgs
 from axolotl_loram.errors import LoRAMError
@@ -107,6 +109,30 @@ def test_training_begins_on_the_pruned_model(run, make_model, tmp_path):
 def test_a_base_that_was_not_pruned_into_it_is_refused(run, make_model):
     run.base_model = str(make_model(seed=1))
     with pytest.raises(LoRAMError, match="fine-tuned"):
+        begin_training(run)
+
+
+def test_a_warm_start_is_gathered_once_per_adapter(run, make_model, tmp_path):
+    train_on(make_model(), tmp_path / "full")
+    starts = []
+    for _ in range(2):
+        cfg = DictDefault({**run, "lora_model_dir": str(tmp_path / "full")})
+        begin_training(cfg)
+        starts.append(cfg.lora_model_dir)
+    assert starts[0] == starts[1]
+    weights = load_file(Path(starts[0]) / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    assert weights[name].shape == (24, 4)
+    train_on(make_model(), tmp_path / "full", lora_alpha=16)
+    cfg = DictDefault({**run, "lora_model_dir": str(tmp_path / "full")})
+    begin_training(cfg)
+    assert cfg.lora_model_dir != starts[0]
+
+
+def test_an_adapter_for_another_base_is_no_warm_start(run, make_model, tmp_path):
+    train_on(make_model(intermediate_size=64), tmp_path / "full")
+    run.lora_model_dir = str(tmp_path / "full")
+    with pytest.raises(LoRAMError, match="made for another base"):
         begin_training(run)
 
 

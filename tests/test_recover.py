@@ -113,7 +113,7 @@ def test_gathering_what_was_recovered_gives_the_trained_adapter_back(plan, rank)
         pruned = {**plan.config, **plan.changes}
         trained = write_adapter(folder / "a", linear_shapes(pruned), rank, torch.float32, scratch)
         recover(folder / "a", output=folder / "b")
-        gather_adapter(str(folder / "b"), plan, scratch, folder / "c")
+        gather_adapter(folder / "b", plan, scratch, folder / "c")
         again = load_file(folder / "c/adapter_model.safetensors")
         assert again.keys() == trained.keys()
         assert all(torch.equal(again[name], trained[name]) for name in trained)
@@ -125,7 +125,7 @@ def test_gathering_an_original_adapter_is_its_update_at_kept_features(plan):
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         full = write_adapter(folder / "a", linear_shapes(plan.config), 2, torch.float32, "base")
-        gather_adapter(str(folder / "a"), plan, scratch, folder / "b")
+        gather_adapter(folder / "a", plan, scratch, folder / "b")
         small = load_file(folder / "b/adapter_model.safetensors")
         for module in linear_shapes(plan.config):
             tensor = next(t for t in tensors(plan.config) if t.module == module)
