@@ -13,13 +13,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from axolotl_loram.errors import LoRAMError
@@ -265,6 +266,21 @@ def check_vacant(target: Path, overwrite: bool = False) -> None:
             f"expected {target} to be new or empty, found files in it: choose another folder or "
             "pass --overwrite"
         )
+
+
+def made_once(stem: Path, identity: list[Any], make: Callable[[Path], None]) -> Path:
+    """The folder ``stem-<digest of identity>``, made by whichever process comes first.
+
+    A file lock makes the others wait, so that no process group and no timeout is involved; each
+    node makes its own where they share no disk.
+    """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    folder = stem.with_name(f"{stem.name}-{digest[:16]}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():
+            make(folder)
+    return folder
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 
-* `register` sees every command's YAML, but cannot tell `train` from `evaluate`: it only refuses.
+* `register` sees every command's YAML, but cannot tell `train` from `evaluate`: it refuses what
+  cannot work, and prepares `merge-lora`, which leaves a mark.
 * `load_datasets(preprocess=False)` is called by `train` alone, on each rank, before the model:
   there the pruned model takes the base's place. The tokenizer stays the base's, so that
   `preprocess` and `train` agree on the prepared data set.
@@ -12,8 +13,6 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -23,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from filelock import FileLock
 from transformers import TrainerCallback
 
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
 from axolotl_loram.architecture import tensors
 from axolotl_loram.args import LoRAMConfig, PruningArgs
-from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, write_json
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, made_once, write_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.pairing import check_base, check_pruned, read_record
@@ -271,36 +269,29 @@ def gather_warm_start(run: Run, adapter: str) -> Path:
     folder = find_folder(adapter, patterns=["adapter_*", RECORD_FILE])
     fingerprint = Checkpoint(folder, ADAPTER_FILE).fingerprint()
     settings = read_adapter_config(folder)
-    identity = json.dumps([fingerprint, settings, run.plan.digest], sort_keys=True)
-    start = run.trained / f"warm-start-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    run.trained.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.trained / "warm-start.lock"):
-        if not start.exists():
-            gather_adapter(folder, run.plan, str(run.pruned), start)
-    return start
+    return made_once(
+        run.trained / "warm-start",
+        [fingerprint, settings, run.plan.digest],
+        lambda start: gather_adapter(folder, run.plan, str(run.pruned), start),
+    )
 
 
 def prune_into_cache(
     model: str, revision: str | None, settings: PruningArgs, cache_dir: str | None
 ) -> Path:
-    """The pruned model for these settings, made by whichever process comes first.
-
-    A file lock makes the others wait, so that no process group and no timeout is involved; each
-    node makes its own where they share no disk.
-    """
+    """The pruned model for these settings, made by whichever process comes first."""
     default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
     cache = Path(cache_dir or default).expanduser()
     fingerprint = Checkpoint(find_folder(model, revision)).fingerprint()
-    identity = json.dumps([SCHEMA_VERSION, fingerprint, settings.model_dump()], sort_keys=True)
     stem = re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1])
-    name = f"{stem}-{settings.method}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{name}.lock"):
-        if not (cache / name).exists():
-            LOG.info("pruning %s into %s", model, cache / name)
-            with progress_bar("pruning") as progress:
-                prune(model, cache / name, settings, revision, progress=progress)
-    return cache / name
+
+    def make(folder: Path) -> None:
+        LOG.info("pruning %s into %s", model, folder)
+        with progress_bar("pruning") as progress:
+            prune(model, folder, settings, revision, progress=progress)
+
+    identity = [SCHEMA_VERSION, fingerprint, settings.model_dump()]
+    return made_once(cache / f"{stem}-{settings.method}", identity, make)
 
 
 def use_recovered_adapter(cfg: Any) -> None:

@@ -20,8 +20,14 @@ TOKENIZER_PATTERNS = (
     "*.jinja",
     "*.tiktoken",
 )
-SMALL_PATTERNS = ("config.json", "generation_config.json", "loram*", *TOKENIZER_PATTERNS)
-MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SMALL_PATTERNS)
+MODEL_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "loram*",
+    *TOKENIZER_PATTERNS,
+)
 
 
 def find_folder(
@@ -89,15 +95,16 @@ def load_config(model: str, revision: str | None = None) -> dict[str, Any]:
         path = find_folder(model, revision, patterns=["config.json"]) / "config.json"
     raw = read_json(path)
     model_type = family_of(raw).model_type
-    own = {key: raw.pop(key) for key in ("per_layer_config",) if key in raw}
+    per_layer = raw.pop("per_layer_config", None)  # kept from transformers' own check of it
     from transformers import CONFIG_MAPPING
 
     try:
-        return {**CONFIG_MAPPING[model_type].from_dict(raw).to_dict(), **own}
+        config = CONFIG_MAPPING[model_type].from_dict(raw).to_dict()
     except (ValueError, TypeError, KeyError) as error:
         raise LoRAMError(
             f"expected a config that transformers accepts, found {path} refused ({error})"
         ) from None
+    return config if per_layer is None else {**config, "per_layer_config": per_layer}
 
 
 def _looks_local(model: str) -> bool:
