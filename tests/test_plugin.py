@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from safetensors.torch import load_file
@@ -113,16 +114,19 @@ def test_a_base_that_was_not_pruned_into_it_is_refused(run, make_model):
 
 
 def test_a_warm_start_is_gathered_once_per_adapter(run, make_model, tmp_path):
+    torch.manual_seed(0)
     train_on(make_model(), tmp_path / "full")
-    starts = []
+    starts, made = [], set()
     for _ in range(2):
         cfg = DictDefault({**run, "lora_model_dir": str(tmp_path / "full")})
         begin_training(cfg)
         starts.append(cfg.lora_model_dir)
-    assert starts[0] == starts[1]
+        made.add(Path(cfg.lora_model_dir, "adapter_config.json").stat().st_mtime_ns)
+    assert starts[0] == starts[1] and len(made) == 1
     weights = load_file(Path(starts[0]) / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     assert weights[name].shape == (24, 4)
+    torch.manual_seed(0)  # the same weights, so only the config tells the two apart
     train_on(make_model(), tmp_path / "full", lora_alpha=16)
     cfg = DictDefault({**run, "lora_model_dir": str(tmp_path / "full")})
     begin_training(cfg)
