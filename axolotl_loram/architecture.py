@@ -320,6 +320,41 @@ def kept_features(dim: Dim, sizes: Sizes, kept: Kept) -> np.ndarray | None:
     return np.concatenate(positions)
 
 
+def per_unit(values: np.ndarray, dim: Dim, sizes: Sizes, kind: str) -> np.ndarray:
+    """Add up, for each unit, what belongs to its features.
+
+    Args:
+        values: (..., features) along the last axis.
+        dim: The dimension that axis is.
+        sizes: Sizes of the layer.
+        kind: The kind of unit.
+
+    Returns:
+        (..., units); segments of a fused dimension are added up too.
+    """
+    total = np.zeros((*values.shape[:-1], sizes[kind]), values.dtype)
+    start = 0
+    for space in dim:
+        stop = start + space.size(sizes)
+        if space.units == kind:
+            total += values[..., start:stop].reshape((*total.shape, -1)).sum(axis=-1)
+        start = stop
+    return total
+
+
+def readers(family: Family) -> tuple[Weight, ...]:
+    """A layer's linear weights whose inputs are units': o_proj and down_proj, in running order.
+
+    What a removed unit did, it did through them: importance is measured at their inputs, and they
+    are what a refit changes.
+    """
+    return tuple(
+        weight
+        for weight in family.layer
+        if len(weight.dims) == 2 and any(space.units for space in weight.dims[1])
+    )
+
+
 def config_changes(config: Config, counts: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
     """What the pruned model's config says differently from the base's.
 
@@ -333,6 +368,8 @@ def config_changes(config: Config, counts: Mapping[int, Mapping[str, int]]) -> d
         `per_layer_config`. `head_dim` is always explicit: it no longer follows from the heads.
     """
     family, own = family_of(config), {}
+    if not counts:
+        return {}
     for layer, kept in sorted(counts.items()):
         sizes = sizes_of(layer_fields(config, layer))
         own[layer] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any, Literal
 
 from pydantic import (
@@ -32,41 +34,144 @@ class _Section(BaseModel):
         return data
 
 
+STRUCTURED = ("random", "magnitude", "activation", "fluctuation", "taylor")
+SPARSE = ("magnitude", "wanda", "sparsegpt")
+CALIBRATED = ("activation", "fluctuation", "taylor", "wanda", "sparsegpt")
+PROTECTED = (4, 2)
+"""Layers the paper leaves whole at the start and the end, in structured pruning."""
+
+
 class PruningArgs(_Section):
     """How to prune: `loram: pruning:` in YAML, options of `axolotl-loram prune`."""
 
-    method: Literal["random", "magnitude"] = Field(
+    method: Literal[
+        "random", "magnitude", "activation", "fluctuation", "taylor", "wanda", "sparsegpt"
+    ] = Field(
         default="random",
-        description="Which units to remove: random ones, or those of the smallest weights "
-        "(group L2 norm).",
+        description="What to remove. Whole units (--pruning-ratio): random ones, or those of least "
+        "magnitude (group L2 norm), activation (Wanda: norm of the weights times norm of the "
+        "inputs), fluctuation (FLAP: variance of the inputs), taylor (LLM-Pruner: first-order "
+        "change of the loss). Single weights (--sparsity): magnitude, wanda, sparsegpt.",
     )
     ratio: float | None = Field(
         default=None,
         description="Share of the neurons and KV groups to remove from each pruned layer, between "
         "0 and 1.",
     )
-    protect_first: int = Field(
-        default=4, ge=0, description="Decoder layers at the start that stay whole."
+    sparsity: float | str | None = Field(
+        default=None,
+        description="Instead of a ratio: share of each layer's weights to set to zero, such as "
+        '0.55, or a pattern such as "2:4" (2 of each 4 consecutive inputs stay). Zeros save no '
+        "memory by themselves.",
     )
-    protect_last: int = Field(
-        default=2, ge=0, description="Decoder layers at the end that stay whole."
+    allocation: Literal["uniform", "global"] = Field(
+        default="uniform",
+        description="Remove the same share from each layer, or let the scores of all layers "
+        "compete for the same number of units in all.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the random method.")
+    refit: bool | None = Field(
+        default=None,
+        description="Fit what stays of down_proj and o_proj to stand in for what is removed, by "
+        "ridge regression on calibration text, where that lowers the held-out error. On by "
+        "default where there is calibration text.",
+    )
+    calibration: str | None = Field(
+        default=None,
+        description="Calibration text: a .txt or .jsonl file, an Axolotl YAML (its datasets), or a "
+        "data set on the hub (org/name or org/name:subset). In a training YAML, its own datasets "
+        "by default.",
+    )
+    calibration_samples: int = Field(
+        default=128, ge=2, description="Calibration sequences; an eighth is held out by the refit."
+    )
+    calibration_length: int = Field(
+        default=512, ge=2, description="Tokens in each calibration sequence."
+    )
+    load_in_4bit: bool = Field(
+        default=False,
+        description="Hold the layer that is being calibrated in 4 bits (NF4).",
+    )
+    device: Literal["cpu", "cuda"] | None = Field(
+        default=None,
+        description="Where to run calibration; the GPU by default where there is one.",
+    )
+    protect_first: int | None = Field(
+        default=None,
+        ge=0,
+        description="Decoder layers at the start that stay whole; 4 by default, 0 with sparsity.",
+    )
+    protect_last: int | None = Field(
+        default=None,
+        ge=0,
+        description="Decoder layers at the end that stay whole; 2 by default, 0 with sparsity.",
+    )
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the random method and of the calibration samples."
+    )
     indices: str | None = Field(
         default=None,
         description="Folder of index files of the LoRAM reference code, used instead of a method.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _magnitude_where_single_weights_go(cls, data: Any) -> Any:
+        """Random zeros are of no use: with a sparsity, the default method is magnitude."""
+        if isinstance(data, dict) and data.get("sparsity") is not None:
+            return {**data, "method": data.get("method") or "magnitude"}
+        return data
 
     @field_validator("ratio")
     @classmethod
     def _inside_unit_interval(cls, ratio: float | None) -> float | None:
         return None if ratio is None else check_ratio(ratio)
 
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _share_or_pattern(cls, sparsity: Any) -> float | str | None:
+        return None if sparsity is None else check_sparsity(sparsity)
+
     @model_validator(mode="after")
-    def _ratio_or_indices(self) -> PruningArgs:
-        if self.ratio is None and self.indices is None:
+    def _one_way_to_prune(self) -> PruningArgs:
+        given = [name for name in ("ratio", "sparsity", "indices") if getattr(self, name)]
+        if not given:
             raise LoRAMError("expected a pruning ratio, found none: give one such as 0.85")
+        if len(given) > 1:
+            raise LoRAMError(
+                f"expected one of ratio, sparsity and indices, found {' and '.join(given)}: units "
+                "are removed by ratio or indices, single weights by sparsity"
+            )
+        methods = SPARSE if self.sparsity else STRUCTURED
+        if self.method not in methods and not self.indices:
+            raise LoRAMError(
+                f"expected method {', '.join(methods)} with {given[0]}, found {self.method!r}"
+            )
+        if self.sparsity and (self.refit or self.allocation == "global"):
+            raise LoRAMError(
+                "expected refit and global allocation with a pruning ratio, found them with "
+                "sparsity: sparsegpt does its own compensation, and shares are per layer"
+            )
         return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether calibration text is read: by the method, by the refit, or because it is given."""
+        method = self.method in CALIBRATED and not self.indices
+        return method or self.refits
+
+    @property
+    def refits(self) -> bool:
+        """Whether the kept weights are refitted."""
+        if self.refit is not None or self.sparsity:
+            return bool(self.refit)
+        return self.calibration is not None or (self.method in CALIBRATED and not self.indices)
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        """Layers to leave whole at the start and the end."""
+        first, last = (0, 0) if self.sparsity else PROTECTED
+        first = first if self.protect_first is None else self.protect_first
+        return first, last if self.protect_last is None else self.protect_last
 
     @classmethod
     def parse(cls, **values: Any) -> PruningArgs:
@@ -95,6 +200,28 @@ def check_ratio(ratio: float) -> float:
     return ratio
 
 
+def check_sparsity(sparsity: Any) -> float | str:
+    """A share of zeros in (0, 1), or a pattern "N:M" with 0 < N < M.
+
+    YAML 1.1 reads an unquoted 2:4 as the base-60 number 124, which is taken back here.
+    """
+    if isinstance(sparsity, int) and not isinstance(sparsity, bool) and sparsity > 60:
+        sparsity = "{}:{}".format(*divmod(sparsity, 60))
+    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", str(sparsity))
+    if found and 0 < int(found[1]) < int(found[2]):
+        return f"{int(found[1])}:{int(found[2])}"
+    try:
+        share = float(sparsity)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 < share < 1:
+        raise LoRAMError(
+            "expected a sparsity between 0 and 1 (both excluded) or a pattern such as 2:4, found "
+            f"{sparsity!r}: 0.55 sets 55 % of the weights to zero"
+        )
+    return share
+
+
 class LoRAMConfig(_Section):
     """The `loram:` section."""
 
@@ -112,6 +239,16 @@ class LoRAMConfig(_Section):
         description="Where `pruning:` keeps pruned models; $AXOLOTL_LORAM_CACHE or "
         "~/.cache/axolotl-loram by default.",
     )
+    masked: bool | None = Field(
+        default=None,
+        description="Confine the update to the weights that are left; on by default where the "
+        "pruned model is sparse.",
+    )
+    recovery: Literal["plain", "masked"] = Field(
+        default="plain",
+        description="plain: the adapter for base_model in output_dir. masked: also base_model with "
+        "exactly the masked update that was trained, in output_dir/merged.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> LoRAMConfig:
@@ -120,6 +257,21 @@ class LoRAMConfig(_Section):
             raise LoRAMError(
                 f"expected pruned_model_path or pruning in loram:, found {found}: give the one "
                 "that says where the pruned model comes from"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_are_there(self) -> LoRAMConfig:
+        if self.recovery == "masked" and self.masked is False:
+            raise LoRAMError(
+                "expected `recovery: plain` with `masked: false`, found masked: the update that "
+                "was trained is not the masked one"
+            )
+        structured = self.pruning is not None and not self.pruning.sparsity
+        if structured and (self.masked or self.recovery == "masked"):
+            raise LoRAMError(
+                "expected `sparsity` in pruning: with `masked: true` or `recovery: masked`, found "
+                "none: where whole units are removed there is nothing to mask"
             )
         return self
 

@@ -14,8 +14,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from axolotl_loram.errors import LoRAMError
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+BLOCK_BYTES = 4 * 2**20
+"""Most bytes of a tensor that are handled at once, unless a single row has more; fits in caches."""
 ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -62,6 +66,40 @@ class StoredTensor:
     def read_bytes(self, offset: int, count: int) -> np.ndarray:
         """`count` bytes from `offset` within the tensor, as uint8."""
         return np.fromfile(self.file, dtype=np.uint8, count=count, offset=self.start + offset)
+
+    def blocks(self, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """The tensor's bits, some whole rows at a time: (rows, *shape[1:]), `BLOCK_BYTES` at most.
+
+        Args:
+            rows: Ascending positions along the first dimension, by default all; only they are read.
+
+        Raises:
+            LoRAMError: The file ends early.
+        """
+        rows = np.arange(self.shape[0]) if rows is None else rows
+        row_bytes = math.prod(self.shape[1:]) * self.bits.itemsize
+        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        with self.file.open("rb") as handle:
+            for first in range(0, len(rows), step):
+                part = rows[first : first + step]
+                block = np.empty((len(part), *self.shape[1:]), self.bits)
+                self._read_rows(handle, part, row_bytes, _bytes_of(block))
+                yield block
+
+    def _read_rows(
+        self, handle: BufferedReader, rows: np.ndarray, row_bytes: int, target: memoryview
+    ) -> None:
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+        spans = [(self.start + int(run[0]) * row_bytes, len(run) * row_bytes) for run in runs]
+        if len(spans) > 1 and hasattr(os, "posix_fadvise"):
+            for start, count in spans:  # so that the disk works on many at a time
+                os.posix_fadvise(handle.fileno(), start, count, os.POSIX_FADV_WILLNEED)
+        done = 0
+        for start, count in spans:
+            handle.seek(start)
+            if handle.readinto(target[done : done + count]) < count:
+                raise LoRAMError(f"expected {self.name} in {self.file}, found that the file ends")
+            done += count
 
 
 def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -197,18 +235,15 @@ TensorShape = tuple[str, str, tuple[int, ...]]
 def write_safetensors(
     file: Path,
     described: Sequence[TensorShape],
-    data: Iterable[np.ndarray],
+    data: Iterable[np.ndarray | Iterable[np.ndarray]],
     metadata: dict[str, str] | None = None,
 ) -> str:
-    """Write a safetensors file, taking its tensors one at a time.
-
-    Only the tensor that is being written is in memory, which the library's own writer does not
-    offer.
+    """Write a safetensors file array by array, which the library's own writer does not offer.
 
     Args:
         file: Where to.
         described: What will come, in order.
-        data: The bits of each, in that order; consumed lazily.
+        data: The bits of each, in that order, in one array or in several; consumed lazily.
         metadata: Strings for the header.
 
     Returns:
@@ -222,19 +257,35 @@ def write_safetensors(
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with file.open("wb") as handle:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            digest.update(chunk)
-            handle.write(chunk)
-        for (name, dtype, shape), array in zip(described, data, strict=True):
-            expected = math.prod(shape) * ELEMENT_BYTES[dtype]
-            if array.nbytes != expected:
-                raise AssertionError(f"{name}: wrote {array.nbytes} bytes, announced {expected}")
-            flat = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            digest.update(flat)
-            handle.write(flat)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    with file.open("wb") as handle, ThreadPoolExecutor(1) as pool:
+        handle.write(head)
+        for (name, dtype, shape), arrays in zip(described, data, strict=True):
+            expected, written = math.prod(shape) * ELEMENT_BYTES[dtype], 0
+            for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
+                flat = _bytes_of(np.ascontiguousarray(array))
+                hashed = pool.submit(digest.update, flat)  # takes as long as writing does
+                written += handle.write(flat)
+                hashed.result()
+            if written != expected:
+                raise AssertionError(f"{name}: wrote {written} bytes, announced {expected}")
     return digest.hexdigest()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(array.reshape(-1).view(np.uint8).data)
+
+
+def ahead(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same arrays; a thread gets the next one while one is used."""
+    iterator = iter(arrays)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, None)
+        while (array := coming.result()) is not None:
+            coming = pool.submit(next, iterator, None)
+            yield array
 
 
 @contextmanager
@@ -249,12 +300,17 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     check_vacant(target, overwrite)
     with _scratch_beside(target) as scratch:
         yield scratch
-        _sync(scratch)
-        with _scratch_beside(target) as old:
-            if target.exists():
-                target.replace(old / "old")
-            scratch.replace(target)
-        _sync_folder(target.parent)
+        replace_folder(scratch, target)
+
+
+def replace_folder(scratch: Path, target: Path) -> None:
+    """Give a complete folder beside `target` its name, once all of it has reached the disk."""
+    _sync_all(scratch)
+    with _scratch_beside(target) as old:
+        if target.exists():
+            target.replace(old / "old")
+        scratch.replace(target)
+    sync(target.parent)
 
 
 def check_vacant(target: Path, overwrite: bool = False) -> None:
@@ -293,11 +349,11 @@ def updated_folder(target: Path, last: str) -> Iterator[Path]:
     target.mkdir(parents=True, exist_ok=True)
     with _scratch_beside(target / last) as scratch:
         yield scratch
-        _sync(scratch)
+        _sync_all(scratch)
         (target / last).unlink(missing_ok=True)
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == last):
             file.replace(target / file.name)
-        _sync_folder(target)
+        sync(target)
 
 
 @contextmanager
@@ -320,20 +376,17 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    """Make sure that everything below `folder` has reached the disk."""
+def _sync_all(folder: Path) -> None:
+    """`sync` everything below `folder`, and itself."""
     folder.chmod(0o755)  # mkdtemp gives 0o700; the result is an ordinary folder
     for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-    _sync_folder(folder)
+        sync(path)
+    sync(folder)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make sure that a file, or the list of a folder's files, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -53,14 +53,18 @@ def pruning_options(command: Callable) -> Callable:
     """One option for each field of `PruningArgs`, with the field's description as help."""
     names = {"ratio": "--pruning-ratio"}
     for name, field in reversed(PruningArgs.model_fields.items()):
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        kinds: dict[Any, Any] = {float | None: float, str | None: str, int: int}
+        flag = names.get(name, f"--{name.replace('_', '-')}")
+        given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+        kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
+        if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
+            kind = click.Choice(get_args(kind) or given)
         command = click.option(
-            names.get(name, f"--{name.replace('_', '-')}"),
+            f"{flag}/--no-{flag[2:]}" if kind is bool and field.default is None else flag,
             name,
-            type=click.Choice(choices) if choices else kinds[field.annotation],
-            default=field.default,
-            show_default=field.default is not None,
+            is_flag=kind is bool,
+            type=kind,
+            default=None,  # the schema's own defaults hold, which depend on one another
+            show_default=str(field.default) if field.default not in (None, False) else False,
             help=field.description,
         )(command)
     return command
@@ -69,7 +73,7 @@ def pruning_options(command: Callable) -> Callable:
 def parse_pruning(options: dict[str, Any]) -> PruningArgs:
     """Options as settings; a value that is not allowed is wrong use."""
     try:
-        return PruningArgs.parse(**options)
+        return PruningArgs.parse(**{k: v for k, v in options.items() if v is not None})
     except LoRAMError as error:
         raise click.UsageError(str(error)) from None
 
@@ -89,17 +93,17 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an ex
 def plan(model: str, revision: str | None, as_json: bool, **pruning: Any) -> None:
     """Count what pruning MODEL would leave (a folder, a config.json or a hub id)."""
     settings = parse_pruning(pruning)
-    from axolotl_loram.plan import PruningPlan, keep_counts, summary
-    from axolotl_loram.reference import read_indices
+    from axolotl_loram.plan import Base, summary
+    from axolotl_loram.prune import plan_of_size
     from axolotl_loram.sources import load_config
+    from axolotl_loram.sparsity import planned_nonzero, sparse_layers, sparse_summary
 
     config = load_config(model, revision)
-    if settings.indices:
-        counts = PruningPlan(config, read_indices(Path(settings.indices), config)).counts
-    else:
-        assert settings.ratio is not None
-        counts = keep_counts(config, settings.ratio, settings.protect_first, settings.protect_last)
-    show(summary(config, counts), as_json)
+    counted = summary(config, plan_of_size(config, Base(model, revision), settings).counts)
+    if settings.sparsity is not None:
+        layers = sparse_layers(config, settings.sparsity, *settings.protected)
+        counted |= sparse_summary(config, planned_nonzero(config, layers, settings.sparsity))
+    show(counted, as_json)
 
 
 @main.command()
@@ -121,10 +125,12 @@ def prune(
     settings = parse_pruning(pruning)
     from axolotl_loram.progress import progress_bar
     from axolotl_loram.prune import prune as prune_model
+    from axolotl_loram.prune import refit_summary
 
     with progress_bar("pruning") as progress:
         record = prune_model(model, output, settings, revision, overwrite, progress)
-    show({"output": str(output), **record["parameters"], "plan": record["plan"]}, as_json)
+    shown = {"output": str(output), **record["parameters"], **refit_summary(record["refit"] or {})}
+    show({**shown, "plan": record["plan"]}, as_json)
 
 
 @main.command()
@@ -133,17 +139,35 @@ def prune(
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder to write, by default recovered-… beside ADAPTER.",
+    help="Folder to write, by default recovered-… (with --masked merged-…) beside ADAPTER.",
+)
+@click.option(
+    "--masked",
+    is_flag=True,
+    help="Write the original model itself, with the masked update that was trained on a sparse one "
+    "added to its weights.",
 )
 @overwrite_option
 @json_option
 def recover(
-    adapter: Path, pruned_model: str | None, output: Path | None, overwrite: bool, as_json: bool
+    adapter: Path,
+    pruned_model: str | None,
+    output: Path | None,
+    masked: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Turn ADAPTER, trained on a pruned model, into an adapter for the original model."""
-    from axolotl_loram.recover import recover as recover_adapter
+    if masked:
+        from axolotl_loram.merge import merge_masked
+        from axolotl_loram.progress import progress_bar
 
-    record = recover_adapter(adapter, pruned_model, output, overwrite=overwrite)
+        with progress_bar("merging") as progress:
+            record = merge_masked(adapter, pruned_model, output, None, overwrite, progress)
+    else:
+        from axolotl_loram.recover import recover as recover_adapter
+
+        record = recover_adapter(adapter, pruned_model, output, overwrite=overwrite)
     shown = {"output": record["output"], "base": record["base"]["id"], "plan": record["plan"]}
     show(shown, as_json)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 
 from axolotl_loram.architecture import Sizes, Tensor
-from axolotl_loram.checkpoint import StoredTensor
+from axolotl_loram.checkpoint import StoredTensor, ahead
 from axolotl_loram.errors import LoRAMError
 
 
@@ -14,29 +16,58 @@ def random_scores(units: int, seed: int, layer: int, kind: str) -> np.ndarray:
     return np.random.default_rng([seed, layer, *kind.encode()]).random(units)
 
 
-def magnitude_scores(tensors: list[tuple[Tensor, np.ndarray]], kind: str) -> np.ndarray:
+def magnitude_scores(
+    tensors: list[tuple[Tensor, StoredTensor]],
+    kind: str,
+    done: Callable[[int], object] | None = None,
+) -> np.ndarray:
     """Σ w² over everything that goes when a unit goes (group L2, as in LLM-Pruner's `l2`).
 
     Args:
-        tensors: The layer's tensors, each with its values.
+        tensors: The layer's tensors, and where their values are; read block by block.
         kind: The kind of unit.
+        done: Called with the bytes read since the last call.
 
     Returns:
         Scores (units,), float64.
+
+    Raises:
+        LoRAMError: A tensor holds no plain floats, or a NaN or an infinity.
     """
     total = np.zeros(tensors[0][0].sizes[kind])
-    for tensor, values in tensors:
-        for axis, dim in enumerate(tensor.dims):
-            if any(space.units == kind for space in dim):
-                energy = _energy_along(values, axis)
-                total += _per_unit(energy, tensor.sizes, dim, kind)
+    for tensor, stored in tensors:
+        axes = [a for a, dim in enumerate(tensor.dims) if any(space.units == kind for space in dim)]
+        for axis, energy in zip(axes, _energies(stored, axes, done), strict=True):
+            total += _per_unit(energy, tensor.sizes, tensor.dims[axis], kind)
     return total
 
 
-def _energy_along(values: np.ndarray, axis: int) -> np.ndarray:
+def _energies(
+    stored: StoredTensor, axes: list[int], done: Callable[[int], object] | None
+) -> list[np.ndarray]:
+    """Along each of `axes`, the sum of squares over all others, in float64."""
+    energies, first = [np.zeros(stored.shape[axis]) for axis in axes], 0
+    for bits in ahead(stored.blocks()):
+        values = _floats(bits, stored)
+        for axis, energy in zip(axes, energies, strict=True):
+            part = energy[first : first + len(bits)] if axis == 0 else energy
+            part += _energy_along(values, axis, stored)
+        first += len(bits)
+        if done:
+            done(bits.nbytes)
+    return energies
+
+
+def _energy_along(values: np.ndarray, axis: int, stored: StoredTensor) -> np.ndarray:
     """Sum of squares over all axes but one, without a copy of the squares."""
     axes = list(range(values.ndim))
-    return np.einsum(values, axes, values, axes, [axis], dtype=np.float32).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        energy = np.einsum(values, axes, values, axes, [axis])
+        if not np.isfinite(energy).all():  # a weight is not finite, or the square of one is not
+            _check_finite(values, stored)
+            wide: np.ndarray = values.astype(np.float64)
+            energy = np.einsum(wide, axes, wide, axes, [axis])
+    return energy
 
 
 def _per_unit(energy: np.ndarray, sizes: Sizes, dim: tuple, kind: str) -> np.ndarray:
@@ -56,25 +87,73 @@ def as_float(stored: StoredTensor) -> np.ndarray:
     Raises:
         LoRAMError: It holds no plain floats, or holds a NaN or an infinity.
     """
-    bits = stored.read()
+    with np.errstate(over="ignore"):
+        values = _floats(stored.read(), stored).astype(np.float32, copy=False)
+    _check_finite(values, stored)
+    return values
+
+
+def _floats(bits: np.ndarray, stored: StoredTensor) -> np.ndarray:
+    """The values that bits of `stored` stand for: float64 of F64, else float32."""
     if stored.dtype == "BF16":
-        values = (bits.astype(np.uint32) << 16).view(np.float32)
-    elif stored.dtype in ("F16", "F32", "F64"):
-        values = bits.view(f"f{bits.itemsize}").astype(np.float32, copy=False)
-    else:
+        return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+    if stored.dtype not in ("F16", "F32", "F64"):
         raise LoRAMError(
             f"expected weights of F16, BF16, F32 or F64 to score, found {stored.name} of "
             f"{stored.dtype}: prune the unquantized model, or use --method random"
         )
+    floats = bits.view(f"f{bits.itemsize}")
+    return floats.astype(np.float32) if stored.dtype == "F16" else floats
+
+
+def _check_finite(values: np.ndarray, stored: StoredTensor) -> None:
     if not np.isfinite(values).all():
         raise LoRAMError(
             f"expected finite weights, found NaN or infinity in {stored.name}: the base model is "
             "damaged"
         )
-    return values
 
 
 def select(scores: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` highest scores, ascending int32; ties go to the lower index."""
     best = np.argsort(-scores, kind="stable")[:count]
     return np.sort(best).astype(np.int32)
+
+
+def choose(
+    scores: Mapping[int, np.ndarray], counts: Mapping[int, int], compete: bool, comparable: bool
+) -> dict[int, np.ndarray]:
+    """Which units of one kind to keep.
+
+    Args:
+        scores: Layer → scores (units,).
+        counts: Layer → how many to keep.
+        compete: Whether all layers' units compete for the sum of the counts (every layer keeps one
+            at least); units of a kind weigh the same in every layer, so the budget is the same.
+        comparable: Whether scores of different layers are on one scale; they are standardized
+            within their layer before they compete otherwise.
+
+    Returns:
+        Layer → kept units, ascending int32.
+    """
+    if not compete:
+        return {layer: select(scores[layer], counts[layer]) for layer in counts}
+    ranked = []
+    for layer in counts:
+        own = scores[layer] if comparable else standardized(scores[layer])
+        own = own.copy()
+        own[np.argmax(own)] = np.inf
+        ranked.append(own)
+    best = select(np.concatenate(ranked), sum(counts.values()))
+    starts = np.cumsum([0, *(len(own) for own in ranked)])
+    layers = np.searchsorted(starts, best, side="right") - 1
+    return {
+        layer: (best[layers == place] - starts[place]).astype(np.int32)
+        for place, layer in enumerate(counts)
+    }
+
+
+def standardized(scores: np.ndarray) -> np.ndarray:
+    """Scores of mean 0 and standard deviation 1 (all 0 where they are all the same)."""
+    spread = scores.std()
+    return (scores - scores.mean()) / (spread if spread > 0 else 1.0)

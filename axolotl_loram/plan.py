@@ -24,6 +24,7 @@ from axolotl_loram.architecture import (
     layer_fields,
     parameter_count,
     sizes_of,
+    tensors,
 )
 from axolotl_loram.args import check_ratio
 from axolotl_loram.checkpoint import open_safetensors, write_safetensors
@@ -58,11 +59,14 @@ class PruningPlan:
         config: The base model's config, defaults filled in.
         kept: Entry, such as ``model.layers.17.mlp`` → int32 indices of kept units.
         base: The model it was made for.
+        masks: Weight that was made sparse → `mask_digest` of what is left of it. Its mask is W ≠ 0
+            in the pruned checkpoint: the digest tells whether that is still so.
     """
 
     config: Config
     kept: Mapping[str, np.ndarray]
     base: Base = field(default_factory=lambda: Base("unknown"))
+    masks: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         entries = {entry: (layer, group) for entry, layer, group in entries_of(self.config)}
@@ -74,6 +78,12 @@ class PruningPlan:
                 )
             layer, group = entries[name]
             _check_units(name, units, sizes_of(layer_fields(self.config, layer))[group.kind])
+        unknown = set(self.masks) - {tensor.name for tensor in tensors(self.config)}
+        if self.masks and unknown:
+            raise LoRAMError(
+                f"expected masks of weights that the base has, found one of {min(unknown)}: the "
+                "plan was made for another model"
+            )
 
     def kept_in(self, layer: int | None) -> Kept:
         """Kept units by kind in a layer (none for what lies outside the layers)."""
@@ -107,10 +117,12 @@ class PruningPlan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the kept units: what binds an adapter to the plan it was trained under."""
+        """SHA-256 of what is kept: what binds an adapter to the plan it was trained under."""
         hashed = hashlib.sha256()
         for name in sorted(self.kept):
             hashed.update(name.encode() + b"\0" + self.kept[name].astype("<i4").tobytes())
+        for name in sorted(self.masks):
+            hashed.update(f"{name}\0{self.masks[name]}".encode())
         return f"sha256:{hashed.hexdigest()}"
 
     def save(self, folder: Path) -> str:
@@ -119,6 +131,7 @@ class PruningPlan:
             "schema_version": SCHEMA_VERSION,
             "base": vars(self.base),
             "base_config": dict(self.config),
+            "masks": dict(self.masks),
         }
         names = sorted(self.kept)
         described = [(name, "I32", self.kept[name].shape) for name in names]
@@ -142,7 +155,7 @@ class PruningPlan:
         try:
             about = json.loads(metadata.get("loram", ""))
             version, base = about["schema_version"], Base(**about["base"])
-            config = dict(about["base_config"])
+            config, masks = dict(about["base_config"]), dict(about.get("masks", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise LoRAMError(f"expected a LoRAM plan in {file}, found none ({error!r})") from None
         if version != SCHEMA_VERSION:
@@ -156,9 +169,21 @@ class PruningPlan:
                     f"expected lists of I32 in {file}, found {tensor.name} of {tensor.dtype} "
                     f"{list(tensor.shape)}"
                 )
-        return cls(
-            config, {n: t.read().view("<i4").astype(np.int32) for n, t in stored.items()}, base
-        )
+        kept = {n: t.read().view("<i4").astype(np.int32) for n, t in stored.items()}
+        return cls(config, kept, base, masks)
+
+
+def mask_digest(weight: np.ndarray) -> str:
+    """SHA-256 of a weight's support: its shape, and where it is not zero, as packed bits.
+
+    Args:
+        weight: Opaque bits as `StoredTensor.read` gives them (a negative zero is zero too), or
+            values.
+    """
+    support = np.left_shift(weight, 1) if weight.dtype.kind == "u" else weight
+    hashed = hashlib.sha256(json.dumps(weight.shape).encode())
+    hashed.update(np.packbits(support != 0).tobytes())
+    return f"sha256:{hashed.hexdigest()}"
 
 
 Features = Sequence[np.ndarray | None]

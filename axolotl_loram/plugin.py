@@ -7,15 +7,17 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 * `load_datasets(preprocess=False)` is called by `train` alone, on each rank, before the model:
   there the pruned model takes the base's place. The tokenizer stays the base's, so that
   `preprocess` and `train` agree on the prepared data set.
+* `post_trainer_create` sees the model with its LoRA, which preference trainers add themselves,
+  before the first step: there a sparse model's update is confined.
 * `post_train_unload` comes after the trainer has saved everything, with the process group gone:
   there global rank 0 recovers the adapter from the files.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,32 +28,30 @@ from transformers import TrainerCallback
 
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
 from axolotl_loram.architecture import tensors
-from axolotl_loram.args import LoRAMConfig, PruningArgs
+from axolotl_loram.args import LoRAMConfig
+from axolotl_loram.axolotl_data import token_rows
+from axolotl_loram.cache import prune_into_cache
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, made_once, write_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
+from axolotl_loram.masked import confine
+from axolotl_loram.merge import merge_masked
 from axolotl_loram.pairing import check_base, check_pruned, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan, summary
 from axolotl_loram.progress import progress_bar
-from axolotl_loram.prune import prune
 from axolotl_loram.recover import (
     ADAPTER_CONFIG,
     gather_adapter,
     read_adapter_config,
     recover,
-    unrecoverable,
 )
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
+from axolotl_loram.support import ADAPTERS, check_supported, switch_off_kernels, trains_masked
 
 LOG = logging.getLogger(__name__)
 PRUNED_FOLDER = "pruned"
+MERGED_FOLDER = "merged"
 DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
-ADAPTERS = {"loram": "lora", "qloram": "qlora", "lora": "lora", "qlora": "qlora"}
-"""What a YAML may name as its adapter → what Axolotl calls it.
-
-The first two mean the same as the others, but Axolotl refuses them where this package is not
-installed, whereas it would train the original model under the others.
-"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Run:
         output: The user's output_dir, which will hold the recovered adapter.
         warm_start: The full-size adapter that training starts from, if any.
         hub_model_id: Where the user wants the adapter uploaded, if anywhere.
+        masked: Whether the update is confined to the weights that sparse pruning left.
+        merges: Whether the result is wanted as a model too, with the masked update added.
     """
 
     base: Base
@@ -73,6 +75,8 @@ class Run:
     output: Path
     warm_start: str | None
     hub_model_id: str | None
+    masked: bool = False
+    merges: bool = False
 
     @property
     def trained(self) -> Path:
@@ -87,6 +91,7 @@ class Run:
             "kind": "trained-adapter",
             "base": asdict(self.base),
             "plan": self.plan.digest,
+            "masked": self.masked,
             "training": training,
         }
         write_json(folder / RECORD_FILE, record)
@@ -134,6 +139,11 @@ class LoRAMPlugin(BasePlugin):
                 f"{counted['base_parameters']:,}",
             )
 
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Confine the update to the weights that sparse pruning left."""
+        if self.run is not None and self.run.masked:
+            confine_update(self.run, trainer.model)
+
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""
         return [LoRAMCallback(lambda: self.run)]
@@ -153,6 +163,8 @@ class LoRAMPlugin(BasePlugin):
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:
             upload(self.run.output, self.run.hub_model_id)
+        if self.run.merges:
+            merge_after_training(self.run)
 
 
 class LoRAMCallback(TrainerCallback):
@@ -185,50 +197,6 @@ def _log_as_axolotl_does() -> None:
     ours.handlers, ours.level, ours.propagate = axolotl.handlers, axolotl.level, False
 
 
-def check_supported(cfg: Any) -> None:
-    """Refuse, by name and with the reason, what LoRAM cannot recover.
-
-    Args:
-        cfg: The YAML as Axolotl read it, not validated yet.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
-    if not cfg.loram:
-        raise LoRAMError(
-            "expected a `loram:` section for the LoRAMPlugin, found none: add "
-            "`loram: {pruned_model_path: ...}` or take the plugin out"
-        )
-    if cfg.adapter not in ADAPTERS:
-        raise LoRAMError(
-            f"expected adapter: {', '.join(ADAPTERS)} with loram:, found {cfg.adapter!r}: LoRAM "
-            "recovers LoRA matrices only"
-        )
-    refused = {
-        "relora": "it merges into the pruned weights as it goes, which the original has not",
-        "gptq": "pruned models hold plain weights; use adapter: qlora for 4 bits",
-        "reinit_weights": "it would throw the pruned model's weights away",
-        "lora_target_parameters": "LoRA on raw parameters is not recovered yet",
-        "peft_layer_replication": "it makes layers that the original has not",
-    }
-    for key, reason in refused.items():
-        if cfg[key]:
-            raise LoRAMError(f"expected no `{key}` with loram:, found {cfg[key]!r}: {reason}")
-    if (cfg.tensor_parallel_size or 1) > 1:
-        raise LoRAMError(
-            "expected tensor_parallel_size 1 with loram:, found "
-            f"{cfg.tensor_parallel_size}: it splits every layer by the base's head counts"
-        )
-    loftq = cfg.peft and cfg.peft.loftq_config
-    adapter = {
-        "use_dora": cfg.peft_use_dora,
-        "init_lora_weights": "loftq" if loftq else cfg.peft_init_lora_weights or True,
-    }
-    refusal = unrecoverable(adapter)
-    if refusal:
-        raise LoRAMError(f"this adapter cannot be recovered: {refusal}")
-
-
 def begin_training(cfg: Any) -> Run:
     """Find or make the pruned model, check that it fits, and change cfg to train on it.
 
@@ -241,9 +209,11 @@ def begin_training(cfg: Any) -> Run:
         pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)
     else:
         assert section.pruning is not None  # the schema saw to it
-        pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir)
+        rows = functools.partial(token_rows, cfg, section.pruning.seed)
+        pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir, rows)
     plan = PruningPlan.load(pruned)
     check_pruned(pruned, plan)
+    masked = trains_masked(section, plan)
     check_base(plan, model, revision)
     _check_modules_to_save(cfg, plan)
     run = Run(
@@ -253,8 +223,12 @@ def begin_training(cfg: Any) -> Run:
         Path(cfg.output_dir),
         cfg.lora_model_dir,
         cfg.hub_model_id,
+        masked,
+        merges=section.recovery == "masked",
     )
     _check_same_plan(run)
+    if run.masked:
+        switch_off_kernels(cfg)
     if run.warm_start:
         cfg.lora_model_dir = str(gather_warm_start(run, run.warm_start))
     # A folder needs no revision: cfg keeps the base's, which the tokenizer is loaded at.
@@ -262,6 +236,30 @@ def begin_training(cfg: Any) -> Run:
     cfg.output_dir = str(run.trained)
     cfg.hub_model_id = None  # the trainer would upload the adapter as trained
     return run
+
+
+def confine_update(run: Run, model: Any) -> None:
+    """Confine every adapter of the model to the weights that pruning left.
+
+    Raises:
+        LoRAMError: The model has no LoRA on such weights.
+    """
+    adapters = getattr(model, "peft_config", {})  # a reference adapter may be beside
+    count = sum(confine(model, run.plan, run.pruned, name) for name in adapters)
+    if not count:
+        raise LoRAMError(
+            "expected LoRA on weights that pruning made sparse, found none: adapt linear layers "
+            "(lora_target_linear: true), or train with `masked: false`"
+        )
+    LOG.info("confined the update of %d layers to the weights that pruning left", count)
+
+
+def merge_after_training(run: Run) -> None:
+    """Write the original with the masked update to output_dir/merged."""
+    output = run.output / MERGED_FOLDER
+    with progress_bar("merging") as progress:
+        merge_masked(run.trained, str(run.pruned), output, run.base, True, progress)
+    LOG.info("%s is %s with the masked update", output, run.base.id)
 
 
 def gather_warm_start(run: Run, adapter: str) -> Path:
@@ -274,24 +272,6 @@ def gather_warm_start(run: Run, adapter: str) -> Path:
         [fingerprint, settings, run.plan.digest],
         lambda start: gather_adapter(folder, run.plan, str(run.pruned), start),
     )
-
-
-def prune_into_cache(
-    model: str, revision: str | None, settings: PruningArgs, cache_dir: str | None
-) -> Path:
-    """The pruned model for these settings, made by whichever process comes first."""
-    default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
-    cache = Path(cache_dir or default).expanduser()
-    fingerprint = Checkpoint(find_folder(model, revision)).fingerprint()
-    stem = re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1])
-
-    def make(folder: Path) -> None:
-        LOG.info("pruning %s into %s", model, folder)
-        with progress_bar("pruning") as progress:
-            prune(model, folder, settings, revision, progress=progress)
-
-    identity = [SCHEMA_VERSION, fingerprint, settings.model_dump()]
-    return made_once(cache / f"{stem}-{settings.method}", identity, make)
 
 
 def use_recovered_adapter(cfg: Any) -> None:
@@ -386,6 +366,6 @@ def upload(folder: Path, repository: str) -> None:
             "README.md",
             *TOKENIZER_PATTERNS,
         ],
-        ignore_patterns=[f"{PRUNED_FOLDER}/*", "merged/*"],
+        ignore_patterns=[f"{PRUNED_FOLDER}/*", f"{MERGED_FOLDER}/*"],
     )
     LOG.info("uploaded the adapter to %s", repository)

@@ -1,49 +1,124 @@
-"""Making a pruned checkpoint: choose a plan, then gather every tensor along it."""
+"""Making a pruned checkpoint: score, choose, refit, then gather every tensor along the plan."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from axolotl_loram import __version__
-from axolotl_loram.architecture import Tensor, family_of, layer_fields, sizes_of, tensors
+from axolotl_loram.architecture import Config, family_of, layer_count
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.checkpoint import (
     Checkpoint,
+    StoredTensor,
     check_vacant,
-    new_folder,
     read_json,
     write_json,
-    write_safetensors,
 )
-from axolotl_loram.importance import (
-    as_float,
-    magnitude_scores,
-    random_scores,
-    select,
-)
+from axolotl_loram.criteria import CRITERIA
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.evidence import Evidence
+from axolotl_loram.gathering import needed_bytes, write_weights
+from axolotl_loram.importance import choose
 from axolotl_loram.pairing import check_tensors
 from axolotl_loram.plan import (
     RECORD_FILE,
     SCHEMA_VERSION,
     Base,
     PruningPlan,
-    gather,
     keep_counts,
     summary,
 )
+from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
+from axolotl_loram.sparsity import by_magnitude, load_sparse, sparse_layers, sparse_summary
+from axolotl_loram.work import Work, resumable, work_folder
 
-Progress = Callable[[int], object]
-"""Called with bytes done since the last call."""
+if TYPE_CHECKING:
+    from axolotl_loram.calibration import Calibration
+    from axolotl_loram.streaming import LayerStream
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was decided.
+
+    Attributes:
+        plan: What is kept.
+        replaced: Weights of the pruned shapes that are not just gathered.
+        refit: Held-out errors of each refitted projection.
+        zeros: Of a sparse model, what `sparse_summary` counts.
+    """
+
+    plan: PruningPlan
+    replaced: Mapping[str, StoredTensor] = field(default_factory=dict)
+    refit: Mapping[str, Any] = field(default_factory=dict)
+    zeros: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pruning: all that decides its result, and how to show its progress.
+
+    Attributes:
+        checkpoint: The base's weights.
+        sketch: A plan as large as the one to come (the one to come, if index files give it).
+        settings: How to prune.
+        calibration: Calibration text, if any is needed.
+        progress: Shows how far it is.
+    """
+
+    checkpoint: Checkpoint
+    sketch: PruningPlan
+    settings: PruningArgs
+    calibration: Calibration | None
+    progress: Progress = no_progress
+
+    @property
+    def config(self) -> Config:
+        """The base's config."""
+        return self.sketch.config
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted job must agree in to be gone on with."""
+        return {
+            "version": __version__,
+            "base": asdict(self.sketch.base),
+            "pruning": self.settings.model_dump(exclude={"device"}),
+            "calibration": self.calibration and self.calibration.record(),
+        }
+
+    def stream(self, four_bit: bool = False) -> LayerStream:
+        """The base's layers, on the device."""
+        import torch
+
+        from axolotl_loram.streaming import LayerStream
+
+        device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return LayerStream(self.checkpoint, self.config, device, four_bit)
+
+    def evidence(self, work: Work, layers: list[int]) -> Evidence:
+        """What criteria look at."""
+        return Evidence(
+            self.checkpoint,
+            self.config,
+            layers,
+            work,
+            self.settings.seed,
+            self.calibration.tokens if self.calibration else None,
+            lambda: self.stream(self.settings.load_in_4bit),
+            self.progress,
+        )
 
 
 def prune(
@@ -52,9 +127,13 @@ def prune(
     settings: PruningArgs,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], Progress] | None = None,
+    progress: Progress = no_progress,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Write a pruned checkpoint: an ordinary Hugging Face folder, its plan and its record.
+
+    Interrupted, it leaves what it has done beside `output`, and goes on from there when it is
+    called again with the same arguments.
 
     Args:
         model: Folder or hub id of the base model, in safetensors.
@@ -62,7 +141,8 @@ def prune(
         settings: How to prune.
         revision: Revision on the hub.
         overwrite: Replace what `output` holds.
-        progress: Given the bytes to write, returns a callback for the bytes done.
+        progress: Shows how far it is.
+        calibration: Calibration text, by default what `settings` names.
 
     Returns:
         What `loram.json` says.
@@ -77,89 +157,146 @@ def prune(
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
-    plan = make_plan(checkpoint, config, base, settings)
-    with new_folder(output, overwrite) as scratch:
-        files = write_weights(checkpoint, plan, scratch, progress)
-        record = _write_rest(folder, plan, settings, scratch, files)
-    return record
+    sketch = plan_of_size(config, base, settings)
+    calibration = calibration or _calibrate(settings, folder)
+    job = Job(checkpoint, sketch, settings, calibration, progress)
+    check_room(job, output)
+    with resumable(output, job.identity, overwrite) as work:
+        outcome = decide(job, work)
+        files = write_weights(checkpoint, outcome.plan, work.result, progress, outcome.replaced)
+        return _write_rest(folder, job, outcome, work.result, files)
 
 
-def make_plan(
-    checkpoint: Checkpoint, config: dict[str, Any], base: Base, settings: PruningArgs
-) -> PruningPlan:
-    """Choose which units to keep."""
+def plan_of_size(config: dict[str, Any], base: Base, settings: PruningArgs) -> PruningPlan:
+    """A plan as large as the one to come, to count with; refuses what cannot be planned.
+
+    Raises:
+        LoRAMError: The ratio, the pattern or the index files do not suit the model.
+    """
     if settings.indices is not None:
         return PruningPlan(config, read_indices(Path(settings.indices), config), base)
-    family, kept = family_of(config), {}
+    if settings.sparsity is not None:
+        sparse_layers(config, settings.sparsity, *settings.protected)
+        return PruningPlan(config, {}, base)
     assert settings.ratio is not None  # PruningArgs saw to it
-    counts = keep_counts(config, settings.ratio, settings.protect_first, settings.protect_last)
-    declared: dict[int | None, list[Tensor]] = {}
-    for tensor in tensors(config):
-        declared.setdefault(tensor.layer, []).append(tensor)
-    for layer, count in counts.items():
-        for group in family.groups:
-            if settings.method == "random":
-                units = sizes_of(layer_fields(config, layer))[group.kind]
-                scores = random_scores(units, settings.seed, layer, group.kind)
-            else:
-                members = [t for t in declared[layer] if group.kind in t.kinds]
-                loaded = [(tensor, as_float(checkpoint[tensor.name])) for tensor in members]
-                scores = magnitude_scores(loaded, group.kind)
-            kept[family.entry(layer, group)] = select(scores, count[group.kind])
+    family, counts = family_of(config), keep_counts(config, settings.ratio, *settings.protected)
+    kept = {
+        family.entry(layer, group): np.arange(count[group.kind], dtype=np.int32)
+        for layer, count in counts.items()
+        for group in family.groups
+    }
     return PruningPlan(config, kept, base)
 
 
-def write_weights(
-    checkpoint: Checkpoint,
-    plan: PruningPlan,
-    folder: Path,
-    progress: Callable[[int], Progress] | None = None,
-) -> dict[str, str]:
-    """Gather every tensor along the plan, shard by shard, one tensor in memory at a time.
+def _calibrate(settings: PruningArgs, folder: Path) -> Calibration | None:
+    if not settings.needs_calibration:
+        return None
+    if settings.calibration is None:
+        why = f"method {settings.method}" if not settings.refit else "refit"
+        raise LoRAMError(
+            f"expected calibration text for {why}, found none: give --calibration FILE (.txt, "
+            ".jsonl, an Axolotl YAML) or a data set on the hub"
+        )
+    from axolotl_loram.calibration import load_calibration
 
-    Returns:
-        File name → SHA-256.
+    return load_calibration(settings, folder)
+
+
+def check_room(job: Job, output: Path) -> None:
+    """Refuse to start without the disk space for the result and the work before it.
+
+    Raises:
+        LoRAMError: Too little is free, or nothing can be written there.
     """
-    base_tensors = {tensor.name: tensor for tensor in tensors(plan.config)}
-    shapes = {t.name: t.shape for t in tensors({**plan.config, **plan.changes})}
-    shards = {
-        shard: [name for name in names if name in base_tensors]
-        for shard, names in checkpoint.shards.items()
-    }
-    shards = {shard: names for shard, names in shards.items() if names}
-    size = sum(
-        int(np.prod(shapes[name], dtype=np.int64)) * checkpoint[name].bits.itemsize
-        for name in shapes
+    result = needed_bytes(job.checkpoint, job.sketch)
+    needed = result * (2 if job.settings.sparsity or job.settings.refits else 1)
+    if job.calibration is not None:
+        states = job.calibration.tokens.size * int(job.config["hidden_size"]) * 4
+        kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
+        needed += states * kept
+    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
+    started = work_folder(output, job.identity)
+    found = shutil.disk_usage(existing).free + sum(
+        file.stat().st_size for file in started.rglob("*") if file.is_file()
     )
-    done = progress(size) if progress else None
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise LoRAMError(
+            f"expected to be able to write in {existing}, found: {error.strerror}"
+        ) from None
+    if found < needed:
+        raise LoRAMError(
+            f"expected {needed / 2**30:.3g} GiB free for {output} and the work on it, found "
+            f"{found / 2**30:.3g} GiB in {existing}: make room or choose another disk"
+        )
 
-    def gathered(names: list[str]) -> Iterator[np.ndarray]:
-        for name in names:
-            tensor = base_tensors[name]
-            array = gather(checkpoint[name].read(), plan.features(tensor.dims, tensor.layer))
-            yield array
-            if done:
-                done(array.nbytes)
 
-    files: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards.values(), start=1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map |= dict.fromkeys(names, file)
-        described = [(name, checkpoint[name].dtype, shapes[name]) for name in names]
-        files[file] = write_safetensors(folder / file, described, gathered(names))
-    if weight_map:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-    return files
+def decide(job: Job, work: Work) -> Outcome:
+    """Choose what to keep, and refit it if that is asked for."""
+    if job.settings.sparsity is not None:
+        return _make_sparse(job, work, job.settings.sparsity)
+    plan = job.sketch if job.settings.indices else choose_units(job, work)
+    if not job.settings.refits or not plan.kept:
+        return Outcome(plan)
+    from axolotl_loram.compensate import refit
+    from axolotl_loram.walk import Walk
+
+    assert job.calibration is not None  # `_calibrate` saw to it
+    tokens, last = job.calibration.tokens, max(plan.counts)
+    walk = Walk(job.stream(), work, tokens, "refit", last + 1, job.progress)
+    replaced, errors = refit(walk, plan)
+    return Outcome(plan, replaced, errors)
+
+
+def choose_units(job: Job, work: Work) -> PruningPlan:
+    """Score the units and keep the best, of each layer or of all."""
+    settings, family, counts = job.settings, family_of(job.config), job.sketch.counts
+    kept: dict[str, np.ndarray] = {}
+    if not counts:
+        return job.sketch
+    criterion, evidence = CRITERIA[settings.method], job.evidence(work, list(counts))
+    if not all(evidence.has(layer) for layer in counts):
+        criterion.score(evidence)
+    scores = {layer: evidence.load(layer) for layer in counts}
+    for group in family.groups:
+        chosen = choose(
+            {layer: own[group.kind] for layer, own in scores.items()},
+            {layer: count[group.kind] for layer, count in counts.items()},
+            settings.allocation == "global",
+            criterion.comparable,
+        )
+        kept |= {family.entry(layer, group): units for layer, units in chosen.items()}
+    return PruningPlan(job.config, kept, job.sketch.base)
+
+
+def _make_sparse(job: Job, work: Work, sparsity: float | str) -> Outcome:
+    layers = sparse_layers(job.config, sparsity, *job.settings.protected)
+    if job.settings.method == "magnitude":
+        by_magnitude(job.checkpoint, job.config, layers, sparsity, work, job.progress)
+    elif not all(work.has(f"sparse-{layer}") for layer in layers):
+        from axolotl_loram.sparsegpt import by_calibration
+        from axolotl_loram.walk import Walk
+
+        assert job.calibration is not None  # `_calibrate` saw to it
+        tokens, stop = job.calibration.tokens, max(layers) + 1
+        walk = Walk(job.stream(), work, tokens, "sparsifying", stop, job.progress)
+        by_calibration(walk, job.config, layers, job.settings.method, sparsity)
+    made = list(load_sparse(work, layers))
+    masks = {name: facts["mask"] for name, _, facts in made}
+    counted = {name: facts["nonzero"] for name, _, facts in made}
+    return Outcome(
+        PruningPlan(job.config, {}, job.sketch.base, masks),
+        {name: tensor for name, tensor, _ in made},
+        zeros=sparse_summary(job.config, counted),
+    )
 
 
 def _write_rest(
-    base_folder: Path, plan: PruningPlan, settings: PruningArgs, folder: Path, files: dict[str, str]
+    base_folder: Path, job: Job, outcome: Outcome, folder: Path, files: dict[str, str]
 ) -> dict[str, Any]:
     """Write config, tokenizer, plan and record beside the weights."""
+    plan, calibration = outcome.plan, job.calibration
     raw = read_json(base_folder / "config.json")
     write_json(folder / "config.json", {**raw, **plan.changes})
     for pattern in (*TOKENIZER_PATTERNS, "generation_config.json"):
@@ -173,16 +310,31 @@ def _write_rest(
         "schema_version": SCHEMA_VERSION,
         "kind": "pruned-model",
         "base": asdict(plan.base),
-        "pruning": settings.model_dump(),
-        "calibration": None,
+        "pruning": job.settings.model_dump(),
+        "calibration": calibration and calibration.record(),
+        "refit": dict(outcome.refit) or None,
         "alignment": None,
-        "parameters": summary(plan.config, plan.counts),
+        "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
         "plan": plan.digest,
         "versions": versions(),
         "files": dict(sorted(files.items())),
     }
     write_json(folder / RECORD_FILE, record)
     return record
+
+
+def refit_summary(refit: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the refit gained: means over the projections of the relative held-out errors."""
+    if not refit:
+        return {}
+    means = {
+        f"heldout_error_{when}": round(
+            sum(found[f"heldout_error_{when}"] for found in refit.values()) / len(refit), 6
+        )
+        for when in ("before", "after")
+    }
+    accepted = sum(found["accepted"] for found in refit.values())
+    return {"refits_accepted": accepted, "refits_tried": len(refit), **means}
 
 
 def versions() -> dict[str, str]:

@@ -105,6 +105,7 @@ def recover(
     settings = read_adapter_config(adapter)
     plan = PruningPlan.load(_plan_folder(pruned_model or settings["base_model_name_or_path"]))
     check_trained_under(adapter, plan)
+    recorded = read_record(adapter)
     checkpoint = Checkpoint(adapter, ADAPTER_FILE)
     moved = match(checkpoint, plan, full_size=False)
     base, output = base or plan.base, output or default_output(adapter)
@@ -117,7 +118,8 @@ def recover(
             "kind": "recovered-adapter",
             "base": vars(base),
             "plan": plan.digest,
-            "trained": read_record(adapter).get("training"),
+            "trained": recorded.get("training"),
+            "masked": bool(recorded.get("masked")),
         }
         write_json(scratch / RECORD_FILE, record)
         (scratch / "README.md").write_text(model_card(base, card), encoding="utf-8")
@@ -219,7 +221,7 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
     aliases = {"lm_head": "model.embed_tokens"}  # a tied lm_head is not stored, but can be adapted
     moved = []
     for stored in checkpoint.tensors.values():
-        module, part = _split(stored.name)
+        module, part = split_name(stored.name)
         adapted = declared.get(module) or declared.get(aliases.get(module, ""))
         if part in LORA_AXES and adapted is not None:
             moved.append(_match_lora(stored, part, adapted, plan, full_size))
@@ -228,7 +230,7 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
     return moved
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`` → module, ``lora_A.weight``."""
     path = re.sub(r"\.(base_layer|token_adapter)\b", "", name.removeprefix(PREFIX))
     found = re.fullmatch(r"(.+?)\.(lora_.+)", path)

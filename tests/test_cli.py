@@ -105,14 +105,15 @@ def limit_file_size(size):
     return limit
 
 
-def test_a_full_disk_leaves_nothing_half_written(make_model, tmp_path):
+def test_a_full_disk_leaves_no_output_and_is_gone_on_from(make_model, tmp_path):
     arguments = ("prune", make_model(), tmp_path / "work/out", "--pruning-ratio", "0.5")
     (tmp_path / "work").mkdir()
     result = loram(*arguments, check=False, preexec_fn=limit_file_size(50_000))
     assert result.returncode == 1
     assert "make room" in result.stderr and "Traceback" not in result.stderr
-    assert list((tmp_path / "work").iterdir()) == []
-    loram(*arguments)
+    assert not (tmp_path / "work/out").exists()
+    assert "going on with" in loram(*arguments).stderr
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
 
 
 def test_a_full_disk_keeps_the_old_adapter_or_none(make_model, tmp_path):

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from test_recover import train_on
 
 from axolotl_loram.args import LoRAMArgs, PruningArgs
+from axolotl_loram.cache import prune_into_cache
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.plugin import (
     LoRAMPlugin,
     begin_training,
     check_supported,
-    prune_into_cache,
     use_recovered_adapter,
 )
 from axolotl_loram.prune import prune
@@ -172,7 +172,7 @@ def test_pruning_happens_once_per_base_and_settings(make_model, tmp_path):
 def test_ranks_that_arrive_together_prune_once(make_model, tmp_path):
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from axolotl_loram.plugin import prune_into_cache\n"
+        "from axolotl_loram.cache import prune_into_cache\n"
         "from axolotl_loram.args import PruningArgs\n"
         "Path(sys.argv[3]).touch()\n"
         "while not Path(sys.argv[4]).exists(): time.sleep(0.001)\n"

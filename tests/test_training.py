@@ -113,7 +113,12 @@ def test_lora_from_preprocess_to_merge(pruned, make_model, settings, tmp_path):
 def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, settings, tmp_path):
     base, output = make_model(), tmp_path / "out"
     section = {
-        "pruning": {"method": "magnitude", "ratio": 0.5},
+        "pruning": {
+            "method": "taylor",
+            "ratio": 0.5,
+            "calibration_samples": 16,
+            "calibration_length": 32,
+        },
         "cache_dir": str(tmp_path / "cache"),
     }
     # `axolotl inference` casts the model to its dtype; in float32 that would break 4-bit weights
@@ -125,6 +130,9 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
     log = train(yaml_file)
     assert "pruning" in log.stderr
     (cached,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    record = json.loads((cached / "loram.json").read_text())
+    assert record["calibration"]["source"] == "the run's datasets"
+    assert record["calibration"]["tokens"] == 16 * 32 and len(record["refit"]) == 4
     assert PruningPlan.load(cached).counts == {
         layer: {"neurons": 24, "kv_groups": 1} for layer in (1, 2)
     }

@@ -1,0 +1,166 @@
+"""The training data of an Axolotl config, tokenized by Axolotl itself (axolotl 0.19)."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.errors import LoRAMError
+
+IDS = ("input_ids", "chosen_input_ids", "chosen_ids")
+"""What Axolotl calls a row's token ids; the last two in preference data."""
+SHUFFLE_BUFFER = 1000
+"""Rows of streamed data that the next one is drawn from."""
+
+
+def load_yaml(path: Path) -> Any:
+    """An Axolotl config as `axolotl train` would see it, as far as its data goes.
+
+    Not by `load_cfg`, which sets its process up for a run: inside `axolotl train` it would register
+    a new plugin in place of the running one, change the environment, and empty debug.log.
+
+    Raises:
+        LoRAMError: No such file, not YAML, no datasets in it, or Axolotl refuses it.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LoRAMError(
+            f"expected an Axolotl YAML, found {path} unreadable ({one_line(error)}): check the file"
+        ) from None
+    if not isinstance(settings, dict) or not (
+        settings.get("datasets") or settings.get("pretraining_dataset")
+    ):
+        raise LoRAMError(
+            f"expected an Axolotl YAML with `datasets:` for calibration, found none in {path}: add "
+            "them, or name a text file"
+        )
+    # Plugins shape training, not tokens; only ours knows these adapters.
+    settings = {k: v for k, v in settings.items() if k not in ("plugins", "loram")}
+    named = settings.get("adapter")
+    settings["adapter"] = {"loram": "lora", "qloram": "qlora"}.get(str(named), named)
+    settings["tf32"] = False  # Axolotl would switch it on for this whole process
+    with _as_a_library():
+        from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
+        from axolotl.utils.dict import DictDefault
+
+        try:
+            cfg = validate_config(DictDefault(settings))
+            normalize_config(cfg)
+        except Exception as error:  # its validators raise what they like
+            raise LoRAMError(
+                f"expected a YAML that Axolotl accepts, found {path} refused ({one_line(error)}): "
+                "try `axolotl preprocess` on it"
+            ) from error
+        normalize_cfg_datasets(cfg)
+    return cfg
+
+
+def vocabulary(cfg: Any) -> dict[str, int]:
+    """Token → id, of the tokenizer that Axolotl gives this config.
+
+    Raises:
+        LoRAMError: It gives none.
+    """
+    with _as_a_library():
+        from axolotl.loaders import load_tokenizer
+
+        try:
+            return load_tokenizer(copy.deepcopy(cfg)).get_vocab()
+        except Exception as error:  # transformers', or Axolotl's about its own settings
+            raise LoRAMError(
+                f"expected a tokenizer that Axolotl can load, found {cfg.tokenizer_config} refused "
+                f"({one_line(error)}): try `axolotl preprocess`"
+            ) from error
+
+
+def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
+    """Token ids of the training rows, without the validation split, in an order drawn by seed.
+
+    What Axolotl prepares for it stays in `dataset_prepared_path`, where training finds it. Plugins'
+    `load_datasets` is called by Axolotl's commands, not by its function of that name that is used
+    here, so the LoRAM plugin may be the caller. Nothing is loaded, and no error raised, before the
+    first row is asked for.
+
+    Args:
+        cfg: Validated, as from `load_yaml` or inside `axolotl train`; left as it is.
+        seed: Of the order of the rows.
+
+    Raises:
+        LoRAMError: Axolotl cannot load the data, or makes no token ids of it.
+    """
+    for row in _rows(cfg, seed):
+        found = next((name for name in IDS if name in row), None)
+        if found is None:
+            raise LoRAMError(
+                "expected training data that Axolotl tokenizes, found rows of "
+                f"{', '.join(map(str, row))}: name a text file as calibration"
+            )
+        ids = np.asarray(row[found])
+        # Streamed rows come padded. In preference data the mask may be the other answer's.
+        mask = row.get("attention_mask") if found == "input_ids" else None
+        yield (ids if mask is None else ids[np.asarray(mask) != 0]).tolist()
+
+
+def _rows(cfg: Any, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of the training split as Axolotl prepares them."""
+    if cfg.rl:
+        raise LoRAMError(
+            "expected training data that Axolotl tokenizes, found rl: "
+            f"{getattr(cfg.rl, 'value', cfg.rl)}, where the trainer does it: name a text file as "
+            "calibration"
+        )
+    cfg = copy.deepcopy(cfg)  # Axolotl notes totals in it, and streaming changes the batch size
+    cfg.accelerator_config = None  # with dispatch_batches, other ranks get a placeholder text
+    try:
+        with _as_a_library():
+            from axolotl.common.datasets import load_datasets
+            from datasets import IterableDataset
+
+            data = load_datasets(cfg=cfg).train_dataset
+        if isinstance(data, IterableDataset):
+            yield from data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        else:  # not data.shuffle, which would leave a file among the prepared data
+            for index in np.random.default_rng(seed).permutation(len(data)):
+                yield data[int(index)]
+    except Exception as error:  # whatever the user's data makes a prompt strategy raise
+        raise LoRAMError(
+            "expected datasets that Axolotl can load, found it failing "
+            f"({type(error).__name__}: {one_line(error)}): try `axolotl preprocess`"
+        ) from error
+
+
+@contextmanager
+def _as_a_library() -> Iterator[None]:
+    """Keep Axolotl's log off standard output, and have it prepare data as its `preprocess` does.
+
+    When first imported, Axolotl sets logging up on what is standard output then, which belongs to
+    our caller. Preparing only, it does not go on to count steps, for which each rank waits for all
+    others: here one may be alone, the others waiting for what it makes.
+    """
+    before = os.environ.get("AXOLOTL_IS_PREPROCESS")
+    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
+    try:
+        with redirect_stdout(sys.stderr):
+            import axolotl.cli  # noqa: F401  (sets logging up)
+
+            yield
+    finally:
+        del os.environ["AXOLOTL_IS_PREPROCESS"]
+        if before is not None:
+            os.environ["AXOLOTL_IS_PREPROCESS"] = before
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and not endless."""
+    return textwrap.shorten(str(error), 300, placeholder=" …") or repr(error)

@@ -1,0 +1,65 @@
+"""Pruned models made on the way to training, each once per base, settings and calibration text."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from axolotl_loram.args import PruningArgs
+from axolotl_loram.calibration import Calibration, from_rows, load_calibration
+from axolotl_loram.checkpoint import Checkpoint, made_once
+from axolotl_loram.plan import SCHEMA_VERSION
+from axolotl_loram.progress import progress_bar
+from axolotl_loram.prune import prune
+from axolotl_loram.sources import find_folder, load_config
+
+LOG = logging.getLogger(__name__)
+Rows = Callable[[], Iterator[list[int]]]
+"""Gives the token ids of the run's own training data."""
+
+
+def prune_into_cache(
+    model: str,
+    revision: str | None,
+    settings: PruningArgs,
+    cache_dir: str | None = None,
+    rows: Rows | None = None,
+) -> Path:
+    """The pruned model for these settings, made by whichever process comes first.
+
+    Args:
+        model: Folder or hub id of the base model.
+        revision: Revision on the hub.
+        settings: How to prune.
+        cache_dir: Where; $AXOLOTL_LORAM_CACHE or ~/.cache/axolotl-loram by default.
+        rows: What to calibrate on where the settings name no text.
+
+    Returns:
+        Its folder.
+    """
+    default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
+    cache, base = Path(cache_dir or default).expanduser(), find_folder(model, revision)
+    calibration = calibrate(settings, base, rows) if settings.needs_calibration else None
+    stem = re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1])
+
+    def make(folder: Path) -> None:
+        LOG.info("pruning %s into %s", model, folder)
+        with progress_bar("pruning") as progress:
+            prune(model, folder, settings, revision, False, progress, calibration)
+
+    how = settings.model_dump(exclude={"device"})
+    read = calibration and calibration.record()
+    identity = [SCHEMA_VERSION, Checkpoint(base).fingerprint(), how, read]
+    return made_once(cache / f"{stem}-{settings.method}", identity, make)
+
+
+def calibrate(settings: PruningArgs, base: Path, rows: Rows | None) -> Calibration:
+    """The text to prune by: what the settings name, or the run's own training data."""
+    if settings.calibration is not None or rows is None:
+        return load_calibration(settings, base)
+    size = int(load_config(str(base))["vocab_size"])
+    known = ([token for token in row if token < size] for row in rows())  # none that the run adds
+    return from_rows(known, settings, base, "the run's datasets")

@@ -1,0 +1,77 @@
+"""What a criterion may look at, and where its scores go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from axolotl_loram.architecture import Config, Family, family_of, layer_fields, sizes_of
+from axolotl_loram.checkpoint import Checkpoint
+from axolotl_loram.progress import Progress, no_progress
+from axolotl_loram.work import Work
+
+if TYPE_CHECKING:
+    from axolotl_loram.streaming import LayerStream
+    from axolotl_loram.walk import Walk
+
+Scores = Mapping[str, np.ndarray]
+"""Kind of unit → scores (units,) of one layer."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at.
+
+    Attributes:
+        checkpoint: The base's weights.
+        config: The base's config.
+        layers: Layers to score.
+        work: Where scores go, and hidden states.
+        seed: Seed of random choices.
+        tokens: Calibration token ids (samples, length), empty where there are none.
+        stream: Makes the layers to run them through.
+        progress: Shows how far it is.
+    """
+
+    checkpoint: Checkpoint
+    config: Config
+    layers: list[int]
+    work: Work
+    seed: int = 0
+    tokens: np.ndarray | None = None
+    stream: Callable[[], LayerStream] | None = None
+    progress: Progress = no_progress
+
+    @cached_property
+    def family(self) -> Family:
+        """The declaration of the base's family."""
+        return family_of(self.config)
+
+    def sizes(self, layer: int) -> dict[str, int]:
+        """Sizes of a layer."""
+        return sizes_of(layer_fields(self.config, layer))
+
+    def has(self, layer: int) -> bool:
+        """Whether a layer is scored already."""
+        return self.work.has(f"scores-{layer}")
+
+    def save(self, layer: int, scores: Scores) -> None:
+        """Keep a layer's scores."""
+        as_bits = {k: ("F64", s.astype("<f8").view("u8")) for k, s in scores.items()}
+        self.work.save(f"scores-{layer}", as_bits)
+
+    def load(self, layer: int) -> dict[str, np.ndarray]:
+        """A layer's scores."""
+        stored, _ = self.work.load(f"scores-{layer}")
+        return {kind: tensor.read().view("<f8") for kind, tensor in stored.items()}
+
+    def walk(self, stage: str, stop: int, keep: bool = False) -> Walk:
+        """A walk of the calibration text through the layers before `stop`."""
+        from axolotl_loram.walk import Walk
+
+        assert self.stream is not None and self.tokens is not None  # PruningArgs saw to it
+        return Walk(self.stream(), self.work, self.tokens, stage, stop, self.progress, keep)

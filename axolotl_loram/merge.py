@@ -1,0 +1,220 @@
+"""Masked recovery: the base model with exactly the update that was trained, s (B A) ∘ M.
+
+(B A) ∘ M has no low rank, so that no adapter can hold it: the result is an ordinary model folder.
+It is written tensor by tensor, each computed in float32 and rounded to the base's dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.utils.other import get_pattern_key
+
+from axolotl_loram.checkpoint import (
+    ADAPTER_FILE,
+    Checkpoint,
+    StoredTensor,
+    check_vacant,
+    new_folder,
+    write_json,
+    write_safetensors,
+)
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.masked import add_update, pack, read_support
+from axolotl_loram.pairing import check_base, check_pruned, check_trained_under, read_record
+from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.recover import match, read_adapter_config, split_name
+from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
+
+LOG = logging.getLogger(__name__)
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    *TOKENIZER_PATTERNS,
+)
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "weight")
+Parts = Mapping[str, StoredTensor]
+"""What an adapter holds for one module, by the names in `PARTS`."""
+
+
+def merge_masked(
+    adapter: Path,
+    pruned_model: str | None = None,
+    output: Path | None = None,
+    base: Base | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], Callable[[int], object]] | None = None,
+) -> dict[str, Any]:
+    """Write the base model with the trained update added to it.
+
+    Args:
+        adapter: Folder of the adapter as trained, on a sparse pruned model.
+        pruned_model: Folder or hub id of that model; by default what the adapter's config names.
+        output: Folder to write, by default `default_output(adapter)`.
+        base: The base model, by default the plan's; downloaded where it is not on this machine.
+        overwrite: Replace what `output` holds.
+        progress: Given the bytes to write, returns a callback for the bytes done.
+
+    Returns:
+        What the result's `loram.json` says, and "output", the folder.
+
+    Raises:
+        LoRAMError: Nothing is masked, or base, pruned model and adapter do not belong together.
+    """
+    output = output or default_output(adapter)
+    check_vacant(output, overwrite)
+    settings, recorded = read_adapter_config(adapter), read_record(adapter)
+    pruned = find_folder(pruned_model or settings["base_model_name_or_path"])
+    plan = PruningPlan.load(pruned)
+    _check_masked(plan, recorded, adapter)
+    check_trained_under(adapter, plan)
+    check_pruned(pruned, plan)
+    base = base or plan.base
+    folder = find_folder(base.id, base.revision)
+    check_base(plan, base.id, base.revision)
+    parts = _parts_by_tensor(adapter, plan)
+    LOG.info("adding the masked update of %s to %s, into %s", adapter, base.id, output)
+    merger = _Merger(Checkpoint(folder), Checkpoint(pruned), plan, settings, parts)
+    with new_folder(output, overwrite) as scratch:
+        files = merger.write(scratch, progress)
+        for pattern in COPIED:
+            for file in folder.glob(pattern):
+                shutil.copyfile(file, scratch / file.name)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "recovered-model",
+            "base": vars(base),
+            "plan": plan.digest,
+            "trained": recorded.get("training"),
+            "masked": True,
+            "files": files,
+        }
+        write_json(scratch / RECORD_FILE, record)
+    return {**record, "output": str(output)}
+
+
+def default_output(adapter: Path) -> Path:
+    """``run/pruned/checkpoint-7`` → ``run/pruned/merged-checkpoint-7``."""
+    adapter = adapter.resolve()
+    return adapter.parent / f"merged-{adapter.name}"
+
+
+def _check_masked(plan: PruningPlan, recorded: Mapping[str, Any], adapter: Path) -> None:
+    if not plan.masks:
+        raise LoRAMError(
+            "expected an adapter of a sparse pruned model for masked recovery, found one of a "
+            "model that lost whole units, which has no mask: recover it plainly"
+        )
+    if recorded.get("masked") is False:
+        raise LoRAMError(
+            f"expected an adapter trained with its update masked, found {adapter} trained without: "
+            "recover it plainly, or train with `masked: true`"
+        )
+
+
+def _parts_by_tensor(adapter: Path, plan: PruningPlan) -> dict[str, dict[str, StoredTensor]]:
+    """Weight of the base → what the adapter holds for it.
+
+    Raises:
+        LoRAMError: The adapter does not fit, or holds what cannot be added to a weight.
+    """
+    tied = plan.config.get("tie_word_embeddings")
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for moved in match(Checkpoint(adapter, ADAPTER_FILE), plan, full_size=False):
+        module, part = split_name(moved.stored.name)
+        end = module.rpartition(".")[2]
+        if part not in PARTS or (tied and end in ("lm_head", "embed_tokens")):
+            raise LoRAMError(
+                f"expected LoRA on weights of their own, found {moved.stored.name}, which cannot "
+                "be merged: recover this adapter plainly"
+            )
+        found.setdefault(f"{module}.weight", {})[part] = moved.stored
+    return found
+
+
+@dataclass(frozen=True)
+class _Merger:
+    """Streams the base's tensors with the update added."""
+
+    base: Checkpoint
+    pruned: Checkpoint
+    plan: PruningPlan
+    settings: Mapping[str, Any]
+    parts: Mapping[str, Parts]
+
+    def write(self, folder: Path, progress: Any = None) -> dict[str, str]:
+        """Write all shards under the base's names; returns file → SHA-256."""
+        size = sum(tensor.nbytes for tensor in self.base.tensors.values())
+        done = progress(size) if progress else lambda count: None
+        files = {}
+        for file, names in self.base.shards.items():
+            stored = [self.base[name] for name in names]
+            described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in stored]
+            files[file] = write_safetensors(
+                folder / file, described, (self.merged(tensor, done) for tensor in stored)
+            )
+        return files
+
+    def merged(self, tensor: StoredTensor, done: Callable[[int], object]) -> np.ndarray:
+        """The bits of one tensor with its update."""
+        parts, bits = self.parts.get(tensor.name), tensor.read()
+        done(tensor.nbytes)
+        if not parts:
+            return bits
+        weight = as_torch(tensor, bits)
+        if "weight" in parts:  # saved whole; by PEFT also beside LoRA, of an adapted embedding
+            weight.copy_(as_torch(parts["weight"]))
+        if parts.keys() - {"weight"}:
+            A, B = _factors(parts)
+            add_update(weight, A, B, self.scale(tensor.name, len(A)), self.mask(tensor.name))
+        return bits
+
+    def mask(self, name: str) -> torch.Tensor | None:
+        """The weight's mask, None where pruning left it whole."""
+        if name not in self.plan.masks:
+            return None
+        return pack(read_support(self.pruned, self.plan, name))
+
+    def scale(self, name: str, rank: int) -> float:
+        """LoRA's scaling s of the module that owns a weight, as PEFT chooses it."""
+        patterns = self.settings.get("alpha_pattern") or {}
+        key = get_pattern_key(list(patterns), name.removesuffix(".weight"))
+        alpha = patterns.get(key, self.settings["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+
+def _factors(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B such that B A is the update; an embedding's is the transpose of its B A."""
+    if "lora_A.weight" in parts:
+        return as_torch(parts["lora_A.weight"]), as_torch(parts["lora_B.weight"])
+    return as_torch(parts["lora_embedding_B"]).T, as_torch(parts["lora_embedding_A"]).T
+
+
+def as_torch(stored: StoredTensor, bits: np.ndarray | None = None) -> torch.Tensor:
+    """A stored tensor as torch's, sharing memory with `bits` if they are given.
+
+    Raises:
+        LoRAMError: It holds no plain floats.
+    """
+    if stored.dtype not in DTYPES:
+        raise LoRAMError(
+            f"expected weights of {', '.join(DTYPES)} to merge into, found {stored.name} of "
+            f"{stored.dtype}: use the unquantized base model"
+        )
+    bits = stored.read() if bits is None else bits
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(DTYPES[stored.dtype])

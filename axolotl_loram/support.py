@@ -1,0 +1,96 @@
+"""What of Axolotl's settings works with LoRAM, as far as a look at cfg can tell."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from axolotl_loram.args import LoRAMConfig
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.plan import PruningPlan
+from axolotl_loram.recover import unrecoverable
+
+LOG = logging.getLogger(__name__)
+ADAPTERS = {"loram": "lora", "qloram": "qlora", "lora": "lora", "qlora": "qlora"}
+"""What a YAML may name as its adapter → what Axolotl calls it.
+
+The first two mean the same as the others, but Axolotl refuses them where this package is not
+installed, whereas it would train the original model under the others.
+"""
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
+"""Axolotl's fused LoRA kernels, which it switches on itself where a YAML names none of them."""
+
+
+def check_supported(cfg: Any) -> None:
+    """Refuse, by name and with the reason, what LoRAM cannot recover.
+
+    Args:
+        cfg: The YAML as Axolotl read it, not validated yet.
+
+    Raises:
+        LoRAMError: One sentence.
+    """
+    if not cfg.loram:
+        raise LoRAMError(
+            "expected a `loram:` section for the LoRAMPlugin, found none: add "
+            "`loram: {pruned_model_path: ...}` or take the plugin out"
+        )
+    if cfg.adapter not in ADAPTERS:
+        raise LoRAMError(
+            f"expected adapter: {', '.join(ADAPTERS)} with loram:, found {cfg.adapter!r}: LoRAM "
+            "recovers LoRA matrices only"
+        )
+    if cfg.merge_lora and cfg.loram.recovery == "masked":
+        raise LoRAMError(
+            "expected `recovery: plain` for merge-lora, found masked: output_dir/merged is the "
+            "merged model already, and would be replaced by the plainly recovered one"
+        )
+    refused = {
+        "relora": "it merges into the pruned weights as it goes, which the original has not",
+        "gptq": "pruned models hold plain weights; use adapter: qlora for 4 bits",
+        "reinit_weights": "it would throw the pruned model's weights away",
+        "lora_target_parameters": "LoRA on raw parameters is not recovered yet",
+        "peft_layer_replication": "it makes layers that the original has not",
+    }
+    for key, reason in refused.items():
+        if cfg[key]:
+            raise LoRAMError(f"expected no `{key}` with loram:, found {cfg[key]!r}: {reason}")
+    if (cfg.tensor_parallel_size or 1) > 1:
+        raise LoRAMError(
+            "expected tensor_parallel_size 1 with loram:, found "
+            f"{cfg.tensor_parallel_size}: it splits every layer by the base's head counts"
+        )
+    loftq = cfg.peft and cfg.peft.loftq_config
+    adapter = {
+        "use_dora": cfg.peft_use_dora,
+        "init_lora_weights": "loftq" if loftq else cfg.peft_init_lora_weights or True,
+    }
+    refusal = unrecoverable(adapter)
+    if refusal:
+        raise LoRAMError(f"this adapter cannot be recovered: {refusal}")
+
+
+def trains_masked(section: LoRAMConfig, plan: PruningPlan) -> bool:
+    """Whether the update is to be confined to the weights that pruning left.
+
+    Raises:
+        LoRAMError: It is asked for, but pruning removed whole units, and left no zeros.
+    """
+    if (section.masked or section.recovery == "masked") and not plan.masks:
+        raise LoRAMError(
+            "expected a sparse pruned model with `masked: true` or `recovery: masked`, found one "
+            "that lost whole units, which has no mask: take them out"
+        )
+    return bool(plan.masks) and section.masked is not False
+
+
+def switch_off_kernels(cfg: Any) -> None:
+    """Keep Axolotl from fusing LoRA: its kernels multiply by A and B themselves, without the mask.
+
+    Takes effect before the model is loaded: that is when Axolotl patches it as cfg says.
+    """
+    on = [name for name in KERNELS if cfg[name]]
+    if on:
+        LOG.warning("switching %s off: the masked update does not go through them", ", ".join(on))
+    for name in on:
+        cfg[name] = False

@@ -1,0 +1,128 @@
+"""Long jobs that go on where they were interrupted.
+
+What a job has finished lies in a hidden folder beside its target, named by what the job is: the
+same command finds it, another one does not. When the job is complete, its result takes the target's
+name, and the folder goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from axolotl_loram.checkpoint import (
+    StoredTensor,
+    check_vacant,
+    open_safetensors,
+    replace_folder,
+    write_safetensors,
+)
+from axolotl_loram.errors import LoRAMError
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The finished steps of a job, each a file that is complete if it exists."""
+
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        """Folder that becomes the target."""
+        return self.folder / "result"
+
+    def has(self, step: str) -> bool:
+        """Whether a step is finished."""
+        return self._file(step).exists()
+
+    def save(
+        self,
+        step: str,
+        arrays: Mapping[str, tuple[str, np.ndarray]],
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep a step's outcome: name → (dtype as safetensors names it, bits), and facts."""
+        partial = self._file(step).with_suffix(".partial")
+        described = [(name, dtype, bits.shape) for name, (dtype, bits) in arrays.items()]
+        data = (bits for _, bits in arrays.values())
+        write_safetensors(partial, described, data, {"about": json.dumps(dict(about or {}))})
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
+        partial.replace(self._file(step))
+
+    def load(self, step: str) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+        """What `save` kept."""
+        tensors, metadata = open_safetensors(self._file(step))
+        return tensors, json.loads(metadata["about"])
+
+    def _file(self, step: str) -> Path:
+        return self.folder / f"{step}.safetensors"
+
+
+def work_folder(target: Path, identity: Mapping[str, Any]) -> Path:
+    """Where the steps of a job lie until it is complete: a hidden folder beside its target."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return target.resolve().with_name(f".{target.resolve().name}.{digest[:16]}")
+
+
+@contextmanager
+def resumable(target: Path, identity: Mapping[str, Any], overwrite: bool = False) -> Iterator[Work]:
+    """The work on `target`; its result becomes `target` when the block ends.
+
+    An interrupt, a crash or a full disk leaves the finished steps for the next call; wrong input
+    (LoRAMError) leaves nothing.
+
+    Args:
+        target: Folder to make: at every moment absent, the old folder, or the complete new one.
+        identity: Everything that decides the result, as JSON.
+        overwrite: Whether `target` may be replaced.
+
+    Raises:
+        LoRAMError: `target` may not be replaced, cannot be written, or another process is at it.
+    """
+    check_vacant(target, overwrite)
+    target = target.resolve()
+    work = Work(work_folder(target, identity))
+    resumed = work.folder.exists()
+    try:
+        work.result.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoRAMError(
+            f"expected to be able to write in {target.parent}, found: {error.strerror}"
+        ) from None
+    try:
+        lock = FileLock(work.folder / "lock", timeout=0)
+        with lock:
+            if resumed:
+                LOG.warning("going on with the interrupted work in %s", work.folder)
+            yield work
+            replace_folder(work.result, target)
+        shutil.rmtree(work.folder)
+    except Timeout:
+        raise LoRAMError(
+            f"expected to be alone in writing {target}, found another process at it: wait for it"
+        ) from None
+    except LoRAMError:
+        shutil.rmtree(work.folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise LoRAMError(
+            f"expected to write {target}, found: {error.strerror or error}; make room and run the "
+            f"same command again, which goes on with what is done in {work.folder}"
+        ) from error
+    except KeyboardInterrupt:
+        LOG.warning("interrupted; the same command goes on with what is in %s", work.folder)
+        raise
