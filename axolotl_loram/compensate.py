@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from axolotl_loram.architecture import Weight, readers
+from axolotl_loram.architecture import readers
 from axolotl_loram.checkpoint import StoredTensor
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import PruningPlan
+from axolotl_loram.spaces import Weight
 from axolotl_loram.streaming import TORCH_DTYPES, seen_inputs, to_bits
 from axolotl_loram.walk import Walk
 

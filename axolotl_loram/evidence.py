@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from axolotl_loram.architecture import Config, Family, family_of, layer_fields, sizes_of
+from axolotl_loram.architecture import Config, family_of, layer_fields, sizes_of
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.progress import Progress, no_progress
+from axolotl_loram.spaces import Family
 from axolotl_loram.work import Work
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from axolotl_loram.architecture import Sizes, Tensor
+from axolotl_loram.architecture import Tensor
 from axolotl_loram.checkpoint import StoredTensor, ahead
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.spaces import Sizes
 
 
 def random_scores(units: int, seed: int, layer: int, kind: str) -> np.ndarray:

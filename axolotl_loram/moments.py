@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from axolotl_loram.architecture import per_unit, readers
+from axolotl_loram.architecture import readers
 from axolotl_loram.evidence import Evidence, Scores
+from axolotl_loram.spaces import per_unit
 from axolotl_loram.streaming import seen_inputs
 
 

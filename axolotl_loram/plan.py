@@ -14,12 +14,8 @@ import numpy as np
 
 from axolotl_loram.architecture import (
     Config,
-    Dim,
-    Group,
-    Kept,
     config_changes,
     family_of,
-    kept_features,
     layer_count,
     layer_fields,
     parameter_count,
@@ -29,6 +25,7 @@ from axolotl_loram.architecture import (
 from axolotl_loram.args import check_ratio
 from axolotl_loram.checkpoint import open_safetensors, write_safetensors
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.spaces import Dim, Group, Kept, kept_features
 
 LOG = logging.getLogger(__name__)
 PLAN_FILE = "loram_plan.safetensors"

@@ -305,7 +305,8 @@ def _write_rest(
                 shutil.copyfile(file, folder / file.name)
     plan.save(folder)
     for file in sorted(folder.iterdir()):
-        files.setdefault(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+        if file.name not in files:  # the weights' are known, and large
+            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     record = {
         "schema_version": SCHEMA_VERSION,
         "kind": "pruned-model",

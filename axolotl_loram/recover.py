@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture import Dim, Tensor, tensors
+from axolotl_loram.architecture import Tensor, tensors
 from axolotl_loram.checkpoint import (
     ADAPTER_FILE,
     Checkpoint,
@@ -40,6 +40,7 @@ from axolotl_loram.plan import (
     scatter,
 )
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
+from axolotl_loram.spaces import Dim
 
 LOG = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture import Config, Weight, family_of, layer_count, tensors
+from axolotl_loram.architecture import Config, family_of, layer_count, tensors
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import mask_digest, protected_layers
 from axolotl_loram.progress import Progress, no_progress
+from axolotl_loram.spaces import Weight
 from axolotl_loram.work import Work
 
 Sparsity = float | str

@@ -48,12 +48,16 @@ def to_torch(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
         )
     bits = torch.from_numpy(stored.read())
     values = bits.view(TORCH_DTYPES[stored.dtype]).to(dtype)
-    if not torch.isfinite(values).all():
-        raise LoRAMError(
-            f"expected finite weights, found NaN or infinity in {stored.name}: the base model is "
-            "damaged"
-        )
+    _check_finite_weight(values, stored.name)
     return values
+
+
+def _check_finite_weight(values: torch.Tensor, name: str) -> None:
+    """Refuse a NaN or an infinity, without a temporary as large as the weight."""
+    if not torch.isfinite(torch.stack(values.aminmax())).all():
+        raise LoRAMError(
+            f"expected finite weights, found NaN or infinity in {name}: the base model is damaged"
+        )
 
 
 def to_bits(values: torch.Tensor, dtype: str) -> np.ndarray:
@@ -135,30 +139,30 @@ class LayerStream:
 
     def _record(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], list[tuple[tuple, dict]]]:
         """Run the model with layers that note what they are called with."""
-        self._load_embedding(tokens)
+        places = self._load_embedding(tokens)
         stand_ins = [_Recorder(layer) for layer in self.layers]
         stand_ins[-1].stop = True
         with self._standing_in(stand_ins), torch.no_grad(), suppress(_Stop):
-            self.model(input_ids=tokens, use_cache=False)
+            self.model(input_ids=places, use_cache=False)
         called_with = [_moved(stand_in.called_with, self.device) for stand_in in stand_ins]
         return [stand_in.hidden for stand_in in stand_ins], called_with
 
-    def _load_embedding(self, tokens: torch.Tensor) -> None:
-        """Fill in the rows that are looked up; memory that nothing is written to costs nothing."""
-        embedding = self.model.get_input_embeddings()
+    def _load_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Load the rows that are looked up, and no others; returns where each token's row is."""
+        embedding: Any = self.model.get_input_embeddings()
         name = next(n for n, module in self.model.named_modules() if module is embedding)
-        stored, used = self.checkpoint[f"{name}.weight"], tokens.unique()
-        width, itemsize = stored.shape[1], stored.bits.itemsize
-        values = torch.empty(stored.shape, dtype=self.dtype)
-        for row in used.tolist():
-            found = stored.read_bytes(row * width * itemsize, width * itemsize)
-            values[row] = torch.from_numpy(found).view(TORCH_DTYPES[stored.dtype])
+        stored, (used, places) = (
+            self.checkpoint[f"{name}.weight"],
+            tokens.unique(return_inverse=True),
+        )
+        row_bytes = stored.shape[1] * stored.bits.itemsize
+        rows = [stored.read_bytes(row * row_bytes, row_bytes) for row in used.tolist()]
+        bits = torch.from_numpy(np.concatenate(rows)).view(TORCH_DTYPES[stored.dtype])
+        values = bits.view(len(used), -1).to(self.dtype)
+        _check_finite_weight(values, stored.name)
+        embedding.padding_idx = None  # it is a row of the whole
         embedding.weight = nn.Parameter(values, requires_grad=False)
-        if not torch.isfinite(values[used]).all():
-            raise LoRAMError(
-                f"expected finite weights, found NaN or infinity in {stored.name}: the base model "
-                "is damaged"
-            )
+        return places
 
     def drop_head(self) -> None:
         """Free what `loss` loaded."""

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from axolotl_loram.architecture import Weight, layer_count, per_unit, readers
+from axolotl_loram.architecture import layer_count, readers
 from axolotl_loram.evidence import Evidence
+from axolotl_loram.spaces import Weight, per_unit
 from axolotl_loram.streaming import States, seen_inputs
 from axolotl_loram.walk import Walk
 

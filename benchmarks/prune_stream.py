@@ -101,7 +101,9 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
         described = [(tensor.name, "BF16", tensor.shape) for tensor in members]
         write_safetensors(folder / file, described, (bits(math.prod(t.shape)) for t in members))
         weight_map |= dict.fromkeys((tensor.name for tensor in members), file)
-    (folder / f"{MODEL_FILE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / f"{MODEL_FILE}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -4,16 +4,11 @@ from conftest import FAMILIES, build_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_loram.architecture import (
-    Space,
-    config_changes,
-    family_of,
-    kept_features,
-    parameter_count,
-    tensors,
-)
+from axolotl_loram.architecture import FAMILIES as FAMILIES_DECLARED
+from axolotl_loram.architecture import config_changes, family_of, parameter_count, sizes_of, tensors
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import keep_counts, protected_layers, summary
+from axolotl_loram.spaces import Space, kept_features
 
 LLAMA_2_70B = {
     "model_type": "llama",
@@ -142,3 +137,21 @@ def test_unknown_architecture_says_how_to_add_one():
 def test_pruning_a_pruned_model_is_refused():
     with pytest.raises(LoRAMError, match="pruned already"):
         keep_counts({**LLAMA_2_70B, "per_layer_config": {"5": {}}}, 0.5, 4, 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fields_that_config_json_leaves_out_mean_what_transformers_takes_them_for(family):
+    from transformers import CONFIG_MAPPING
+
+    whole = {"model_type": family, "hidden_size": 512, "vocab_size": 100, "num_hidden_layers": 2}
+    whole |= {"intermediate_size": 64, "num_attention_heads": 32}
+    optional = {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}
+    optional |= {"attention_bias": True, "mlp_bias": True}
+    for left_out in (set(), *({name} for name in optional), set(optional)):
+        raw = whole | {name: value for name, value in optional.items() if name not in left_out}
+        ours = {**FAMILIES_DECLARED[family].defaults, **raw}
+        theirs = CONFIG_MAPPING[family].from_dict(raw).to_dict()
+        assert sizes_of(ours) == sizes_of(theirs)
+        assert [(t.name, t.shape) for t in tensors(ours)] == [
+            (t.name, t.shape) for t in tensors(theirs)
+        ]

@@ -134,8 +134,13 @@ def test_a_read_only_place_is_one_line(make_model, tmp_path):
     assert result.returncode == 1 and "expected to be able to write in /proc" in result.stderr
 
 
-def test_recovery_imports_no_torch(make_model, tmp_path):
-    loram("prune", make_model(), tmp_path / "pruned", "--pruning-ratio", "0.5")
+def test_pruning_and_recovery_import_no_torch(make_model, tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "axolotl_loram.cli", "prune"]
+    command += [str(make_model()), str(tmp_path / "pruned"), "--pruning-ratio", "0.5"]
+    command += ["--method", "magnitude"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "axolotl_loram.prune" in imported and not {"torch", "transformers"} & imported
     train_on(tmp_path / "pruned", tmp_path / "adapter")
     assert torch.__version__  # this process has it; the command must not
     command = [sys.executable, "-X", "importtime", "-m", "axolotl_loram.cli"]

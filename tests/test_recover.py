@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture import family_of, kept_features, layer_fields, sizes_of, tensors
+from axolotl_loram.architecture import family_of, layer_fields, sizes_of, tensors
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import Base, PruningPlan, entries_of
 from axolotl_loram.prune import prune
 from axolotl_loram.recover import gather_adapter, recover
+from axolotl_loram.spaces import kept_features
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(3, 40)[None]
