@@ -24,9 +24,8 @@ from axolotl_loram.checkpoint import (
     write_safetensors,
 )
 from axolotl_loram.plan import Features, PruningPlan, gather
+from axolotl_loram.progress import Progress, no_progress
 
-Progress = Callable[[int], object]
-"""Called with bytes done since the last call."""
 FINISHED = "finished.json"
 """Lists the files of a folder that are whole, while others are missing."""
 
@@ -61,7 +60,7 @@ def write_weights(
     checkpoint: Checkpoint,
     plan: PruningPlan,
     folder: Path,
-    progress: Callable[[int], Progress] | None = None,
+    progress: Progress = no_progress,
     replaced: Mapping[str, StoredTensor] | None = None,
 ) -> dict[str, str]:
     """Gather every tensor along the plan: one output file for each shard of the base.
@@ -72,8 +71,7 @@ def write_weights(
         checkpoint: The base model's weights.
         plan: What to keep.
         folder: Folder to write into.
-        progress: Given the bytes to write, returns a callback for the bytes done; files that are
-            kept count at once.
+        progress: Shows the bytes written; files that are kept count at once.
         replaced: Tensors, already of the pruned shapes, to copy in place of what gathering gives.
 
     Returns:
@@ -85,7 +83,7 @@ def write_weights(
     replaced = replaced or {}
     files = _files(checkpoint, plan, replaced)
     total = _size(part for parts in files.values() for part in parts)
-    done = progress(total) if progress else lambda count: None
+    done = progress(total, "pruning")
     identity = _identity(checkpoint, plan, replaced)
     finished = _finished(folder, identity)
     for file, parts in files.items():
@@ -136,7 +134,7 @@ def _size(parts: Iterable[Part]) -> int:
     return sum(part.nbytes for part in parts)
 
 
-def _write_file(file: Path, parts: Sequence[Part], done: Progress) -> str:
+def _write_file(file: Path, parts: Sequence[Part], done: Callable[[int], Any]) -> str:
     """Write a file that is whole, and on the disk, once it has its name; returns its SHA-256."""
 
     def counted(part: Part) -> Iterator[np.ndarray]:

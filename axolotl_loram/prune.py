@@ -256,8 +256,7 @@ def choose_units(job: Job, work: Work) -> PruningPlan:
     if not counts:
         return job.sketch
     criterion, evidence = CRITERIA[settings.method], job.evidence(work, list(counts))
-    if not all(evidence.has(layer) for layer in counts):
-        criterion.score(evidence)
+    criterion.score(evidence)
     scores = {layer: evidence.load(layer) for layer in counts}
     for group in family.groups:
         chosen = choose(

@@ -70,6 +70,20 @@ def test_streamed_taylor_equals_whole_model_autograd(family, tied, make_model, t
     assert_scores(evidence, gradients_of_masks(load(base), evidence.tokens), rtol=1e-5)
 
 
+def test_4_bits_are_an_option_of_pruning(make_model, text_file, tmp_path, monkeypatch):
+    replaced = []
+    monkeypatch.setattr(
+        "axolotl_loram.streaming.replace_linear",
+        lambda layer, path, *rest: (replaced.append(path), replace_linear(layer, path, *rest)),
+    )
+    settings = calibrated("taylor", text_file)
+    prune(str(make_model()), tmp_path / "16", settings)
+    assert not replaced
+    settings = calibrated("taylor", text_file, load_in_4bit=True)
+    prune(str(make_model()), tmp_path / "4", settings)
+    assert set(replaced) >= {"mlp.up_proj", "self_attn.q_proj"}
+
+
 def test_streamed_taylor_works_over_4_bit_weights(make_model, tmp_path):
     base = make_model(hidden_size=64, intermediate_size=48)
     evidence = evidence_for(base, tmp_path / "work", range(4), four_bit=True)

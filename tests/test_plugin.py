@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_recover import train_on
 
 from axolotl_loram.args import LoRAMArgs, PruningArgs
-from axolotl_loram.cache import prune_into_cache
+from axolotl_loram.cache import calibrate, prune_into_cache
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.plugin import (
@@ -156,6 +156,14 @@ def test_an_output_of_another_pruned_model_is_refused(run, make_model, tmp_path)
     run.loram = {"pruned_model_path": str(tmp_path / "other")}
     with pytest.raises(LoRAMError, match="another output_dir"):
         begin_training(run)
+
+
+def test_tokens_that_the_run_adds_are_not_calibrated_on(make_model):
+    settings = PruningArgs(ratio=0.5, method="taylor", calibration_samples=4, calibration_length=8)
+    rows = [[token, 264, token + 1] for token in range(3, 200)]  # 264 is past the vocabulary
+    found = calibrate(settings, make_model(), lambda: iter(rows))
+    assert found.tokens.shape == (4, 8) and found.tokens.max() < 264
+    assert found.record()["source"] == "the run's datasets"
 
 
 def test_pruning_happens_once_per_base_and_settings(make_model, tmp_path):

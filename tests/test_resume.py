@@ -81,7 +81,8 @@ def test_interrupted_anywhere_it_goes_on(name, make_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["taylor", "fluctuation", "sparsegpt"])
-def test_what_was_done_is_not_done_again(name, make_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.6, 0.8])
+def test_what_was_done_is_not_done_again(name, share, make_model, tmp_path, monkeypatch):
     base, settings = str(make_model(num_hidden_layers=8)), JOBS[name]
     loads = []
     original = LayerStream.layer
@@ -92,12 +93,12 @@ def test_what_was_done_is_not_done_again(name, make_model, tmp_path, monkeypatch
     prune(base, tmp_path / "a", settings, progress=whole, calibration=TEXT)
     needed = len(loads)
     loads.clear()
-    at = whole.reports * 2 // 3
+    at = int(whole.reports * share)
     with pytest.raises(KeyboardInterrupt):
         prune(base, tmp_path / "b", settings, progress=Interruption(at), calibration=TEXT)
     before = len(loads)
     prune(base, tmp_path / "b", settings, calibration=TEXT)
-    assert before >= needed / 3 and len(loads) <= needed + 1
+    assert before >= needed / 4 and len(loads) <= needed + 1
 
 
 def test_another_job_does_not_go_on_with_it(make_model, tmp_path):
@@ -108,6 +109,12 @@ def test_another_job_does_not_go_on_with_it(make_model, tmp_path):
     prune(base, tmp_path / "a", other, calibration=TEXT)
     prune(base, tmp_path / "b", other, calibration=TEXT)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    with pytest.raises(KeyboardInterrupt):
+        prune(base, tmp_path / "c", other, progress=Interruption(40), calibration=TEXT)
+    unlike = Calibration(TEXT.tokens[:, ::-1].copy(), "a test", 0)
+    for name in ("c", "d"):
+        prune(base, tmp_path / name, other, calibration=unlike)
+    assert weights(tmp_path / "c") == weights(tmp_path / "d") != weights(tmp_path / "b")
 
 
 def test_a_killed_process_goes_on(make_model, text_file, tmp_path):

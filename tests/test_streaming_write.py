@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from axolotl_loram import checkpoint as checkpoint_module
 from axolotl_loram.architecture import tensors
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.checkpoint import (
     ELEMENT_BYTES,
     Checkpoint,
@@ -27,6 +28,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.gathering import FINISHED, Part, needed_bytes, write_weights
 from axolotl_loram.importance import as_float, magnitude_scores, random_scores, select
 from axolotl_loram.plan import PruningPlan, entries_of, gather, keep_counts
+from axolotl_loram.prune import prune
 
 NUMPY_FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -137,7 +139,7 @@ class Interrupted(Exception):
 def interrupt_after(share: float):
     """A progress that raises when this share of the bytes is written."""
 
-    def start(total: int):
+    def start(total: float, what: str = "", unit: str = "B"):
         counted = 0
 
         def done(count: int) -> None:
@@ -160,6 +162,18 @@ def interrupted(base, plan: PruningPlan, folder: Path, share: float = 0.6, **opt
     return finished
 
 
+def test_the_weights_are_hashed_as_they_are_written(make_model, tmp_path, monkeypatch):
+    """Reading a finished shard whole would take its size in memory."""
+    original, read = Path.read_bytes, []
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda file: (read.append(file.name), original(file))[1]
+    )
+    record = prune(str(make_model()), tmp_path / "out", PruningArgs(ratio=0.5))
+    assert "model.safetensors" not in read and "config.json" in read
+    written = original(tmp_path / "out/model.safetensors")
+    assert record["files"]["model.safetensors"] == hashlib.sha256(written).hexdigest()
+
+
 def test_an_interrupted_writing_goes_on(base, tmp_path):
     plan = random_plan(base[1])
     (tmp_path / "at once").mkdir()
@@ -167,7 +181,7 @@ def test_an_interrupted_writing_goes_on(base, tmp_path):
     finished = interrupted(base, plan, tmp_path / "resumed")
     sizes, counts = [], []
     resumed = write_weights(
-        base[0], plan, tmp_path / "resumed", lambda size: sizes.append(size) or counts.append
+        base[0], plan, tmp_path / "resumed", lambda size, *_: sizes.append(size) or counts.append
     )
     assert resumed == files
     assert contents(tmp_path / "resumed") == contents(tmp_path / "at once")
