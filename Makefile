@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export AXOLOTL_DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: quickstart test test-fast lint format bench clean
+.PHONY: quickstart test test-fast lint format bench bench-criteria clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -35,8 +35,16 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/recover.py --csv
+	$(BIN)/python benchmarks/prune_stream.py --csv
+	$(BIN)/python benchmarks/prune_stream.py --scaling --cache warm --method magnitude --csv
+	$(BIN)/python benchmarks/masked.py --csv
 	$(BIN)/python examples/quickstart/quickstart.py
 	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python benchmarks/taylor_stream.py --csv
+
+# An hour on two cores; rows that are there are not run again.
+bench-criteria: .venv/installed
+	$(BIN)/python benchmarks/criteria.py
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -179,6 +179,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     """Tell what FOLDER is: a pruned model, or an adapter trained on one or recovered from one."""
     from axolotl_loram.pairing import check_pruned, read_record
     from axolotl_loram.plan import PLAN_FILE, PruningPlan, summary
+    from axolotl_loram.prune import refit_summary
 
     record = read_record(folder)
     if not record:
@@ -187,7 +188,8 @@ def inspect(folder: Path, as_json: bool) -> None:
     if (folder / PLAN_FILE).exists():
         found = PruningPlan.load(folder)
         check_pruned(folder, found)
-        shown |= summary(found.config, found.counts)
+        shown |= {**record.get("parameters", {}), **summary(found.config, found.counts)}
+        shown |= refit_summary(record.get("refit") or {})
     show(shown, as_json)
 
 

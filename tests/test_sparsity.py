@@ -216,6 +216,8 @@ def test_zeros_go_by_magnitude_unless_told_otherwise(make_model, tmp_path):
         "axolotl-loram", "prune", make_model(), tmp_path / "out", "--sparsity", "2:4", "--json"
     )
     assert json.loads(result.stdout)["sparsity"] == 0.5
+    shown = run_command("axolotl-loram", "inspect", tmp_path / "out", "--json")
+    assert json.loads(shown.stdout)["sparsity"] == 0.5
     planned = run_command("axolotl-loram", "plan", make_model(), "--sparsity", "2:4", "--json")
     for name in ("zeros", "nonzero_parameters", "pruned_parameters", "sparse_weights"):
         assert json.loads(planned.stdout)[name] == json.loads(result.stdout)[name]
