@@ -96,16 +96,21 @@ class Job:
             "base": asdict(self.sketch.base),
             "pruning": self.settings.model_dump(exclude={"device"}),
             "calibration": self.calibration and self.calibration.record(),
+            "device": self.calibration and self.device,  # decides the precision of hidden states
         }
+
+    @property
+    def device(self) -> str:
+        """Where calibration runs."""
+        import torch
+
+        return self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def stream(self, four_bit: bool = False) -> LayerStream:
         """The base's layers, on the device."""
-        import torch
-
         from axolotl_loram.streaming import LayerStream
 
-        device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return LayerStream(self.checkpoint, self.config, device, four_bit)
+        return LayerStream(self.checkpoint, self.config, self.device, four_bit)
 
     def evidence(self, work: Work, layers: list[int]) -> Evidence:
         """What criteria look at."""

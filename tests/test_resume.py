@@ -15,8 +15,11 @@ from conftest import run_command
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.calibration import Calibration
+from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.prune import prune
+from axolotl_loram.plan import PruningPlan
+from axolotl_loram.prune import Job, prune
+from axolotl_loram.sources import load_config
 from axolotl_loram.streaming import LayerStream
 from axolotl_loram.work import resumable
 
@@ -115,6 +118,18 @@ def test_another_job_does_not_go_on_with_it(make_model, tmp_path):
     for name in ("c", "d"):
         prune(base, tmp_path / name, other, calibration=unlike)
     assert weights(tmp_path / "c") == weights(tmp_path / "d") != weights(tmp_path / "b")
+
+
+def test_hidden_states_of_another_device_are_not_gone_on_with(make_model):
+    """They are in another precision there."""
+    checkpoint, config = Checkpoint(make_model()), load_config(str(make_model()))
+    sketch = PruningPlan(config, {})
+    identities = [
+        Job(checkpoint, sketch, PruningArgs(ratio=0.5, device=device), calibration).identity
+        for calibration in (TEXT, None)
+        for device in ("cpu", "cuda")
+    ]
+    assert identities[0] != identities[1] and identities[2] == identities[3]
 
 
 def test_a_killed_process_goes_on(make_model, text_file, tmp_path):
