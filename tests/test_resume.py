@@ -64,7 +64,7 @@ def test_interrupted_anywhere_it_goes_on(name, make_model, tmp_path):
     record = prune(
         base, tmp_path / "a", settings, progress=whole, calibration=calibration_of(settings)
     )
-    points = sorted({1, 2, *range(3, whole.reports, max(1, whole.reports // 6)), whole.reports})
+    points = sorted({1, 2, *range(3, whole.reports, max(1, whole.reports // 4)), whole.reports})
     for point in points:
         target = tmp_path / f"b{point}"
         with pytest.raises(KeyboardInterrupt):
@@ -84,7 +84,7 @@ def test_interrupted_anywhere_it_goes_on(name, make_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["taylor", "fluctuation", "sparsegpt"])
-@pytest.mark.parametrize("share", [0.35, 0.5, 0.6, 0.8])
+@pytest.mark.parametrize("share", [0.5, 0.6])
 def test_what_was_done_is_not_done_again(name, share, make_model, tmp_path, monkeypatch):
     base, settings = str(make_model(num_hidden_layers=8)), JOBS[name]
     loads = []
