@@ -10,7 +10,7 @@ space each of its dimensions is in; everything else follows from that:
 * parameters are counted by multiplying the sizes of the spaces;
 * the pruned model's config is the fields that count units, set to what was kept.
 
-Configs are plain dicts as `PretrainedConfig.to_dict()` gives them: this module needs no torch.
+Configs are plain dicts, as config.json holds them: this module needs no torch.
 """
 
 from __future__ import annotations

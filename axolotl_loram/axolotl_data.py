@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.support import ADAPTERS
 
 IDS = ("input_ids", "chosen_input_ids", "chosen_ids")
 """What Axolotl calls a row's token ids; the last two in preference data."""
@@ -48,7 +49,7 @@ def load_yaml(path: Path) -> Any:
     # Plugins shape training, not tokens; only ours knows these adapters.
     settings = {k: v for k, v in settings.items() if k not in ("plugins", "loram")}
     named = settings.get("adapter")
-    settings["adapter"] = {"loram": "lora", "qloram": "qlora"}.get(str(named), named)
+    settings["adapter"] = ADAPTERS.get(str(named), named)
     settings["tf32"] = False  # Axolotl would switch it on for this whole process
     with _as_a_library():
         from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config

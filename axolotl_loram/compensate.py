@@ -116,7 +116,8 @@ def solve(
         Relative ridge → W', (outputs, kept); empty where the text does not excite the kept inputs.
 
     Raises:
-        LoRAMError: G_SS + λI has no Cholesky factor although λ > 0: the activations overflow.
+        LoRAMError: G_S: is not finite: the activations overflow. (Singular at a ridge: a warning,
+            and that ridge is left out.)
     """
     square = gram[:, kept]
     scale = square.diagonal().mean()

@@ -24,7 +24,7 @@ def random(evidence: Evidence) -> None:
 
 
 def magnitude(evidence: Evidence) -> None:
-    """The L2 norm of all weights that go with the unit (LLM-Pruner's `l2`)."""
+    """Σ w² over all weights that go with the unit (group L2, LLM-Pruner's `l2`)."""
     members: dict[int | None, list[Tensor]] = {}
     for tensor in tensors(evidence.config):
         members.setdefault(tensor.layer, []).append(tensor)
@@ -48,7 +48,7 @@ def magnitude(evidence: Evidence) -> None:
 
 
 def activation(evidence: Evidence) -> None:
-    """Wanda's, per unit: √Σ_c ‖W_:c‖² ‖x_c‖² over its inputs c of the reading projection."""
+    """Wanda's (arXiv 2306.11695) per unit: √Σ_c ‖W_:c‖² ‖x_c‖² over inputs c of its reader."""
     from axolotl_loram.moments import score_by_moments
 
     score_by_moments(evidence, lambda norms, moments: norms * moments.squares)

@@ -33,7 +33,7 @@ class Evidence:
         layers: Layers to score.
         work: Where scores go, and hidden states.
         seed: Seed of random choices.
-        tokens: Calibration token ids (samples, length), empty where there are none.
+        tokens: Calibration token ids int64 (samples, length); None where none are needed.
         stream: Makes the layers to run them through.
         progress: Shows how far it is.
     """

@@ -8,8 +8,8 @@ import numpy as np
 
 from axolotl_loram.architecture import Tensor
 from axolotl_loram.checkpoint import StoredTensor, ahead
-from axolotl_loram.errors import LoRAMError
-from axolotl_loram.spaces import Sizes
+from axolotl_loram.errors import LoRAMError, not_finite
+from axolotl_loram.spaces import per_unit
 
 
 def random_scores(units: int, seed: int, layer: int, kind: str) -> np.ndarray:
@@ -39,7 +39,7 @@ def magnitude_scores(
     for tensor, stored in tensors:
         axes = [a for a, dim in enumerate(tensor.dims) if any(space.units == kind for space in dim)]
         for axis, energy in zip(axes, _energies(stored, axes, done), strict=True):
-            total += _per_unit(energy, tensor.sizes, tensor.dims[axis], kind)
+            total += per_unit(energy, tensor.dims[axis], tensor.sizes, kind)
     return total
 
 
@@ -71,29 +71,6 @@ def _energy_along(values: np.ndarray, axis: int, stored: StoredTensor) -> np.nda
     return energy
 
 
-def _per_unit(energy: np.ndarray, sizes: Sizes, dim: tuple, kind: str) -> np.ndarray:
-    """Fold a vector along a dimension into one number per unit, segments added up."""
-    total, start = np.zeros(sizes[kind]), 0
-    for space in dim:
-        size = space.size(sizes)
-        if space.units == kind:
-            total += energy[start : start + size].reshape(sizes[kind], -1).sum(axis=1)
-        start += size
-    return total
-
-
-def as_float(stored: StoredTensor) -> np.ndarray:
-    """A stored tensor's values as float32.
-
-    Raises:
-        LoRAMError: It holds no plain floats, or holds a NaN or an infinity.
-    """
-    with np.errstate(over="ignore"):
-        values = _floats(stored.read(), stored).astype(np.float32, copy=False)
-    _check_finite(values, stored)
-    return values
-
-
 def _floats(bits: np.ndarray, stored: StoredTensor) -> np.ndarray:
     """The values that bits of `stored` stand for: float64 of F64, else float32."""
     if stored.dtype == "BF16":
@@ -109,10 +86,7 @@ def _floats(bits: np.ndarray, stored: StoredTensor) -> np.ndarray:
 
 def _check_finite(values: np.ndarray, stored: StoredTensor) -> None:
     if not np.isfinite(values).all():
-        raise LoRAMError(
-            f"expected finite weights, found NaN or infinity in {stored.name}: the base model is "
-            "damaged"
-        )
+        raise not_finite(stored.name)
 
 
 def select(scores: np.ndarray, count: int) -> np.ndarray:

@@ -31,16 +31,12 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.masked import add_update, pack, read_support
 from axolotl_loram.pairing import check_base, check_pruned, check_trained_under, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.recover import match, read_adapter_config, split_name
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
+from axolotl_loram.streaming import TORCH_DTYPES
 
 LOG = logging.getLogger(__name__)
-DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -58,7 +54,7 @@ def merge_masked(
     output: Path | None = None,
     base: Base | None = None,
     overwrite: bool = False,
-    progress: Callable[[int], Callable[[int], object]] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write the base model with the trained update added to it.
 
@@ -68,7 +64,7 @@ def merge_masked(
         output: Folder to write, by default `default_output(adapter)`.
         base: The base model, by default the plan's; downloaded where it is not on this machine.
         overwrite: Replace what `output` holds.
-        progress: Given the bytes to write, returns a callback for the bytes done.
+        progress: Shows the bytes written.
 
     Returns:
         What the result's `loram.json` says, and "output", the folder.
@@ -157,10 +153,10 @@ class _Merger:
     settings: Mapping[str, Any]
     parts: Mapping[str, Parts]
 
-    def write(self, folder: Path, progress: Any = None) -> dict[str, str]:
+    def write(self, folder: Path, progress: Progress) -> dict[str, str]:
         """Write all shards under the base's names; returns file → SHA-256."""
         size = sum(tensor.nbytes for tensor in self.base.tensors.values())
-        done = progress(size) if progress else lambda count: None
+        done = progress(size, "merging")
         files = {}
         for file, names in self.base.shards.items():
             stored = [self.base[name] for name in names]
@@ -170,7 +166,7 @@ class _Merger:
             )
         return files
 
-    def merged(self, tensor: StoredTensor, done: Callable[[int], object]) -> np.ndarray:
+    def merged(self, tensor: StoredTensor, done: Callable[[int], Any]) -> np.ndarray:
         """The bits of one tensor with its update."""
         parts, bits = self.parts.get(tensor.name), tensor.read()
         done(tensor.nbytes)
@@ -211,10 +207,10 @@ def as_torch(stored: StoredTensor, bits: np.ndarray | None = None) -> torch.Tens
     Raises:
         LoRAMError: It holds no plain floats.
     """
-    if stored.dtype not in DTYPES:
+    if stored.dtype not in TORCH_DTYPES:
         raise LoRAMError(
-            f"expected weights of {', '.join(DTYPES)} to merge into, found {stored.name} of "
+            f"expected weights of {', '.join(TORCH_DTYPES)} to merge into, found {stored.name} of "
             f"{stored.dtype}: use the unquantized base model"
         )
     bits = stored.read() if bits is None else bits
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(DTYPES[stored.dtype])
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(TORCH_DTYPES[stored.dtype])

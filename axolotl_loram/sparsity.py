@@ -15,7 +15,7 @@ import numpy as np
 
 from axolotl_loram.architecture import Config, family_of, layer_count, tensors
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor
-from axolotl_loram.errors import LoRAMError
+from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.plan import mask_digest, protected_layers
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.spaces import Weight
@@ -96,10 +96,7 @@ def smallest_zeroed(stored: StoredTensor, sparsity: Sparsity) -> np.ndarray:
         )
     magnitudes = np.left_shift(bits, 1)
     if magnitudes.max() >= INFINITY[stored.dtype] * 2:
-        raise LoRAMError(
-            f"expected finite weights, found NaN or infinity in {stored.name}: the base model is "
-            "damaged"
-        )
+        raise not_finite(stored.name)
     pattern = pattern_of(sparsity)
     if pattern:
         kept, group = pattern

@@ -24,7 +24,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_loram.architecture import Config, family_of
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor
-from axolotl_loram.errors import LoRAMError
+from axolotl_loram.errors import LoRAMError, not_finite
 
 TOKENS_PER_BATCH = 2048
 TORCH_DTYPES = {
@@ -55,9 +55,7 @@ def to_torch(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
 def _check_finite_weight(values: torch.Tensor, name: str) -> None:
     """Refuse a NaN or an infinity, without a temporary as large as the weight."""
     if not torch.isfinite(torch.stack(values.aminmax())).all():
-        raise LoRAMError(
-            f"expected finite weights, found NaN or infinity in {name}: the base model is damaged"
-        )
+        raise not_finite(name)
 
 
 def to_bits(values: torch.Tensor, dtype: str) -> np.ndarray:
@@ -147,14 +145,16 @@ class LayerStream:
         called_with = [_moved(stand_in.called_with, self.device) for stand_in in stand_ins]
         return [stand_in.hidden for stand_in in stand_ins], called_with
 
+    @property
+    def _stored_embedding(self) -> StoredTensor:
+        embedding = self.model.get_input_embeddings()
+        name = next(n for n, module in self.model.named_modules() if module is embedding)
+        return self.checkpoint[f"{name}.weight"]
+
     def _load_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         """Load the rows that are looked up, and no others; returns where each token's row is."""
         embedding: Any = self.model.get_input_embeddings()
-        name = next(n for n, module in self.model.named_modules() if module is embedding)
-        stored, (used, places) = (
-            self.checkpoint[f"{name}.weight"],
-            tokens.unique(return_inverse=True),
-        )
+        stored, (used, places) = self._stored_embedding, tokens.unique(return_inverse=True)
         row_bytes = stored.shape[1] * stored.bits.itemsize
         rows = [stored.read_bytes(row * row_bytes, row_bytes) for row in used.tolist()]
         bits = torch.from_numpy(np.concatenate(rows)).view(TORCH_DTYPES[stored.dtype])
@@ -179,9 +179,7 @@ class LayerStream:
                 continue
             stored = self.checkpoint.tensors.get(name)
             if stored is None and module is head:  # tied: the input embedding is the output's too
-                embedding = self.model.get_input_embeddings()
-                path = next(n for n, m in self.model.named_modules() if m is embedding)
-                stored = self.checkpoint[f"{path}.weight"]
+                stored = self._stored_embedding
             assert stored is not None  # pruning checked the tensors
             values = to_torch(stored, self.dtype).to(self.device)
             setattr(module, name.rpartition(".")[2], nn.Parameter(values, requires_grad=False))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from axolotl_loram.checkpoint import (
     check_vacant,
     open_safetensors,
     replace_folder,
+    sync,
     write_safetensors,
 )
 from axolotl_loram.errors import LoRAMError
@@ -59,8 +59,7 @@ class Work:
         described = [(name, dtype, bits.shape) for name, (dtype, bits) in arrays.items()]
         data = (bits for _, bits in arrays.values())
         write_safetensors(partial, described, data, {"about": json.dumps(dict(about or {}))})
-        with partial.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync(partial)
         partial.replace(self._file(step))
 
     def load(self, step: str) -> tuple[dict[str, StoredTensor], dict[str, Any]]:

@@ -61,8 +61,3 @@ def saved(folder, **sizes):
     """A pico model whose weights a test has changed, in a folder; returns model and save."""
     model = build_model(**sizes)
     return model, lambda: (model.save_pretrained(folder), folder)[1]
-
-
-def units_of(model, kind: str) -> int:
-    config = model.config
-    return config.intermediate_size if kind == "neurons" else config.num_key_value_heads

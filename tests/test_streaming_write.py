@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,9 +27,10 @@ from axolotl_loram.checkpoint import (
 )
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.gathering import FINISHED, Part, needed_bytes, write_weights
-from axolotl_loram.importance import as_float, magnitude_scores, random_scores, select
+from axolotl_loram.importance import magnitude_scores, random_scores, select
 from axolotl_loram.plan import PruningPlan, entries_of, gather, keep_counts
 from axolotl_loram.prune import prune
+from axolotl_loram.streaming import to_torch
 
 NUMPY_FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -266,7 +268,7 @@ def dense_scores(members, kind: str) -> np.ndarray:
     """Σ w² per unit, in float64 and unit by unit."""
     total = np.zeros(members[0][0].sizes[kind])
     for tensor, stored in members:
-        values = as_float(stored).astype(np.float64)
+        values = to_torch(stored, torch.float64).numpy()
         for axis, dim in enumerate(tensor.dims):
             if kind in {space.units for space in dim}:
                 for unit, part in enumerate(np.split(values, len(total), axis)):
