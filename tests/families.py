@@ -30,7 +30,8 @@ OWN_SIZES = {
     "olmoe": MOE,
     "qwen2_moe": MOE | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     "qwen3_moe": MOE | {"moe_intermediate_size": 24, "mlp_only_layers": [1]},
-    "gpt_oss": MOE | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_oss": MOE
+    | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "deepseek_v3": LATENT
     | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"n_group": 1, "topk_group": 1, "v_head_dim": 8, "first_k_dense_replace": 2}
