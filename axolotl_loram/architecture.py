@@ -111,7 +111,9 @@ def section_of(config: Config, family: Family) -> Config:
 def with_defaults(config: Config) -> dict[str, Any]:
     """A config as config.json holds it, with the size fields that it leaves out."""
     family = family_of(config)
-    section = {**family.defaults, **_canonical(section_of(config, family))}
+    own = section_of(config, family)
+    known = _canonical(own)
+    section = {name: v for name, v in family.defaults.items() if name not in known} | dict(own)
     return {**config, family.section: section} if family.section else section
 
 

@@ -79,6 +79,7 @@ def experts(counted_by: str, neurons_field: str) -> tuple[Group, Group]:
         noun="neuron of each expert",
         inside="experts",
         optional=True,
+        multiple=8,
     )
     return experts, neurons
 
@@ -369,7 +370,7 @@ _FAMILY_FIELDS = (
 
 
 def vision_language(
-    model_type: str, text: Family, whole: tuple[str, ...], stored: tuple[tuple[str, str], ...]
+    model_type: str, text: Family, whole: tuple[str, ...], stored: tuple[tuple[str, str], ...] = ()
 ) -> Family:
     """A model whose language tower is `text`; its other parts stay as they are."""
     return replace(

@@ -158,6 +158,11 @@ def prune(
     """
     check_vacant(output, overwrite)
     config = load_config(model, revision)
+    if config.get("quantization_config"):
+        raise LoRAMError(
+            f"expected a model in 16 or 32 bits to prune, found quantization_config in {model}: "
+            "load it dequantized, save it, and prune that"
+        )
     folder = find_folder(model, revision)
     checkpoint = Checkpoint(folder)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
