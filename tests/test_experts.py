@@ -18,6 +18,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import PruningPlan, keep_counts
 from axolotl_loram.prune import prune
 from axolotl_loram.sources import load_config
+from axolotl_loram.support import check_router_losses
 
 MIXTRAL_8X7B = {
     "model_type": "mixtral",
@@ -195,6 +196,15 @@ def test_what_cannot_be_pruned_is_refused(settings, message, moe, tmp_path):
     with pytest.raises(LoRAMError, match=message):
         prune(str(moe), tmp_path / "pruned", PruningArgs(**settings))
     assert not (tmp_path / "pruned").exists()
+
+
+def test_a_load_balancing_loss_over_unequal_layers_is_refused(moe, tmp_path):
+    prune(str(moe), tmp_path / "pruned", PruningArgs(ratio=0.5))
+    plan, config = PruningPlan.load(tmp_path / "pruned"), load(tmp_path / "pruned").config
+    check_router_losses(config, plan)
+    config.output_router_logits = True
+    with pytest.raises(LoRAMError, match="overrides_of_model_config"):
+        check_router_losses(config, plan)
 
 
 def test_scoring_expert_neurons_by_text_is_refused(moe, tmp_path, text_file):
