@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export AXOLOTL_DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: quickstart test test-fast lint format bench bench-criteria clean
+.PHONY: quickstart test test-fast lint format bench bench-criteria families clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -45,6 +45,10 @@ bench: .venv/installed
 # An hour on two cores; rows that are there are not run again.
 bench-criteria: .venv/installed
 	$(BIN)/python benchmarks/criteria.py
+
+# The README's table of families, from their declarations.
+families: .venv/installed
+	@$(BIN)/python tests/families.py
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,7 @@
 """Every declared family as a pico model; run as a script, prints the table of the README."""
 
 from axolotl_loram.architecture import FAMILIES
+from axolotl_loram.spaces import EXPERTS, LINEAR
 
 PICO = {
     "vocab_size": 264,
@@ -80,4 +81,49 @@ def pico_config(family: str, **sizes):
 
 
 TRAINED = ("qwen3", "gemma3_text", "phi3", "mixtral")
-"""Families that tests/test_training_families.py trains, beside Llama."""
+"""Families that tests/test_training_families.py trains with `axolotl train`, beside Llama."""
+ALSO = {
+    "llama": "Llama 2, 3, 3.x, Falcon 3, Yi, SmolLM 1/2",
+    "qwen2": "Qwen 2, 2.5, QwQ",
+    "phi3": "Phi-3, Phi-3.5, Phi-4",
+    "phi": "Phi-1, 1.5, 2",
+    "cohere": "Command R",
+    "cohere2": "Command R7B, Command A",
+    "deepseek_v3": "DeepSeek V3, R1, Moonlight",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "gemma3": "Gemma 3 with its vision tower (the language tower is pruned)",
+    "qwen2_5_vl": "Qwen2.5-VL (the language tower is pruned)",
+    "qwen3_vl": "Qwen3-VL (the language tower is pruned)",
+    "vit": "Vision Transformer (through Python)",
+}
+"""Model type → the models that have it, where its name does not say so."""
+
+
+def table() -> str:
+    """What is pruned of each family, as Markdown; every row is tested in test_families.py."""
+    lines = [
+        "| model type | MLP neurons | KV groups | experts | LoRA targets | NF4 | trained in CI |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in FAMILIES.items():
+        kinds = set(row.kinds)
+        heads = "heads" if "heads" in kinds else "yes" if "kv_groups" in kinds else "–"
+        whole = {"experts": "whole", "expert_neurons": "neurons of each"}
+        experts = ", ".join(text for kind, text in whole.items() if kind in kinds) or "–"
+        weights = {weight.role: weight.module.rpartition(".")[2] for weight in row.layer}
+        linear = [w.module.rpartition(".")[2] for w in row.layer if w.role == LINEAR]
+        stacked = [f"`{w.parameter}`" for w in row.layer if w.role == EXPERTS]
+        targets = f"{len(dict.fromkeys(linear))} linear"
+        targets += f", {len(stacked)} stacked" if EXPERTS in weights else ""
+        language = row.auto_class != "AutoModelForImageClassification"
+        four_bits = ("all but experts" if stacked else "yes") if language else "–"
+        trained = "yes" if name in ("llama", *TRAINED) else ""
+        title = f"`{name}`" + (f": {ALSO[name]}" if name in ALSO else "")
+        neurons = "yes" if {"neurons", "shared_neurons"} & kinds else "–"
+        cells = (title, neurons, heads, experts, targets, four_bits, trained)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
+from families import ALSO, FAMILIES, TRAINED, table
 
 from axolotl_loram.args import LoRAMArgs
 from axolotl_loram.plugin import check_supported
@@ -107,3 +108,9 @@ def test_readme_commands_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|^    )make ([\w-]+)", text, re.MULTILINE))
     assert {"quickstart", "test"} <= named <= targets
+
+
+def test_the_readme_has_the_table_of_families():
+    """`make families` prints it."""
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(TRAINED) <= set(FAMILIES) and set(ALSO) <= set(FAMILIES)
