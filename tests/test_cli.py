@@ -1,7 +1,7 @@
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ def loram(*arguments, check=True, **options):
 
 
 def test_help_is_fast_and_imports_no_torch():
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     loram("--help")
-    assert time.perf_counter() - start < 1
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert 0 < took < 1  # of processor time: others may be running
     command = [sys.executable, "-X", "importtime", "-m", "axolotl_loram.cli", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage: axolotl-loram" in result.stdout
