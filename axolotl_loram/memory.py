@@ -1,0 +1,228 @@
+"""Memory of a training run, predicted from configs alone: what each method takes, and what fits.
+
+Everything is bytes on one device that holds the whole model. The weights are exact; LoRA weights,
+their gradients and the optimizer's states too; activations are what PyTorch keeps for transformers'
+and PEFT's code (`activations`). The CUDA context and the allocator's slack are assumptions until
+they are measured on a GPU, and so is, with them, the peak.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from axolotl_loram.activations import Activations
+from axolotl_loram.architecture import Config, Tensor, config_changes
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.formats import Storage, weight_bytes
+from axolotl_loram.layout import Layout, part_of
+from axolotl_loram.optimizers import optimizer_bytes
+from axolotl_loram.plan import keep_counts
+from axolotl_loram.training import TrainingArgs
+
+GIB = 2**30
+METHODS = ("lora", "qlora", "loram", "qloram")
+PRUNED = ("loram", "qloram")
+CONTEXT_BYTES = 512 * 2**20
+"""Assumed, not measured: what CUDA, cuBLAS and the kernels take before the first tensor."""
+SLACK = 0.08
+"""Assumed, not measured: what the allocator holds in gaps, as a share of all but the weights."""
+STEPS = 1000
+"""`smallest_ratio` looks at pruning ratios in steps of 1/1000."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes that one method takes. Activations and logits are not at their highest at once.
+
+    Attributes:
+        weights_device_bytes: Weights and their quantization states on the device.
+        weights_host_bytes: Weights that stay in host memory.
+        weights: Those on the device by part.
+        lora_parameters: Trained parameters.
+        lora_bytes: Their weights.
+        gradient_bytes: Their gradients.
+        optimizer_bytes: The optimizer's states.
+        activation_bytes: Activations, where most of them are there at once.
+        logits_bytes: What lm_head and the loss take.
+        context_bytes: CUDA context (assumed).
+        slack_bytes: Gaps that the allocator holds (assumed).
+        moments: What activations and logits take together, by moment.
+        allocated_bytes: Peak of what PyTorch allocates, without context and slack.
+        peak_bytes: Peak on the device.
+    """
+
+    weights_device_bytes: int
+    weights_host_bytes: int
+    weights: Mapping[str, int]
+    lora_parameters: int
+    lora_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+    context_bytes: int
+    slack_bytes: int
+    moments: Mapping[str, int]
+    allocated_bytes: int
+    peak_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def storage_of(method: str, run: TrainingArgs, native: int) -> Storage:
+    """How a method stores its weights: `lm_head_format` and the like are for pruned models."""
+    small = method in PRUNED
+    return Storage(
+        linears="nf4" if method.startswith("q") else "native",
+        lm_head=run.lm_head_format if small else "native",
+        embedding=run.embedding_format if small else "native",
+        native=native,
+        experts="nf4" if method.startswith("q") and run.quantize_experts else "native",
+    )
+
+
+def trained_sizes(layout: Layout, run: TrainingArgs) -> Iterator[tuple[int, int, int]]:
+    """(values, bytes of a value, how many) of trained tensors: A and B, modules trained whole."""
+    for tensor, count in layout.tensors:
+        if _names(tensor, run.modules_to_save):
+            yield math.prod(tensor.shape), run.compute_bytes, count
+        elif part_of(tensor) in ("linears", "lm_head") and run.targets(tensor.module):
+            for features in tensor.shape:
+                yield run.lora_r * features, run.lora_bytes, count
+
+
+def _names(tensor: Tensor, modules: tuple[str, ...]) -> bool:
+    return tensor.module.rpartition(".")[2] in modules
+
+
+def predict(config: Config, run: TrainingArgs, method: str) -> Prediction:
+    """What training a model with this config by `method` takes.
+
+    Args:
+        config: Of the model that is trained on: the base's for lora and qlora, else the pruned.
+        run: Settings of the run.
+        method: One of `METHODS`.
+    """
+    layout, storage = Layout.of(config), storage_of(method, run, run.compute_bytes)
+    weights = weight_bytes(layout, storage)
+    trained = list(trained_sizes(layout, run))
+    parameters = sum(values * count for values, _, count in trained)
+    lora = sum(values * size * count for values, size, count in trained)
+    states = sum(
+        count * optimizer_bytes(run.optimizer, values, size) for values, size, count in trained
+    )
+    moments = Activations(run, storage).moments(layout, parameters)
+    rest = 2 * lora + states + max(map(sum, moments.values()))
+    allocated, slack = weights.on_device + rest, round(SLACK * rest)
+    return Prediction(
+        weights_device_bytes=weights.on_device,
+        weights_host_bytes=weights.host,
+        weights=weights.device,
+        lora_parameters=parameters,
+        lora_bytes=lora,
+        gradient_bytes=lora,
+        optimizer_bytes=states,
+        activation_bytes=max(activations for activations, _ in moments.values()),
+        logits_bytes=max(logits for _, logits in moments.values()),
+        context_bytes=CONTEXT_BYTES,
+        slack_bytes=slack,
+        moments={name: sum(moment) for name, moment in moments.items()},
+        allocated_bytes=allocated,
+        peak_bytes=allocated + slack + CONTEXT_BYTES,
+    )
+
+
+def compare(base: Config, pruned: Config, run: TrainingArgs) -> dict[str, Prediction]:
+    """All four methods side by side."""
+    return {
+        method: predict(pruned if method in PRUNED else base, run, method) for method in METHODS
+    }
+
+
+def pruned_config(config: Config, ratio: float, protected: tuple[int, int]) -> dict[str, Any]:
+    """The config of `config`'s model pruned at a uniform ratio."""
+    return {**config, **config_changes(config, keep_counts(config, ratio, *protected))}
+
+
+def smallest_ratio(
+    config: Config, run: TrainingArgs, protected: tuple[int, int], budget: int, method: str
+) -> float:
+    """The smallest pruning ratio, in steps of 1/1000, at which a run fits; 0 where it does whole.
+
+    Args:
+        config: The base's config.
+        run: Settings of the run.
+        protected: Layers that stay whole at the start and the end.
+        budget: Bytes on the device.
+        method: "loram" or "qloram".
+
+    Raises:
+        LoRAMError: No ratio fits; the message says what the largest ratio leaves, by part.
+    """
+    if predict(config, run, method).peak_bytes <= budget:
+        return 0.0
+    low, high = 0, _largest_step(config, protected)
+    floor = predict(pruned_config(config, high / STEPS, protected), run, method)
+    if floor.peak_bytes > budget:
+        raise LoRAMError(_no_ratio(budget, method, high / STEPS, floor))
+    while high - low > 1:  # peaks fall as ratios rise; low is too little, high fits
+        middle = (low + high) // 2
+        pruned = pruned_config(config, middle / STEPS, protected)
+        fits = predict(pruned, run, method).peak_bytes <= budget
+        low, high = (low, middle) if fits else (middle, high)
+    return high / STEPS
+
+
+def _largest_step(config: Config, protected: tuple[int, int]) -> int:
+    """The largest ratio, in steps, that leaves every layer a unit of each kind."""
+    low, high = 0, STEPS
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            keep_counts(config, middle / STEPS, *protected)
+            low = middle
+        except LoRAMError:
+            high = middle
+    if not low:
+        keep_counts(config, 1 / STEPS, *protected)  # says what is wrong with the model
+    return low
+
+
+def _no_ratio(budget: int, method: str, ratio: float, floor: Prediction) -> str:
+    parts = {
+        "weights": floor.weights_device_bytes,
+        "LoRA with gradients and optimizer": floor.lora_bytes
+        + floor.gradient_bytes
+        + floor.optimizer_bytes,
+        "activations and logits": max(floor.moments.values()),
+        "context and slack (assumed)": floor.context_bytes + floor.slack_bytes,
+    }
+    listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
+    return (
+        f"expected a pruning ratio at which {method} fits {budget / GIB:.4g} GiB, found none: at "
+        f"the largest, {ratio}, it takes {floor.peak_bytes / GIB:.2f} GiB ({listed}): lower "
+        "--sequence-len or --micro-batch-size, turn on --gradient-checkpointing, choose "
+        "--cross-entropy cut or smaller formats, or a larger GPU"
+    )
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {f"{unit}I": 2 ** (10 * power) for power, unit in enumerate("KMGT", start=1)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 20GiB, 24 GB or 8.5g (GB is 10⁹ bytes, GiB 2³⁰).
+
+    Raises:
+        LoRAMError: It is not such a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not found or found[2] not in UNITS or float(found[1]) <= 0:
+        raise LoRAMError(f"expected a size such as 20GiB or 24GB, found {text!r}: give a unit")
+    return int(float(found[1]) * UNITS[found[2]])
