@@ -69,17 +69,16 @@ class Layout:
     @classmethod
     def of(cls, config: Config) -> Layout:
         """The layout of a model with this config."""
-        outside, found = [], {}
+        outside: list[Tensor] = []
+        found: dict[int, list[Tensor]] = {}
         for tensor in tensors(config):
-            if tensor.layer is None:
-                outside.append(tensor)
-            else:
-                found.setdefault(tensor.layer, []).append(tensor)
+            own = outside if tensor.layer is None else found.setdefault(tensor.layer, [])
+            own.append(tensor)
         alike: dict[object, list[Tensor]] = {}
         counts: dict[object, int] = {}
-        for own in found.values():
-            dims = tuple((tensor.name.split(".")[-3:], tensor.dims) for tensor in own)
-            key = repr((dims, sorted(own[0].sizes.items())))
+        for index, own in found.items():
+            names = tuple(tensor.name.partition(f".{index}.")[2] for tensor in own)
+            key = (names, *sorted(own[0].sizes.items()))
             alike.setdefault(key, own)
             counts[key] = counts.get(key, 0) + 1
         layers = tuple(Layer(tuple(own), counts[key]) for key, own in alike.items())

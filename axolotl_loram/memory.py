@@ -9,7 +9,6 @@ they are measured on a GPU, and so is, with them, the peak.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from axolotl_loram.activations import Activations
 from axolotl_loram.architecture import Config, Tensor, config_changes
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.formats import Storage, weight_bytes
-from axolotl_loram.layout import Layout, part_of
+from axolotl_loram.layout import Layout, Part, part_of
 from axolotl_loram.optimizers import optimizer_bytes
 from axolotl_loram.plan import keep_counts
 from axolotl_loram.training import TrainingArgs
@@ -48,27 +47,36 @@ class Prediction:
         optimizer_bytes: The optimizer's states.
         activation_bytes: Activations, where most of them are there at once.
         logits_bytes: What lm_head and the loss take.
+        loading_bytes: What loading takes besides the weights, before there is anything else.
         context_bytes: CUDA context (assumed).
         slack_bytes: Gaps that the allocator holds (assumed).
-        moments: What activations and logits take together, by moment.
+        moments: What PyTorch has allocated in all at "loading", at the "loss", and in the backward
+            pass of the "layer" that takes most.
         allocated_bytes: Peak of what PyTorch allocates, without context and slack.
         peak_bytes: Peak on the device.
     """
 
     weights_device_bytes: int
     weights_host_bytes: int
-    weights: Mapping[str, int]
+    weights: Mapping[Part, int]
     lora_parameters: int
     lora_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
     logits_bytes: int
+    loading_bytes: int
     context_bytes: int
     slack_bytes: int
     moments: Mapping[str, int]
     allocated_bytes: int
     peak_bytes: int
+
+    @property
+    def live_bytes(self) -> int:
+        """Activations and logits at the worst moment, or what loading takes if that is more."""
+        fixed = self.weights_device_bytes + 2 * self.lora_bytes + self.optimizer_bytes
+        return self.allocated_bytes - fixed
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -101,15 +109,15 @@ def _names(tensor: Tensor, modules: tuple[str, ...]) -> bool:
     return tensor.module.rpartition(".")[2] in modules
 
 
-def predict(config: Config, run: TrainingArgs, method: str) -> Prediction:
-    """What training a model with this config by `method` takes.
+def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
+    """What training a model by `method` takes.
 
     Args:
-        config: Of the model that is trained on: the base's for lora and qlora, else the pruned.
+        layout: Of the model that is trained on: the base for lora and qlora, else the pruned one.
         run: Settings of the run.
         method: One of `METHODS`.
     """
-    layout, storage = Layout.of(config), storage_of(method, run, run.compute_bytes)
+    storage = storage_of(method, run, run.compute_bytes)
     weights = weight_bytes(layout, storage)
     trained = list(trained_sizes(layout, run))
     parameters = sum(values * count for values, _, count in trained)
@@ -117,9 +125,13 @@ def predict(config: Config, run: TrainingArgs, method: str) -> Prediction:
     states = sum(
         count * optimizer_bytes(run.optimizer, values, size) for values, size, count in trained
     )
-    moments = Activations(run, storage).moments(layout, parameters)
-    rest = 2 * lora + states + max(map(sum, moments.values()))
-    allocated, slack = weights.on_device + rest, round(SLACK * rest)
+    live = Activations(run, storage).moments(layout, parameters)
+    fixed = weights.on_device + 2 * lora + states
+    moments = {name: fixed + sum(moment) for name, moment in live.items()}
+    loading = upcast_bytes(layout, run, storage)
+    moments["loading"] = weights.on_device + loading
+    allocated = max(moments.values())
+    slack = round(SLACK * (allocated - weights.on_device))
     return Prediction(
         weights_device_bytes=weights.on_device,
         weights_host_bytes=weights.host,
@@ -128,21 +140,38 @@ def predict(config: Config, run: TrainingArgs, method: str) -> Prediction:
         lora_bytes=lora,
         gradient_bytes=lora,
         optimizer_bytes=states,
-        activation_bytes=max(activations for activations, _ in moments.values()),
-        logits_bytes=max(logits for _, logits in moments.values()),
+        activation_bytes=max(activations for activations, _ in live.values()),
+        logits_bytes=max(logits for _, logits in live.values()),
+        loading_bytes=loading,
         context_bytes=CONTEXT_BYTES,
         slack_bytes=slack,
-        moments={name: sum(moment) for name, moment in moments.items()},
+        moments=moments,
         allocated_bytes=allocated,
         peak_bytes=allocated + slack + CONTEXT_BYTES,
     )
 
 
+def upcast_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:
+    """Bytes that loading takes besides the weights.
+
+    Axolotl makes embedding and lm_head float32 while it prepares the model, one after the other,
+    and 16-bit again before training (`ModelLoader._configure_embedding_dtypes`).
+    """
+    if run.precision == "fp32" or (run.skips_upcast and storage.linears == "nf4"):
+        return 0
+    both = [layout.part("embedding"), layout.part("lm_head")]
+    stored = [
+        storage.bytes_of(tensor)
+        for tensor in both
+        if tensor is not None and storage.format_of(tensor) == "native"
+    ]
+    return sum(stored) + max(stored, default=0)
+
+
 def compare(base: Config, pruned: Config, run: TrainingArgs) -> dict[str, Prediction]:
     """All four methods side by side."""
-    return {
-        method: predict(pruned if method in PRUNED else base, run, method) for method in METHODS
-    }
+    layouts = {True: Layout.of(pruned), False: Layout.of(base)}
+    return {method: predict(layouts[method in PRUNED], run, method) for method in METHODS}
 
 
 def pruned_config(config: Config, ratio: float, protected: tuple[int, int]) -> dict[str, Any]:
@@ -165,18 +194,23 @@ def smallest_ratio(
     Raises:
         LoRAMError: No ratio fits; the message says what the largest ratio leaves, by part.
     """
-    if predict(config, run, method).peak_bytes <= budget:
+    if predict(Layout.of(config), run, method).peak_bytes <= budget:
         return 0.0
     low, high = 0, _largest_step(config, protected)
-    floor = predict(pruned_config(config, high / STEPS, protected), run, method)
+    floor = _at(config, high / STEPS, run, protected, method)
     if floor.peak_bytes > budget:
         raise LoRAMError(_no_ratio(budget, method, high / STEPS, floor))
     while high - low > 1:  # peaks fall as ratios rise; low is too little, high fits
         middle = (low + high) // 2
-        pruned = pruned_config(config, middle / STEPS, protected)
-        fits = predict(pruned, run, method).peak_bytes <= budget
+        fits = _at(config, middle / STEPS, run, protected, method).peak_bytes <= budget
         low, high = (low, middle) if fits else (middle, high)
     return high / STEPS
+
+
+def _at(
+    config: Config, ratio: float, run: TrainingArgs, protected: tuple[int, int], method: str
+) -> Prediction:
+    return predict(Layout.of(pruned_config(config, ratio, protected)), run, method)
 
 
 def _largest_step(config: Config, protected: tuple[int, int]) -> int:
@@ -197,10 +231,8 @@ def _largest_step(config: Config, protected: tuple[int, int]) -> int:
 def _no_ratio(budget: int, method: str, ratio: float, floor: Prediction) -> str:
     parts = {
         "weights": floor.weights_device_bytes,
-        "LoRA with gradients and optimizer": floor.lora_bytes
-        + floor.gradient_bytes
-        + floor.optimizer_bytes,
-        "activations and logits": max(floor.moments.values()),
+        "LoRA with gradients and optimizer": 2 * floor.lora_bytes + floor.optimizer_bytes,
+        "activations and logits": floor.live_bytes,
         "context and slack (assumed)": floor.context_bytes + floor.slack_bytes,
     }
     listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
@@ -210,19 +242,3 @@ def _no_ratio(budget: int, method: str, ratio: float, floor: Prediction) -> str:
         "--sequence-len or --micro-batch-size, turn on --gradient-checkpointing, choose "
         "--cross-entropy cut or smaller formats, or a larger GPU"
     )
-
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNITS |= {f"{unit}I": 2 ** (10 * power) for power, unit in enumerate("KMGT", start=1)}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 20GiB, 24 GB or 8.5g (GB is 10⁹ bytes, GiB 2³⁰).
-
-    Raises:
-        LoRAMError: It is not such a size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if not found or found[2] not in UNITS or float(found[1]) <= 0:
-        raise LoRAMError(f"expected a size such as 20GiB or 24GB, found {text!r}: give a unit")
-    return int(float(found[1]) * UNITS[found[2]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -55,6 +56,7 @@ class TrainingArgs(Section):
     modules_to_save: tuple[str, ...] = ()
     lora_float32: bool = True
     quantize_experts: bool = False
+    skips_upcast: bool = False
 
     @field_validator("optimizer")
     @classmethod
@@ -79,6 +81,10 @@ class TrainingArgs(Section):
 
     def targets(self, module: str) -> bool:
         """Whether a linear module inside the layers, or lm_head, gets LoRA."""
+        if re.search(
+            r"[\\()\[\]*|^$+?]", self.lora_target_modules
+        ):  # PEFT: one string is a pattern
+            return re.fullmatch(self.lora_target_modules, module) is not None
         names = {name.strip() for name in self.lora_target_modules.split(",")}
         inside = "." in module and "linear" in names
         return inside or module.rpartition(".")[2] in names
@@ -110,6 +116,7 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "modules_to_save": tuple(cfg.get("lora_modules_to_save") or ()),
         "lora_float32": cfg.get("peft_autocast_adapter_dtype") is not False,
         "quantize_experts": bool(cfg.get("quantize_moe_experts")),
+        "skips_upcast": bool(cfg.get("embeddings_skip_upcast")),
     }
     section = cfg.get("loram") or {}
     for name in ("lm_head_format", "embedding_format"):
@@ -120,6 +127,8 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def _targets(cfg: Mapping[str, Any]) -> str:
     """Names with commas between; `lora_target_linear` adds all linear modules in the layers."""
     named = cfg.get("lora_target_modules") or []
+    if isinstance(named, str) and not cfg.get("lora_target_linear"):
+        return "linear" if named == "all-linear" else named
     names = [named] if isinstance(named, str) else [str(name) for name in named]
     return ",".join(names + ["linear"] * (bool(cfg.get("lora_target_linear")) or not names))
 
