@@ -24,9 +24,10 @@ import math
 from dataclasses import dataclass
 
 from axolotl_loram.architecture import Tensor
-from axolotl_loram.formats import Storage
+from axolotl_loram.blocks import ONE_HEAD
 from axolotl_loram.layout import Layer, Layout, part_of
 from axolotl_loram.spaces import Dim
+from axolotl_loram.storage import Storage
 from axolotl_loram.training import TrainingArgs
 
 FLOAT32 = 4
@@ -61,7 +62,7 @@ class Activations:
             "loss": when lm_head and the loss go backward. "layer": when the layer that takes most
             goes backward; with gradient checkpointing it was just recomputed.
         """
-        run, depth, hidden = self.run, layout.depth, layout.sizes["hidden"]
+        run, depth, hidden = self.run, layout.depth, layout.hidden
         logits, outside = loss_bytes(layout, run, self.storage), self.outside_bytes(layout)
         copies = self.copies_bytes(lora_parameters)
         space = max(self.workspace_bytes(layer) for layer in layout.layers)
@@ -79,13 +80,13 @@ class Activations:
 
     def outside_bytes(self, layout: Layout) -> int:
         """Bytes kept outside the layers: the last norm, LoRA on lm_head, rotary tables."""
-        c, tokens, sizes = self.run.compute_bytes, self.run.tokens, layout.sizes
-        norm = tokens * (sizes["hidden"] + 1) * FLOAT32
-        rotary = 2 * self.run.sequence_len * sizes["head_dim"] * c
-        head = layout.part("lm_head")
-        if head is None or not self.run.targets(head.module):
-            return norm + rotary
-        return norm + rotary + tokens * self._lora_inputs([head], self.storage.lm_head)
+        c, tokens, head = self.run.compute_bytes, self.run.tokens, layout.lm_head
+        first = layout.layers[0]
+        head_dim = first.sizes.get("head_dim", layout.hidden // first.heads)
+        kept = tokens * (layout.hidden + 1) * FLOAT32 + 2 * self.run.sequence_len * head_dim * c
+        if head is not None and self.run.targets(head.module):
+            kept += tokens * self._lora_inputs([head], self.storage.lm_head)
+        return kept
 
     def copies_bytes(self, lora_parameters: int) -> int:
         """Bytes of the copies of A and B that autocast makes in the compute dtype."""
@@ -101,9 +102,10 @@ class Activations:
         their gradients before and after the softmax, in float32.
         """
         run, c = self.run, self.run.compute_bytes
-        unpacked = max(self.storage.unpacked_bytes(tensor) for tensor in layer.linears)
+        form = self.storage.linears
+        unpacked = max(self.storage.unpacked_bytes(form, t.shape) for t in layer.linears)
         widest = run.tokens * max(tensor.shape[1] for tensor in layer.linears) * c
-        by_lora = 4 * widest if self._casts(self.storage.linears) else widest
+        by_lora = 4 * widest if self._casts(form) else widest
         gradients = 2 * run.tokens * layer.sizes["hidden"] * c + widest + max(by_lora, unpacked)
         scores = 3 * run.tokens * layer.heads * run.sequence_len * FLOAT32
         return max(gradients, scores if run.attention == "eager" else 0)
@@ -121,8 +123,8 @@ class Activations:
         """Bytes per token: the input in float32 and the inverse root of its mean square."""
         if part_of(tensor) != "norms":
             return 0
-        width, times = tensor.shape[0], 1
-        if tensor.dims[0][0].block == ("head_dim",) and not tensor.kinds:
+        width, times = math.prod(tensor.shape), 1
+        if tensor.dims == (ONE_HEAD,):
             of_queries = "q_norm" in tensor.module
             times = layer.heads if of_queries else layer.sizes["kv_groups"]
         return times * (width + 1) * FLOAT32
@@ -135,15 +137,15 @@ class Activations:
                 place = tensor.module.split(".")[-2]  # q, k and v read the same; so do gate and up
                 groups.setdefault((tensor.dims[1], place), []).append(tensor)
         return sum(
-            self._lora_inputs(group, self.storage.linears, self._is_kept(group[0]))
+            self._lora_inputs(group, self.storage.linears, self._is_kept(layer, group[0]))
             for group in groups.values()
         )
 
-    def _is_kept(self, tensor: Tensor) -> bool:
+    def _is_kept(self, layer: Layer, tensor: Tensor) -> bool:
         """Whether a linear module's input is kept or recomputed by what makes it."""
-        reads = {space.units for space in tensor.dims[1]}
-        after_attention = "kv_groups" in reads and self.run.attention == "flash"
-        return after_attention or ("neurons" in reads and self.run.fused_kernels)
+        if tensor == layer.attention[-1]:
+            return self.run.attention == "flash"
+        return self.run.fused_kernels and any(tensor == mlp[-1] for mlp in layer.mlps)
 
     def _lora_inputs(self, group: list[Tensor], form: str, is_kept: bool = False) -> int:
         """Bytes per token that A and B of modules that read the same tensor keep.
@@ -160,24 +162,37 @@ class Activations:
         return copies * width * c + masks + inner
 
     def _attention(self, layer: Layer) -> int:
-        """Bytes per token: what flash attention, or the matrices of scores, keep."""
-        c, sizes = self.run.compute_bytes, layer.sizes
-        queries, keys = layer.heads * sizes["head_dim"], sizes["kv_groups"] * sizes["head_dim"]
+        """Bytes per token: what flash attention, or the matrices of scores, keep.
+
+        Queries, keys and values are what the projections before the last put out, or slices of it,
+        which keep it whole beside the rotated queries and keys.
+        """
+        c, inputs, last = self.run.compute_bytes, layer.attention[:-1], layer.attention[-1]
+        kept, output = sum(tensor.shape[0] for tensor in inputs), last.shape[1]
+        if len(inputs) == 1:
+            kept += output + (kept - output) // 2
         if self.run.attention == "flash":
-            return (2 * queries + 2 * keys) * c + layer.heads * FLOAT32
+            return (kept + output) * c + layer.heads * FLOAT32
         scores = layer.heads * self.run.sequence_len * (FLOAT32 + (c if c != FLOAT32 else 0))
-        return 3 * queries * c + scores
+        return 3 * output * c + scores
 
     def _mlp(self, layer: Layer) -> int:
-        """Bytes per token: outputs of gate and up, and of the activation unless that is fused."""
-        outputs = sum(
-            tensor.shape[0]
-            for tensor in layer.linears
-            if any(space.units == "neurons" for space in tensor.dims[0])
-        )
-        neurons = layer.sizes["neurons"]
-        gated = outputs >= 2 * neurons and not (self.run.fused_kernels or self.run.fused_glu)
-        return (outputs + (neurons if gated else 0)) * self.run.compute_bytes
+        """Bytes per token: outputs of gate and up, and of the activation unless that is fused.
+
+        Of experts also what they put out, which their weight in the sum multiplies.
+        """
+        fused = self.run.fused_kernels or self.run.fused_glu
+        values = 0
+        for *inputs, last in layer.mlps:
+            outputs, inner = sum(tensor.shape[0] for tensor in inputs), last.shape[1]
+            values += outputs + (inner if outputs >= 2 * inner and not fused else 0)
+        for tensor in layer.tensors:
+            if part_of(tensor) == "experts":
+                _, *shape = tensor.shape
+                outputs, inner = reversed(shape) if tensor.transposed else shape
+                is_last = outputs == layer.sizes["hidden"]
+                values += layer.routed * (outputs + (inner if is_last else 0))
+        return values * self.run.compute_bytes
 
 
 def loss_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:
@@ -191,14 +206,14 @@ def loss_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:
 
     A quantized lm_head is unpacked whole, beside the logits in the compute dtype.
     """
-    sizes, tokens, c = layout.sizes, run.tokens, run.compute_bytes
-    logits, head = sizes["vocabulary"], layout.part("lm_head")
-    unpacked = storage.unpacked_bytes(head) if head else 0
-    hidden = tokens * sizes["hidden"] * c
+    tokens, c, logits = run.tokens, run.compute_bytes, layout.vocabulary
+    head = layout.lm_head or layout.embedding
+    unpacked = storage.unpacked_bytes(storage.lm_head, head.shape)
+    hidden = tokens * layout.hidden * c
     if run.cross_entropy == "plain":
         return max(12 * tokens * logits, unpacked + tokens * logits * c + hidden)
     if run.cross_entropy == "cut":
-        return unpacked + tokens * (sizes["hidden"] + 2) * FLOAT32
-    chunk = math.ceil(tokens / math.ceil(logits / sizes["hidden"]))
+        return unpacked + tokens * (layout.hidden + 2) * FLOAT32
+    chunk = math.ceil(tokens / math.ceil(logits / layout.hidden))
     chunk = min(2 ** math.ceil(math.log2(chunk)), tokens)
     return unpacked + chunk * logits * c + hidden

@@ -6,24 +6,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from axolotl_loram.architecture import Config, Tensor, tensors
-from axolotl_loram.spaces import Sizes
+from axolotl_loram.architecture import Config, Tensor, layer_fields, parameters
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.spaces import EMBEDDING, EXPERTS, HEAD, Sizes
 
-Part = Literal["embedding", "lm_head", "linears", "norms", "biases", "other"]
+Part = Literal["embedding", "lm_head", "linears", "experts", "norms", "biases", "other"]
 """What a tensor is to whoever quantizes the model."""
 
-PARTS: tuple[Part, ...] = ("embedding", "lm_head", "linears", "norms", "biases", "other")
+PARTS: tuple[Part, ...] = (
+    "embedding",
+    "lm_head",
+    "linears",
+    "experts",
+    "norms",
+    "biases",
+    "other",
+)
 
 
 def part_of(tensor: Tensor) -> Part:
     """What `tensor` is. bitsandbytes replaces linear modules, inside the layers: "linears"."""
-    if tensor.name.endswith(".bias"):
+    if tensor.bias:
         return "biases"
-    if tensor.layer is None and any(s.block == ("vocabulary",) for s in tensor.dims[0]):
-        return "embedding" if "emb" in tensor.module else "lm_head"
-    if len(tensor.dims) == 1 and "norm" in tensor.module:
-        return "norms"
-    return "linears" if tensor.layer is not None and len(tensor.dims) == 2 else "other"
+    if tensor.linear:
+        return "linears"
+    if tensor.role == EXPERTS:
+        return "experts"
+    if tensor.role in (EMBEDDING, HEAD):
+        return "embedding" if tensor.role == EMBEDDING else "lm_head"
+    return "norms" if "norm" in tensor.module else "other"
 
 
 @dataclass(frozen=True)
@@ -32,11 +43,15 @@ class Layer:
 
     Attributes:
         tensors: Those of the first of them.
-        count: How many there are.
+        heads: Query heads.
+        routed: Experts that a token goes through.
+        count: How many layers there are of this kind.
     """
 
     tensors: tuple[Tensor, ...]
-    count: int = 1
+    heads: int
+    routed: int
+    count: int
 
     @property
     def sizes(self) -> Sizes:
@@ -49,9 +64,18 @@ class Layer:
         return tuple(tensor for tensor in self.tensors if part_of(tensor) == "linears")
 
     @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self.sizes["kv_groups"] * self.sizes["queries"]
+    def attention(self) -> tuple[Tensor, ...]:
+        """Linear weights of attention, the output projection last."""
+        return tuple(tensor for tensor in self.linears if "att" in tensor.module.split(".")[-2])
+
+    @property
+    def mlps(self) -> list[tuple[Tensor, ...]]:
+        """Linear weights of each MLP (a shared expert is one), the output projection last."""
+        found: dict[str, list[Tensor]] = {}
+        for tensor in self.linears:
+            if tensor not in self.attention and min(tensor.shape) > 1:
+                found.setdefault(tensor.module.rpartition(".")[0], []).append(tensor)
+        return [tuple(own) for own in found.values()]
 
 
 @dataclass(frozen=True)
@@ -68,21 +92,32 @@ class Layout:
 
     @classmethod
     def of(cls, config: Config) -> Layout:
-        """The layout of a model with this config."""
+        """The layout of a model with this config.
+
+        Raises:
+            LoRAMError: It has no declared embedding: it is no language model.
+        """
         outside: list[Tensor] = []
         found: dict[int, list[Tensor]] = {}
-        for tensor in tensors(config):
+        for tensor in parameters(config):
             own = outside if tensor.layer is None else found.setdefault(tensor.layer, [])
             own.append(tensor)
-        alike: dict[object, list[Tensor]] = {}
-        counts: dict[object, int] = {}
+        if not any(part_of(tensor) == "embedding" for tensor in outside):
+            raise LoRAMError(
+                f"expected a language model, found {config['model_type']}: memory is planned for "
+                "causal language models only"
+            )
+        alike: dict[object, list[int]] = {}
         for index, own in found.items():
             names = tuple(tensor.name.partition(f".{index}.")[2] for tensor in own)
-            key = (names, *sorted(own[0].sizes.items()))
-            alike.setdefault(key, own)
-            counts[key] = counts.get(key, 0) + 1
-        layers = tuple(Layer(tuple(own), counts[key]) for key, own in alike.items())
-        return cls(tuple(outside), layers)
+            alike.setdefault((names, *sorted(own[0].sizes.items())), []).append(index)
+        return cls(
+            tuple(outside),
+            tuple(
+                _layer(config, found[indices[0]], indices[0], len(indices))
+                for indices in alike.values()
+            ),
+        )
 
     @property
     def depth(self) -> int:
@@ -90,9 +125,14 @@ class Layout:
         return sum(layer.count for layer in self.layers)
 
     @property
-    def sizes(self) -> Sizes:
-        """Sizes that do not depend on the layer."""
-        return self.outside[0].sizes
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.embedding.shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that logits are made for."""
+        return self.embedding.shape[0]
 
     @property
     def tensors(self) -> Iterator[tuple[Tensor, int]]:
@@ -101,6 +141,18 @@ class Layout:
         for layer in self.layers:
             yield from ((tensor, layer.count) for tensor in layer.tensors)
 
-    def part(self, part: Part) -> Tensor | None:
-        """The first tensor outside the layers that is this part."""
-        return next((tensor for tensor in self.outside if part_of(tensor) == part), None)
+    @property
+    def embedding(self) -> Tensor:
+        """The input embedding."""
+        return next(tensor for tensor in self.outside if part_of(tensor) == "embedding")
+
+    @property
+    def lm_head(self) -> Tensor | None:
+        """The output embedding, None where it is the input embedding."""
+        return next((tensor for tensor in self.outside if part_of(tensor) == "lm_head"), None)
+
+
+def _layer(config: Config, own: list[Tensor], index: int, count: int) -> Layer:
+    fields = layer_fields(config, index)
+    routed = int(fields.get("num_experts_per_tok") or 0)
+    return Layer(tuple(own), int(fields["num_attention_heads"]), routed, count)

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from axolotl_loram.activations import Activations
-from axolotl_loram.architecture import Config, Tensor, config_changes
+from axolotl_loram.architecture import Config, Tensor, changed, config_changes
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.formats import Storage, weight_bytes
 from axolotl_loram.layout import Layout, Part, part_of
 from axolotl_loram.optimizers import optimizer_bytes
 from axolotl_loram.plan import keep_counts
+from axolotl_loram.storage import BLOCK, FLOAT32, Format, Storage, weight_bytes
 from axolotl_loram.training import TrainingArgs
 
 GIB = 2**30
@@ -83,15 +83,21 @@ class Prediction:
         return asdict(self)
 
 
-def storage_of(method: str, run: TrainingArgs, native: int) -> Storage:
-    """How a method stores its weights: `lm_head_format` and the like are for pruned models."""
-    small = method in PRUNED
+def storage_of(method: str, run: TrainingArgs, tied: bool) -> Storage:
+    """How a method stores its weights: `lm_head_format` and `embedding_format` are for pruned ones.
+
+    `embeddings_skip_upcast` leaves both as PEFT casts them in a 4-bit model: in float32.
+    """
+    four_bit = method.startswith("q")
+    native: Format = "float32" if four_bit and run.skips_upcast else "native"
+    head, embedding = run.formats(four_bit, tied) if method in PRUNED else (native, native)
     return Storage(
-        linears="nf4" if method.startswith("q") else "native",
-        lm_head=run.lm_head_format if small else "native",
-        embedding=run.embedding_format if small else "native",
-        native=native,
-        experts="nf4" if method.startswith("q") and run.quantize_experts else "native",
+        linears="nf4" if four_bit else "native",
+        lm_head=native if head == "native" else head,
+        embedding=native if embedding == "native" else embedding,
+        native=run.compute_bytes,
+        block=run.block_size if method in PRUNED else BLOCK,
+        experts="nf4" if four_bit and run.quantize_experts else "native",
     )
 
 
@@ -117,7 +123,7 @@ def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
         run: Settings of the run.
         method: One of `METHODS`.
     """
-    storage = storage_of(method, run, run.compute_bytes)
+    storage = storage_of(method, run, tied=layout.lm_head is None)
     weights = weight_bytes(layout, storage)
     trained = list(trained_sizes(layout, run))
     parameters = sum(values * count for values, _, count in trained)
@@ -152,20 +158,22 @@ def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
 
 
 def upcast_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:
-    """Bytes that loading takes besides the weights.
+    """Bytes that loading takes besides the weights as they are stored in training.
 
-    Axolotl makes embedding and lm_head float32 while it prepares the model, one after the other,
-    and 16-bit again before training (`ModelLoader._configure_embedding_dtypes`).
+    Embedding and lm_head come onto the device in the compute dtype (unless the checkpoint has them
+    in 4 bits), and Axolotl makes them float32, one after the other, before it turns them back
+    (`ModelLoader._configure_embedding_dtypes`). Only then they are put into smaller formats.
     """
-    if run.precision == "fp32" or (run.skips_upcast and storage.linears == "nf4"):
-        return 0
-    both = [layout.part("embedding"), layout.part("lm_head")]
-    stored = [
-        storage.bytes_of(tensor)
-        for tensor in both
-        if tensor is not None and storage.format_of(tensor) == "native"
-    ]
-    return sum(stored) + max(stored, default=0)
+    stored = weight_bytes(layout, storage).device
+    both = [layout.embedding]
+    if layout.lm_head is not None and not (run.prequantized and storage.lm_head == "nf4"):
+        both.append(layout.lm_head)
+    values = [math.prod(tensor.shape) for tensor in both]
+    loaded = sum(values) * FLOAT32
+    if run.precision == "bf16":
+        loaded += max(values) * run.compute_bytes
+    small = stored["embedding"] + (stored["lm_head"] if len(both) > 1 else 0)
+    return max(0, loaded - small)
 
 
 def compare(base: Config, pruned: Config, run: TrainingArgs) -> dict[str, Prediction]:
@@ -176,7 +184,7 @@ def compare(base: Config, pruned: Config, run: TrainingArgs) -> dict[str, Predic
 
 def pruned_config(config: Config, ratio: float, protected: tuple[int, int]) -> dict[str, Any]:
     """The config of `config`'s model pruned at a uniform ratio."""
-    return {**config, **config_changes(config, keep_counts(config, ratio, *protected))}
+    return changed(config, config_changes(config, keep_counts(config, ratio, *protected)))
 
 
 def smallest_ratio(

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from axolotl_loram.architecture import Config
+from axolotl_loram.architecture import Config, changed
 from axolotl_loram.gpus import that_hold
 from axolotl_loram.layout import Layout
 from axolotl_loram.memory import compare, predict, pruned_config, smallest_ratio
@@ -74,7 +74,11 @@ def _sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
     """Configs of base and pruned model, and what `plan.summary` counts."""
     if asked.pruned:
         found = PruningPlan.load(find_folder(*asked.pruned, patterns=["config.json", "loram*"]))
-        return found.config, {**found.config, **found.changes}, summary(found.config, found.counts)
+        return (
+            found.config,
+            changed(found.config, found.changes),
+            summary(found.config, found.counts),
+        )
     base, settings = load_config(asked.model, asked.revision), asked.pruning
     if settings is None:
         return base, base, summary(base, {})
@@ -83,4 +87,4 @@ def _sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
     if settings.sparsity is not None:
         layers = sparse_layers(base, settings.sparsity, *settings.protected)
         counted |= sparse_summary(base, planned_nonzero(base, layers, settings.sparsity))
-    return base, {**base, **sketch.changes}, counted
+    return base, changed(base, sketch.changes), counted

@@ -86,13 +86,17 @@ def request(
         )
     pruning = {**({"ratio": 0.5} if fit else {}), **(section.get("pruning") or {}), **given}
     pruned = None if pruning else section.get("pruned_model_path")
+    in_4_bits = {
+        "prequantized": bool(pruning.get("quantize")),
+        "block_size": int(pruning.get("quantize_block_size") or 64),
+    }
     four_bit = "q" in str(cfg.get("adapter") or "q") or bool(cfg.get("load_in_4bit"))
     return Request(
         str(cfg.get("base_model") or model),
         revision or cfg.get("revision_of_model"),
         None if pruned else PruningArgs.parse(**pruning),
         (str(pruned), section.get("pruned_model_revision")) if pruned else None,
-        TrainingArgs.parse(**(settings_of(cfg) if cfg else {}) | training),
+        TrainingArgs.parse(**(settings_of(cfg) if cfg else {}) | training | in_4_bits),
         adapter or ("qloram" if four_bit else "loram"),
         None if fit is None else parse_size(fit),
         tuple(key for key in NOT_COUNTED if cfg.get(key)),

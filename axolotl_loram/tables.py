@@ -8,7 +8,7 @@ from typing import Any
 from axolotl_loram.gpus import GPUS
 
 GIB = 2**30
-WEIGHTS = ("embedding", "lm_head", "linears")
+WEIGHTS = ("embedding", "lm_head", "linears", "experts")
 ROWS = {
     "LoRA": "lora_bytes",
     "gradients": "gradient_bytes",

@@ -11,6 +11,9 @@ from pydantic import Field, field_validator
 from axolotl_loram.args import Section
 from axolotl_loram.optimizers import check_optimizer
 
+Head = Literal["native", "int8", "nf4"]
+Embedding = Literal["native", "int8", "nf4", "cpu"]
+
 
 class TrainingArgs(Section):
     """What decides the memory of a run; the defaults are the paper's, or Axolotl's."""
@@ -45,18 +48,23 @@ class TrainingArgs(Section):
         default=False,
         description="Axolotl's fused LoRA kernels, which keep less (on by default on a GPU).",
     )
-    lm_head_format: Literal["native", "int8", "nf4"] = Field(
-        default="native", description="How the pruned model's lm_head is stored."
+    lm_head_format: Head | None = Field(
+        default=None,
+        description="How the pruned model's lm_head is kept; in 4 bits nf4 by default, where the "
+        "loss allows it.",
     )
-    embedding_format: Literal["native", "int8", "nf4", "cpu"] = Field(
-        default="native",
-        description="How the pruned model's embedding is stored; cpu: in host memory.",
+    embedding_format: Embedding | None = Field(
+        default=None,
+        description="How the pruned model's embedding is kept; cpu: in host memory, the default in "
+        "4 bits.",
     )
     fused_glu: bool = False
     modules_to_save: tuple[str, ...] = ()
     lora_float32: bool = True
     quantize_experts: bool = False
     skips_upcast: bool = False
+    prequantized: bool = False
+    block_size: int = 64
 
     @field_validator("optimizer")
     @classmethod
@@ -78,6 +86,21 @@ class TrainingArgs(Section):
     def lora_bytes(self) -> int:
         """Bytes of a LoRA weight: PEFT makes 16-bit adapters float32 unless told not to."""
         return 4 if self.lora_float32 else self.compute_bytes
+
+    def formats(self, four_bit: bool, tied: bool) -> tuple[Head, Embedding]:
+        """Formats of lm_head and embedding in a pruned model: as asked, else what suits the run.
+
+        Modules that are trained whole stay native, and lm_head too where the loss multiplies by its
+        weight itself; of tied embeddings none is small unless both are.
+        """
+        whole = {name: name in self.modules_to_save for name in ("lm_head", "embed_tokens")}
+        head: Head = "nf4" if four_bit else "native"
+        embedding: Embedding = "cpu" if four_bit else "native"
+        if whole["lm_head"] or self.cross_entropy != "plain":
+            head = "native"
+        embedding = "native" if whole["embed_tokens"] else embedding
+        head, embedding = self.lm_head_format or head, self.embedding_format or embedding
+        return ("native", "native") if tied and "native" in (head, embedding) else (head, embedding)
 
     def targets(self, module: str) -> bool:
         """Whether a linear module inside the layers, or lm_head, gets LoRA."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from axolotl_loram.architecture import changed
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.layout import Layout
 from axolotl_loram.memory import GIB, Prediction, predict
@@ -30,7 +31,7 @@ def predict_run(cfg: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
     method = "qloram" if cfg.get("load_in_4bit") else "loram"
     try:
         run = TrainingArgs.parse(**settings_of(cfg))
-        prediction = predict(Layout.of({**plan.config, **plan.changes}), run, method)
+        prediction = predict(Layout.of(changed(plan.config, plan.changes)), run, method)
     except LoRAMError as error:
         LOG.warning("the memory of this run is not predicted: %s", error)
         return {}

@@ -1,13 +1,16 @@
 """Memory plans against really quantized models, real adapters and what autograd really keeps."""
 
+import json
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from bitsandbytes import nn as bnb
 from conftest import FAMILIES, PICO, build_model
-from peft import LoraConfig, get_peft_model
+from families import pico_config
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from test_architecture import LLAMA_2_13B, LLAMA_2_70B, LLAMA_31_70B
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.activations import Activations
+from axolotl_loram.architecture import FAMILIES as ALL_FAMILIES
 from axolotl_loram.architecture import parameter_count
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.formats import Storage, nf4_bytes, weight_bytes
 from axolotl_loram.gpus import GPUS, that_hold
 from axolotl_loram.layout import Layout
 from axolotl_loram.memory import (
@@ -29,6 +32,8 @@ from axolotl_loram.memory import (
     smallest_ratio,
 )
 from axolotl_loram.optimizers import optimizer_bytes
+from axolotl_loram.sources import load_config
+from axolotl_loram.storage import Storage, nf4_bytes, weight_bytes
 from axolotl_loram.training import TrainingArgs
 
 PAPER = (4, 2)
@@ -96,14 +101,29 @@ def quantized(config, folder, lm_head="native", embedding="native"):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+LANGUAGE = [name for name, family in ALL_FAMILIES.items() if not family.whole]
+"""Families without a vision tower, which is not declared."""
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
 def test_weight_bytes_are_those_of_a_quantized_model(family, tmp_path):
-    config = AutoConfig.for_model(family, **{**PICO, "vocab_size": 261}, tie_word_embeddings=False)
-    pruned = pruned_config(config.to_dict(), 0.5, (1, 1))
-    pruned = AutoConfig.for_model(**pruned)
-    model = quantized(pruned, tmp_path)
-    expected = weight_bytes(Layout.of(pruned.to_dict()), Storage("nf4"))
-    assert expected.on_device == stored_bytes(model)
+    pico_config(family).save_pretrained(tmp_path)
+    pruned = pruned_config(load_config(str(tmp_path)), 0.5, (1, 1))
+    (tmp_path / "config.json").write_text(json.dumps(pruned))
+    model = quantized(AutoConfig.from_pretrained(tmp_path), tmp_path)
+    prepare_as_axolotl_does(model)
+    assert weight_bytes(Layout.of(pruned), Storage("nf4")).on_device == stored_bytes(model)
+
+
+def prepare_as_axolotl_does(model):
+    """PEFT makes all that is not quantized float32; Axolotl turns embeddings and norms back."""
+    prepare_model_for_kbit_training(model)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if "norm" in name or module in embeddings:
+            module.to(torch.bfloat16)
+        elif isinstance(module, bnb.Linear4bit) and module.bias is not None:
+            module.bias.data = module.bias.data.to(torch.bfloat16)  # the first forward pass does
 
 
 WIDE = {
@@ -168,9 +188,7 @@ def test_in_4_bits_what_is_neither_linear_nor_norm_is_float32():
     """PEFT upcasts it and Axolotl turns back norms and embeddings alone."""
     layout = Layout.of(AutoConfig.for_model("qwen2", **PICO).to_dict())
     q = next(t for t, _ in layout.tensors if t.name.endswith("q_proj.weight"))
-    raw = type(q)(
-        "model.layers.0.mlp.experts.up", "model.layers.0.mlp.experts", 0, q.dims * 2, q.sizes
-    )
+    raw = replace(q, role="experts", dims=(*q.dims, q.dims[0]))
     assert Storage("nf4").bytes_of(raw) == 4 * math.prod(raw.shape)
     assert Storage("native").bytes_of(raw) == 2 * math.prod(raw.shape)
 

@@ -1,4 +1,4 @@
-"""`axolotl-loram plan` as a command: its YAML, its table, its bad input; and the plugin's record."""
+"""`axolotl-loram plan` as a command: YAML, table, bad input; and the plugin's record."""
 
 import json
 import logging

@@ -51,7 +51,7 @@ class Storage:
 
     Attributes:
         linears: Format of the linear weights inside the decoder layers.
-        lm_head: Format of the output embedding. A tied one is stored once, as the embedding.
+        lm_head: Format of the output embedding. A tied native one is not stored again.
         embedding: Format of the input embedding; "cpu" keeps it in host memory.
         native: Bytes of a weight that is not quantized: 2 in bfloat16 and float16, 4 in float32.
         block: Weights to a scale in NF4.
@@ -68,40 +68,42 @@ class Storage:
     def format_of(self, tensor: Tensor) -> Format:
         """The format that a tensor is stored in.
 
-        In a 4- or 8-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32
-        that is not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back
-        in the first forward pass (Linear4bit). What is neither stays float32, such as routers.
+        In a 4-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32 that is
+        not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back in the
+        first forward pass (Linear4bit). What is none of these stays float32: routers, and experts
+        unless they are quantized, in which case Axolotl leaves PEFT's function out.
         """
         part = part_of(tensor)
-        if part == "linears":
-            return self.linears
-        if part == "lm_head":
-            return self.lm_head
-        if part == "embedding":
-            return self.embedding
-        if part != "other" or self.linears == "native":
-            return "native"
-        if len(tensor.shape) == 3 and self.experts != "native":
+        if part in ("linears", "lm_head", "embedding"):
+            return {"linears": self.linears, "lm_head": self.lm_head}.get(part, self.embedding)
+        if part == "experts" and self.experts != "native":
             return self.experts
-        return "native" if self.experts != "native" else "float32"
+        turned_back = part in ("norms", "biases")
+        never_cast = self.linears == "native" or self.experts != "native"
+        return "native" if turned_back or never_cast else "float32"
 
     def bytes_of(self, tensor: Tensor) -> int:
         """Bytes of a tensor, wherever it lies."""
-        form, values = self.format_of(tensor), math.prod(tensor.shape)
+        double = part_of(tensor) != "embedding"  # Embedding4bit knows no double quantization
+        return self.bytes_in(self.format_of(tensor), tensor.shape, double)
+
+    def bytes_in(self, form: Format, shape: tuple[int, ...], double: bool = True) -> int:
+        """Bytes of a tensor of this shape in a format."""
+        values = math.prod(shape)
         if form == "nf4":
-            return nf4_bytes(values, self.block, double=part_of(tensor) != "embedding")
+            return nf4_bytes(values, self.block, double)
         if form == "int8":
-            return int8_bytes(tensor.shape)
+            return int8_bytes(shape)
         return values * (FLOAT32 if form == "float32" else self.native)
 
-    def unpacked_bytes(self, tensor: Tensor) -> int:
+    def unpacked_bytes(self, form: Format, shape: tuple[int, ...]) -> int:
         """Bytes of the copy in the compute dtype that a quantized weight is multiplied by.
 
         With NF4's double quantization, the float32 scales that make it are there at the time too.
         """
-        values, form = math.prod(tensor.shape), self.format_of(tensor)
         if form not in ("nf4", "int8"):
             return 0
+        values = math.prod(shape)
         scales = math.ceil(values / self.block) * FLOAT32 if form == "nf4" else 0
         return values * self.native + scales
 
@@ -120,7 +122,10 @@ class WeightBytes:
 
 
 def weight_bytes(layout: Layout, storage: Storage) -> WeightBytes:
-    """Bytes of the weights of a model, from its declaration alone."""
+    """Bytes of the weights of a model, from its declaration alone.
+
+    Tied embeddings that are both stored otherwise than native are two.
+    """
     device: dict[Part, int] = dict.fromkeys(PARTS, 0)
     host = 0
     for tensor, count in layout.tensors:
@@ -128,4 +133,6 @@ def weight_bytes(layout: Layout, storage: Storage) -> WeightBytes:
             host += count * storage.bytes_of(tensor)
         else:
             device[part_of(tensor)] += count * storage.bytes_of(tensor)
+    if layout.lm_head is None and storage.lm_head in ("nf4", "int8"):
+        device["lm_head"] += storage.bytes_in(storage.lm_head, layout.embedding.shape)
     return WeightBytes(device, host)
