@@ -8,7 +8,7 @@ from typing import Literal
 
 from axolotl_loram.architecture import Config, Tensor, layer_fields, parameters
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.spaces import EMBEDDING, EXPERTS, HEAD, Sizes
+from axolotl_loram.spaces import EMBEDDING, EXPERTS, HEAD, LINEAR, Sizes
 
 Part = Literal["embedding", "lm_head", "linears", "experts", "norms", "biases", "other"]
 """What a tensor is to whoever quantizes the model."""
@@ -26,7 +26,7 @@ PARTS: tuple[Part, ...] = (
 
 def part_of(tensor: Tensor) -> Part:
     """What `tensor` is. bitsandbytes replaces linear modules, inside the layers: "linears"."""
-    if tensor.bias:
+    if tensor.bias and tensor.role in (LINEAR, HEAD):
         return "biases"
     if tensor.linear:
         return "linears"

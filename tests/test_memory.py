@@ -58,9 +58,15 @@ def tensors_of(weight):
 
 
 def stored_bytes(model):
-    """Bytes of all weights with their quantization states, each storage once."""
+    """Bytes of all that a checkpoint holds with its quantization states, each storage once."""
     found = {}
-    for weight in model.parameters():
+    buffers = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if name not in module._non_persistent_buffers_set
+    ]
+    for weight in (*model.parameters(), *buffers):
         for tensor in tensors_of(weight):
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
