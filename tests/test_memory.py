@@ -318,6 +318,18 @@ def test_kept_activations_of_other_settings_to_the_byte(sizes, attention, precis
     assert kept_for_backward(model, precision == "bf16") == predicted_kept(model, run)
 
 
+@pytest.mark.parametrize(
+    "family", ["gemma", "gemma2", "gemma3_text", "olmo2", "granite", "smollm3", "cohere2"]
+)
+def test_kept_activations_of_other_families(family):
+    """Their norms and scalings differ in detail from Llama's."""
+    model = AutoModelForCausalLM.from_config(pico_config(family), dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"])
+    model = get_peft_model(model, lora).train()
+    predicted = predicted_kept(model, settings_for())
+    assert predicted == pytest.approx(kept_for_backward(model, False), rel=0.02)
+
+
 def test_kept_activations_of_some_modules_to_the_byte():
     model = adapted(target=["q_proj", "gate_proj"])
     run = settings_for(lora_target_modules="q_proj,gate_proj")
