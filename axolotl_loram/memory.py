@@ -72,12 +72,6 @@ class Prediction:
     allocated_bytes: int
     peak_bytes: int
 
-    @property
-    def live_bytes(self) -> int:
-        """Activations and logits at the worst moment, or what loading takes if that is more."""
-        fixed = self.weights_device_bytes + 2 * self.lora_bytes + self.optimizer_bytes
-        return self.allocated_bytes - fixed
-
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
@@ -237,12 +231,13 @@ def _largest_step(config: Config, protected: tuple[int, int]) -> int:
 
 
 def _no_ratio(budget: int, method: str, ratio: float, floor: Prediction) -> str:
-    parts = {
-        "weights": floor.weights_device_bytes,
-        "LoRA with gradients and optimizer": 2 * floor.lora_bytes + floor.optimizer_bytes,
-        "activations and logits": floor.live_bytes,
-        "context and slack (assumed)": floor.context_bytes + floor.slack_bytes,
-    }
+    parts = {"weights": floor.weights_device_bytes}
+    if max(floor.moments, key=floor.moments.__getitem__) == "loading":
+        parts["embeddings in float32 while loading"] = floor.loading_bytes
+    else:
+        parts["LoRA with gradients and optimizer"] = 2 * floor.lora_bytes + floor.optimizer_bytes
+        parts["activations and logits"] = floor.allocated_bytes - sum(parts.values())
+    parts["context and slack (assumed)"] = floor.context_bytes + floor.slack_bytes
     listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
     return (
         f"expected a pruning ratio at which {method} fits {budget / GIB:.4g} GiB, found none: at "

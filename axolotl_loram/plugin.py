@@ -188,7 +188,7 @@ class LoRAMCallback(TrainerCallback):
                 "expected training to be started by `axolotl train`, found another caller, for "
                 "which base_model was not replaced by the pruned model: use `axolotl train`"
             )
-        start_measuring()
+        run.memory["measured"] = start_measuring()
         if state.is_world_process_zero:
             run.write_record(Path(args.output_dir))
 
@@ -196,7 +196,7 @@ class LoRAMCallback(TrainerCallback):
         """Add to the record what memory training took."""
         run = self.current_run()
         if run is not None and state.is_world_process_zero:
-            run.memory["measured"] = measure_run()
+            run.memory["measured"] |= measure_run()
             run.write_record(Path(args.output_dir))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -240,7 +240,7 @@ def begin_training(cfg: Any) -> Run:
         cfg.hub_model_id,
         masked,
         merges=section.recovery == "masked",
-        memory={"predicted": predict_run(cfg, plan), "measured": None},
+        memory={"predicted": predict_run(cfg, plan), "measured": {}},
     )
     _check_same_plan(run)
     if run.masked:

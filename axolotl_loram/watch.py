@@ -40,21 +40,24 @@ def predict_run(cfg: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
 
 
 def _said(prediction: Prediction) -> str:
+    worst = max(prediction.moments, key=prediction.moments.__getitem__)
     return (
-        f"{prediction.allocated_bytes / GIB:.2f} GiB allocated at most (weights "
+        f"{prediction.allocated_bytes / GIB:.2f} GiB allocated at most, at the {worst} (weights "
         f"{prediction.weights_device_bytes / GIB:.2f}, LoRA with gradients and optimizer "
-        f"{(2 * prediction.lora_bytes + prediction.optimizer_bytes) / GIB:.2f}, activations and "
-        f"logits {prediction.live_bytes / GIB:.2f}); with context and slack, which are assumed, "
-        f"{prediction.peak_bytes / GIB:.2f} GiB"
+        f"{(2 * prediction.lora_bytes + prediction.optimizer_bytes) / GIB:.2f}); with context and "
+        f"slack, which are assumed, {prediction.peak_bytes / GIB:.2f} GiB"
     )
 
 
-def start_measuring() -> None:
-    """Forget peaks from before training, where that can be done."""
+def start_measuring() -> dict[str, Any]:
+    """Forget the peak from before training, and return it, where that can be done."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if not torch.cuda.is_available():
+        return {}
+    loading = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return {"max_allocated_before_training_bytes": loading}
 
 
 def measure_run() -> dict[str, Any]:

@@ -41,7 +41,7 @@ def test_the_command_prints_methods_and_draws_them(large, tmp_path):
         assert all(isinstance(method[name], int) for name in BYTES)
         assert set(method["weights"]) >= {"embedding", "lm_head", "linears"}
     assert result["methods"]["qloram"]["weights_device_bytes"] < 8.31 * 2**30
-    assert "T4 16 GB" in result["gpus"]["qloram"]
+    assert "A10, L4 24 GB" in result["gpus"]["qloram"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
