@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,7 +18,7 @@ from pydantic import (
 from axolotl_loram.errors import LoRAMError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """A section that names an unknown key and the keys there are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +33,22 @@ class _Section(BaseModel):
             )
         return data
 
+    @classmethod
+    def parse(cls, **values: Any) -> Self:
+        """Build from loose values, with the first problem as one sentence.
+
+        Raises:
+            LoRAMError: A value is not allowed.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            cause = problem.get("ctx", {}).get("error")
+            where = ".".join(str(part) for part in problem["loc"])
+            found = f"{where}: {problem['msg']}, found {problem['input']!r}"
+            raise LoRAMError(str(cause) if cause else found) from None
+
 
 STRUCTURED = ("random", "magnitude", "activation", "fluctuation", "taylor")
 SPARSE = ("magnitude", "wanda", "sparsegpt")
@@ -41,7 +57,7 @@ PROTECTED = (4, 2)
 """Layers the paper leaves whole at the start and the end, in structured pruning."""
 
 
-class PruningArgs(_Section):
+class PruningArgs(Section):
     """How to prune: `loram: pruning:` in YAML, options of `axolotl-loram prune`."""
 
     method: Literal[
@@ -184,22 +200,6 @@ class PruningArgs(_Section):
         first = first if self.protect_first is None else self.protect_first
         return first, last if self.protect_last is None else self.protect_last
 
-    @classmethod
-    def parse(cls, **values: Any) -> PruningArgs:
-        """Build from loose values, with the first problem as one sentence.
-
-        Raises:
-            LoRAMError: A value is not allowed.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            cause = problem.get("ctx", {}).get("error")
-            where = ".".join(str(part) for part in problem["loc"])
-            found = f"{where}: {problem['msg']}, found {problem['input']!r}"
-            raise LoRAMError(str(cause) if cause else found) from None
-
 
 def check_ratio(ratio: float) -> float:
     """Refuse a pruning ratio outside (0, 1)."""
@@ -233,7 +233,7 @@ def check_sparsity(sparsity: Any) -> float | str:
     return share
 
 
-class LoRAMConfig(_Section):
+class LoRAMConfig(Section):
     """The `loram:` section."""
 
     pruned_model_path: str | None = Field(

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
+from pydantic import BaseModel
 
 from axolotl_loram import __version__
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.tables import lines
+from axolotl_loram.training import TrainingArgs
 
 
 class OneLineErrors(click.Group):
@@ -49,25 +52,39 @@ def run() -> None:
     main(prog_name="axolotl-loram")
 
 
-def pruning_options(command: Callable) -> Callable:
-    """One option for each field of `PruningArgs`, with the field's description as help."""
-    names = {"ratio": "--pruning-ratio"}
-    for name, field in reversed(PruningArgs.model_fields.items()):
-        flag = names.get(name, f"--{name.replace('_', '-')}")
-        given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-        kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
-        if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
-            kind = click.Choice(get_args(kind) or given)
-        command = click.option(
-            f"{flag}/--no-{flag[2:]}" if kind is bool and field.default is None else flag,
-            name,
-            is_flag=kind is bool,
-            type=kind,
-            default=None,  # the schema's own defaults hold, which depend on one another
-            show_default=str(field.default) if field.default not in (None, False) else False,
-            help=field.description,
-        )(command)
-    return command
+def schema_options(schema: type[BaseModel], names: Mapping[str, str]) -> Callable:
+    """A decorator that adds one option for each described field, with the description as help.
+
+    Args:
+        schema: The settings.
+        names: Field → flag, where that is not the field's own name.
+    """
+
+    def add(command: Callable) -> Callable:
+        for name, field in reversed(schema.model_fields.items()):
+            if field.description is None:
+                continue
+            flag = names.get(name, f"--{name.replace('_', '-')}")
+            given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+            kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
+            if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
+                kind = click.Choice(get_args(kind) or given)
+            command = click.option(
+                f"{flag}/--no-{flag[2:]}" if kind is bool and field.default is not False else flag,
+                name,
+                is_flag=kind is bool,
+                type=kind,
+                default=None,  # the schema's own defaults hold, which depend on one another
+                show_default=str(field.default) if field.default not in (None, False) else False,
+                help=field.description,
+            )(command)
+        return command
+
+    return add
+
+
+pruning_options = schema_options(PruningArgs, {"ratio": "--pruning-ratio"})
+training_options = schema_options(TrainingArgs, {})
 
 
 def parse_pruning(options: dict[str, Any]) -> PruningArgs:
@@ -88,22 +105,46 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an ex
 @main.command()
 @click.argument("model")
 @pruning_options
+@training_options
+@click.option(
+    "--adapter",
+    type=click.Choice(["loram", "qloram"]),
+    help="What --fit is for; by default what a YAML says, else qloram.",
+)
+@click.option("--fit", metavar="SIZE", help="Find the smallest pruning ratio that fits, in 20GiB.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw the memory of the methods to this file."
+)
 @revision_option
 @json_option
-def plan(model: str, revision: str | None, as_json: bool, **pruning: Any) -> None:
-    """Count what pruning MODEL would leave (a folder, a config.json or a hub id)."""
-    settings = parse_pruning(pruning)
-    from axolotl_loram.plan import Base, summary
-    from axolotl_loram.prune import plan_of_size
-    from axolotl_loram.sources import load_config
-    from axolotl_loram.sparsity import planned_nonzero, sparse_layers, sparse_summary
+def plan(
+    model: str,
+    revision: str | None,
+    adapter: str | None,
+    fit: str | None,
+    plot: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Count what pruning MODEL would leave, and predict the memory of training.
 
-    config = load_config(model, revision)
-    counted = summary(config, plan_of_size(config, Base(model, revision), settings).counts)
-    if settings.sparsity is not None:
-        layers = sparse_layers(config, settings.sparsity, *settings.protected)
-        counted |= sparse_summary(config, planned_nonzero(config, layers, settings.sparsity))
-    show(counted, as_json)
+    MODEL is a folder, a config.json, a hub id, or an Axolotl YAML, which says everything else too.
+    The memory is that of one GPU for LoRA, QLoRA, LoRAM and QLoRAM.
+    """
+    from axolotl_loram.request import request
+
+    try:
+        asked = request(model, revision, options, adapter, fit)
+    except LoRAMError as error:
+        raise click.UsageError(str(error)) from None
+    from axolotl_loram import planning
+
+    result = planning.plan(asked)
+    if plot is not None:
+        from axolotl_loram.plotting import plot_memory
+
+        plot_memory(result["methods"], plot, Path(model).name)
+    click.echo(json.dumps(result) if as_json else planning.report(result))
 
 
 @main.command()
@@ -195,13 +236,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print a result as one JSON object, or as lines of name and value for people."""
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    width = max(len(name) for name in result)
-    for name, value in result.items():
-        text = f"{value:,}" if isinstance(value, int) else value
-        click.echo(f"{name.replace('_', ' '):<{width}}  {text}")
+    click.echo(json.dumps(result) if as_json else lines(result))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from axolotl_loram.support import (
     switch_off_kernels,
     trains_masked,
 )
+from axolotl_loram.watch import measure_run, predict_run, start_measuring
 
 LOG = logging.getLogger(__name__)
 PRUNED_FOLDER = "pruned"
@@ -73,6 +74,7 @@ class Run:
         hub_model_id: Where the user wants the adapter uploaded, if anywhere.
         masked: Whether the update is confined to the weights that sparse pruning left.
         merges: Whether the result is wanted as a model too, with the masked update added.
+        memory: What was predicted, and in the end measured.
     """
 
     base: Base
@@ -83,6 +85,7 @@ class Run:
     hub_model_id: str | None
     masked: bool = False
     merges: bool = False
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trained(self) -> Path:
@@ -91,7 +94,11 @@ class Run:
 
     def write_record(self, folder: Path) -> None:
         """Write down in a folder under which plan its adapter is trained."""
-        training = {"pruned_model": str(self.pruned), "warm_start": self.warm_start}
+        training = {
+            "pruned_model": str(self.pruned),
+            "warm_start": self.warm_start,
+            "memory": self.memory,
+        }
         record = {
             "schema_version": SCHEMA_VERSION,
             "kind": "trained-adapter",
@@ -188,7 +195,15 @@ class LoRAMCallback(TrainerCallback):
                 "expected training to be started by `axolotl train`, found another caller, for "
                 "which base_model was not replaced by the pruned model: use `axolotl train`"
             )
+        run.memory["measured"] = start_measuring()
         if state.is_world_process_zero:
+            run.write_record(Path(args.output_dir))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add to the record what memory training took."""
+        run = self.current_run()
+        if run is not None and state.is_world_process_zero:
+            run.memory["measured"] |= measure_run()
             run.write_record(Path(args.output_dir))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -232,6 +247,7 @@ def begin_training(cfg: Any) -> Run:
         cfg.hub_model_id,
         masked,
         merges=section.recovery == "masked",
+        memory={"predicted": predict_run(cfg, plan), "measured": {}},
     )
     _check_same_plan(run)
     if run.masked:

@@ -58,7 +58,11 @@ def check_output(output, base):
     assert config["base_model_name_or_path"] == str(base)
     assert str(base) in (output / "README.md").read_text()
     assert not (output / "config.json").exists()
-    assert json.loads((output / "loram.json").read_text())["kind"] == "recovered-adapter"
+    record = json.loads((output / "loram.json").read_text())
+    assert record["kind"] == "recovered-adapter"
+    memory = record["trained"]["memory"]
+    assert memory["predicted"]["peak_bytes"] > memory["predicted"]["weights_device_bytes"] > 0
+    assert memory["measured"]["device"] and len(memory["measured"]) > 1
     for name, weight in adapter_weights(output / "pruned").items():
         full = adapter_weights(output)[name]
         assert torch.equal(full[full != 0].sort()[0], weight[weight != 0].sort()[0])

@@ -1,0 +1,137 @@
+"""What `axolotl-loram plan` is asked: by options, or by an Axolotl YAML that options override."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl_loram.args import PruningArgs
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.training import TrainingArgs, settings_of
+
+NOT_COUNTED = (
+    "deepspeed",
+    "fsdp",
+    "fsdp_config",
+    "activation_offloading",
+    "layer_offloading",
+    "tiled_mlp",
+    "rl",
+    "context_parallel_size",
+)
+"""Keys of an Axolotl config that change the memory in ways that are not predicted."""
+UNITS = {"": 1} | {
+    unit: base**power
+    for base, end in ((1000, ""), (1024, "I"))
+    for power, letter in enumerate("KMGT", start=1)
+    for unit in (letter + end,)
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned.
+
+    Attributes:
+        model: The base: a folder, a config.json or a hub id.
+        revision: Its revision on the hub.
+        pruning: How it is pruned; None where `pruned` says so.
+        pruned: Folder or hub id of a model that is pruned already, and its revision.
+        run: Settings of the training run.
+        adapter: "loram" or "qloram": what has to fit the budget.
+        budget: Bytes; the ratio in `pruning` then only stands for the smallest that fits.
+        not_counted: What of the config is not predicted.
+    """
+
+    model: str
+    revision: str | None
+    pruning: PruningArgs | None
+    pruned: tuple[str, str | None] | None
+    run: TrainingArgs
+    adapter: str
+    budget: int | None = None
+    not_counted: tuple[str, ...] = ()
+
+
+def request(
+    model: str,
+    revision: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+    fit: str | None = None,
+) -> Request:
+    """From a model, or from an Axolotl YAML, whose settings options override.
+
+    Args:
+        model: A folder, a config.json, a hub id, or an Axolotl YAML.
+        revision: Revision on the hub.
+        options: Fields of `PruningArgs` and `TrainingArgs`; None stands for not given.
+        adapter: "loram", "qloram", or None for what the YAML says (qloram where there is none).
+        fit: A size; the pruning ratio is to be the smallest at which the run fits it.
+
+    Raises:
+        LoRAMError: The YAML cannot be read, nothing says how to prune, or a setting is not allowed.
+    """
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    training = {name: given.pop(name) for name in list(given) if name in TrainingArgs.model_fields}
+    cfg = read_yaml(Path(model)) if model.endswith((".yml", ".yaml")) else {}
+    section = cfg.get("loram") or {}
+    if fit is not None and "ratio" in given:
+        raise LoRAMError(
+            f"expected a pruning ratio or a size to fit, found both ({given['ratio']} and {fit}): "
+            "the ratio is what --fit finds"
+        )
+    pruning = {**({"ratio": 0.5} if fit else {}), **(section.get("pruning") or {}), **given}
+    pruned = None if pruning else section.get("pruned_model_path")
+    in_4_bits = {
+        "prequantized": bool(pruning.get("quantize")),
+        "block_size": int(pruning.get("quantize_block_size") or 64),
+    }
+    four_bit = "q" in str(cfg.get("adapter") or "q") or bool(cfg.get("load_in_4bit"))
+    return Request(
+        str(cfg.get("base_model") or model),
+        revision or cfg.get("revision_of_model"),
+        None if pruned else PruningArgs.parse(**pruning),
+        (str(pruned), section.get("pruned_model_revision")) if pruned else None,
+        TrainingArgs.parse(**(settings_of(cfg) if cfg else {}) | training | in_4_bits),
+        adapter or ("qloram" if four_bit else "loram"),
+        None if fit is None else parse_size(fit),
+        tuple(key for key in NOT_COUNTED if cfg.get(key)),
+    )
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """An Axolotl config.
+
+    Raises:
+        LoRAMError: There is no such file, it does not parse, or it names no base_model.
+    """
+    import yaml
+
+    try:
+        cfg = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoRAMError(f"expected an Axolotl YAML, found no {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise LoRAMError(f"expected {file} to be YAML, found that it is not: {reason}") from None
+    if not isinstance(cfg, dict) or not cfg.get("base_model"):
+        raise LoRAMError(
+            f"expected {file} to name a base_model, found none: give an Axolotl config, or a model"
+        )
+    return cfg
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 20GiB, 24 GB or 8.5g (GB is 10⁹ bytes, GiB 2³⁰).
+
+    Raises:
+        LoRAMError: It is not such a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]I?)B?", text.strip().upper())
+    if not found or float(found[1]) <= 0:
+        raise LoRAMError(f"expected a size such as 20GiB or 24GB, found {text!r}: give a unit")
+    return int(float(found[1]) * UNITS[found[2]])
