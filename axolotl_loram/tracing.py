@@ -1,0 +1,226 @@
+"""Which features of an unknown model hang together: found by marking them and watching it run.
+
+A small model of the real class is run with the output of every linear layer held fixed, so that a
+mark on one feature goes no further than to the inputs of the next linear layers. Features that
+meet there are one unit: a neuron's rows and its column, a KV group's heads. What meets the
+embedding's features is the hidden stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+TOKENS, MARK, SEEN = 12, 3.0, 1e-9
+"""Length of the text; size of a mark, and of what counts as its effect (outputs are near 1)."""
+
+
+class Unit(NamedTuple):
+    """Which unit of which kind (a number) a feature belongs to; kind -1 is the hidden stream."""
+
+    kind: int
+    index: int
+
+
+HIDDEN_STREAM = -1
+Labels = dict[tuple[str, int], list[Unit | None]]
+"""(Parameter, dimension) → each feature's unit, None where it is no unit's or several units'."""
+
+
+def build(model_type: str, fields: Mapping[str, Any], device: str = "meta") -> PreTrainedModel:
+    """A model of transformers' own class with these config fields, without weights on "meta"."""
+    config = AutoConfig.for_model(model_type, **fields)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def build_random(model_type: str, fields: Mapping[str, Any]) -> PreTrainedModel:
+    """The same on the CPU in float64, no weight zero, so that every path carries something."""
+    torch.manual_seed(0)
+    model = build(model_type, fields, "cpu").double().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+        parameter.copy_(torch.randn_like(parameter) * spread + (parameter.dim() == 1))
+    return model
+
+
+def some_tokens(vocabulary: int) -> torch.Tensor:
+    """A text of one sequence; special tokens come first in a vocabulary."""
+    return 4 + torch.arange(TOKENS)[None] * 7 % (vocabulary - 4)
+
+
+def trace(model: PreTrainedModel, layer: str) -> Labels:
+    """Label the features of one decoder layer's parameters with the units they belong to.
+
+    Args:
+        model: From `build_random`; its norms are put out of action.
+        layer: Path of the layer, such as ``model.layers.0``.
+
+    Raises:
+        RuntimeError: A linear layer does not see every token (it is one of several experts).
+    """
+    still_norms(model)
+    run = MarkedRun(model)
+    units = _Units(run, layer)
+    labels: Labels = {}
+    for name, parameter in model.get_submodule(layer).named_parameters(prefix=layer):
+        module = name.rpartition(".")[0]
+        for dim in range(parameter.dim()):
+            if module in run.linears:
+                labels[name, dim] = units.side(module, "out" if dim == 0 else "in")
+            elif parameter.dim() < 3:
+                labels[name, dim] = units.of_slices(parameter, dim)
+            else:
+                labels[name, dim] = [None] * parameter.shape[dim]
+    return labels
+
+
+def still_norms(model: nn.Module) -> None:
+    """Make every norm multiply by its weight only: dividing by a mean would couple all features."""
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower() and not any(module.children()):
+            module.forward = _Still(module)
+
+
+class _Still:
+    def __init__(self, norm: nn.Module):
+        self.norm = norm
+
+    def __call__(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        weight, bias = (getattr(self.norm, name, None) for name in ("weight", "bias"))
+        for factor in (weight, *others):  # a gated norm gets the gate as well
+            x = x * factor if isinstance(factor, torch.Tensor) else x
+        return x if bias is None else x + bias
+
+
+class MarkedRun:
+    """A model whose linear layers and embedding give what they gave in the first, unmarked run."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.embedding = next(
+            name for name, part in model.named_modules() if part is model.get_input_embeddings()
+        )
+        self.linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.held: dict[str, torch.Tensor] = {}
+        self.marked: str | None = None
+        self.batch = 1
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.register_forward_hook(self._hook(name))
+        self._run()
+        self.unmarked = dict(self.inputs)
+
+    def _hook(self, name: str) -> Any:
+        def hold(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            if isinstance(module, nn.Linear):
+                self.inputs[name] = args[0].reshape(self.batch, -1, args[0].shape[-1])
+            held = self.held.setdefault(name, output)
+            held = held.repeat(output.shape[0] // held.shape[0], *[1] * (output.dim() - 1))
+            if held.shape != output.shape:
+                raise RuntimeError(f"{name} does not see the same tokens each time")
+            if name != self.marked:
+                return held
+            marks = torch.randn(held.shape, dtype=held.dtype) * MARK
+            features = held.shape[-1]
+            chosen = torch.eye(features, dtype=held.dtype).reshape(features, -1, features)
+            return held + marks * torch.cat([torch.zeros_like(chosen[:1]), chosen])
+
+        return hold
+
+    def _run(self) -> None:
+        self.inputs.clear()
+        text = some_tokens(self.model.config.vocab_size).repeat(self.batch, 1)
+        self.model(input_ids=text, use_cache=False)
+
+    def reach(self, source: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Linear layer → (features of `source`'s output, inputs of the layer): who reaches whom."""
+        self.marked, self.batch = source, self.held[source].shape[-1] + 1
+        self._run()
+        self.marked, self.batch = None, 1
+        for name, seen in self.inputs.items():
+            yield name, (seen[1:] - seen[:1]).abs().amax(dim=1) > SEEN
+
+    def reach_of_slice(self, weights: torch.Tensor) -> Iterator[tuple[str, int]]:
+        """Inputs of linear layers that a mark on these weights changes, in place and undone."""
+        before = weights.clone()
+        weights.add_(torch.randn_like(weights))
+        self._run()
+        weights.copy_(before)
+        for name, seen in self.inputs.items():
+            changed = (seen - self.unmarked[name]).abs().amax(dim=(0, 1)) > SEEN
+            yield from ((name, int(j)) for j in changed.nonzero()[:, 0])
+
+
+Node = tuple[str, str, int]
+"""A feature of a linear layer: its path, "in" or "out", position."""
+
+
+class _Units:
+    """Features that meet, as connected components; those of the same make are one kind."""
+
+    def __init__(self, run: MarkedRun, layer: str):
+        self.run, self.parent = run, dict[Node, Node]()
+        inside = [name for name in run.linears if name.startswith(f"{layer}.")]
+        for source in (run.embedding, *inside):
+            for reader, reached in run.reach(source):
+                for i, j in reached.nonzero().tolist():
+                    self._join((source, "out", i), (reader, "in", j))
+        self.nodes = [
+            (name, side, i)
+            for name in inside
+            for side, size in (
+                ("in", run.linears[name].in_features),
+                ("out", run.linears[name].out_features),
+            )
+            for i in range(size)
+        ]
+        self.units = self._number()
+
+    def _root(self, node: Node) -> Node:
+        while (above := self.parent.setdefault(node, node)) != node:
+            self.parent[node] = node = self.parent[above]
+        return node
+
+    def _join(self, one: Node, other: Node) -> None:
+        self.parent[self._root(one)] = self._root(other)
+
+    def _number(self) -> dict[Node, Unit]:
+        """Root of a component → its unit; those of a kind are numbered by their first features."""
+        members: dict[Node, list[Node]] = {}
+        for node in self.nodes:
+            members.setdefault(self._root(node), []).append(node)
+        kinds: dict[tuple[tuple[str, str], ...], int] = {}
+        counts: dict[int, int] = {}
+        units = {}
+        for root, nodes in members.items():
+            kind = kinds.setdefault(tuple(sorted((n, side) for n, side, _ in nodes)), len(kinds))
+            units[root] = Unit(kind, counts.get(kind, 0))
+            counts[kind] = units[root].index + 1
+        width = self.run.held[self.run.embedding].shape[-1]
+        hidden = ((self._root((self.run.embedding, "out", i)), i) for i in range(width))
+        return units | {root: Unit(HIDDEN_STREAM, i) for root, i in hidden}
+
+    def unit(self, node: Node) -> Unit | None:
+        """The unit that a feature of a linear layer belongs to, None outside this layer."""
+        return self.units.get(self._root(node))
+
+    def side(self, module: str, side: str) -> list[Unit | None]:
+        """Labels of a linear layer's inputs or outputs."""
+        layer = self.run.linears[module]
+        size = layer.out_features if side == "out" else layer.in_features
+        return [self.unit((module, side, i)) for i in range(size)]
+
+    def of_slices(self, parameter: torch.Tensor, dim: int) -> list[Unit | None]:
+        """Labels along one dimension of any other parameter: what a mark on each slice reaches."""
+        found: list[Unit | None] = []
+        for i in range(parameter.shape[dim]):
+            reached = self.run.reach_of_slice(parameter.select(dim, i))
+            units = {self.unit((name, "in", j)) for name, j in reached}
+            found.append(units.pop() if len(units) == 1 else None)
+        return found
