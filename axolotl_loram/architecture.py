@@ -22,7 +22,7 @@ from typing import Any
 from axolotl_loram.blocks import ALIASES, positive
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.families import FAMILIES
-from axolotl_loram.spaces import EXPERTS, LINEAR, Dim, Family, Group, Sizes, Weight
+from axolotl_loram.spaces import EMBEDDING, EXPERTS, LINEAR, Dim, Family, Group, Sizes, Weight
 
 Config = Mapping[str, Any]
 
@@ -40,6 +40,7 @@ class Tensor:
         role: As `Weight.role`.
         expert: Whose it is, where checkpoints store experts one by one.
         bias: Whether it is a bias.
+        transposed: As `Weight.transposed`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Tensor:
     role: str
     expert: int | None = None
     bias: bool = False
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,7 +111,9 @@ def section_of(config: Config, family: Family) -> Config:
 def with_defaults(config: Config) -> dict[str, Any]:
     """A config as config.json holds it, with the size fields that it leaves out."""
     family = family_of(config)
-    section = {**family.defaults, **_canonical(section_of(config, family))}
+    own = section_of(config, family)
+    known = _canonical(own)
+    section = {name: v for name, v in family.defaults.items() if name not in known} | dict(own)
     return {**config, family.section: section} if family.section else section
 
 
@@ -218,15 +222,22 @@ def _tensors_of(
 ) -> Iterator[Tensor]:
     module = prefix + weight.module
     name = f"{module}.{weight.parameter}"
-    yield Tensor(name, module, layer, weight.dims, sizes, weight.role)
+    role, transposed = weight.role, weight.transposed
+    yield Tensor(name, module, layer, weight.dims, sizes, role, transposed=transposed)
     if fields.get(weight.bias) if isinstance(weight.bias, str) else weight.bias:
         dims = weight.dims[:1]
-        yield Tensor(f"{module}.bias", module, layer, dims, sizes, weight.role, bias=True)
+        yield Tensor(f"{module}.bias", module, layer, dims, sizes, role, bias=True)
 
 
 def parameter_count(config: Config) -> int:
     """Parameters of a model with this config; a tied lm_head is not counted twice."""
     return sum(math.prod(tensor.shape) for tensor in tensors(config))
+
+
+def embedding_module(config: Config) -> str | None:
+    """The module of the input embedding, if one is declared."""
+    found = (weight.module for weight in family_of(config).model if weight.role == EMBEDDING)
+    return next(found, None)
 
 
 def layer_weights(config: Config, layer: int) -> tuple[Weight, ...]:

@@ -79,6 +79,7 @@ def experts(counted_by: str, neurons_field: str) -> tuple[Group, Group]:
         noun="neuron of each expert",
         inside="experts",
         optional=True,
+        multiple=8,
     )
     return experts, neurons
 
@@ -296,7 +297,7 @@ def stacked(
 ) -> tuple[Weight, ...]:
     """Router and experts: stacked in the running model, one by one in checkpoints."""
     gate, up, down = (f"{name}.weight" for name in each)
-    experts = {"module": "mlp.experts", "role": EXPERTS}
+    experts: dict[str, Any] = {"module": "mlp.experts", "role": EXPERTS}
     return (
         Weight("mlp.gate", (ROUTED, HIDDEN)),
         Weight(
@@ -312,7 +313,7 @@ def stacked(
 def gpt_oss_experts() -> tuple[Weight, ...]:
     """Stored as they run: (input, output), gates and ups taking turns, with biases."""
     turns: Dim = (Space("expert_neurons", ("gate_and_up",)),)
-    experts = {"module": "mlp.experts", "role": EXPERTS}
+    experts: dict[str, Any] = {"module": "mlp.experts", "role": EXPERTS}
     weights = (
         Weight(dims=(ROUTED, HIDDEN, turns), parameter="gate_up_proj", transposed=True, **experts),
         Weight("mlp.experts", (ROUTED, turns), parameter="gate_up_proj_bias"),
@@ -348,7 +349,11 @@ def decoder(
 ) -> Family:
     """A decoder with (grouped-query) attention; fields of `Family` not given are Llama's."""
     defaults = {key: more.pop(key) for key in list(more) if key not in _FAMILY_FIELDS}
-    row = {"model": outside(), "groups": (MLP_NEURONS, KV_GROUPS), "sizes": decoder_sizes} | more
+    row: dict[str, Any] = {
+        "model": outside(),
+        "groups": (MLP_NEURONS, KV_GROUPS),
+        "sizes": decoder_sizes,
+    } | more
     return Family(model_type, layer=(*attention, *mlp, *norms), defaults=defaults, **row)
 
 
@@ -365,7 +370,7 @@ _FAMILY_FIELDS = (
 
 
 def vision_language(
-    model_type: str, text: Family, whole: tuple[str, ...], stored: tuple[tuple[str, str], ...]
+    model_type: str, text: Family, whole: tuple[str, ...], stored: tuple[tuple[str, str], ...] = ()
 ) -> Family:
     """A model whose language tower is `text`; its other parts stay as they are."""
     return replace(

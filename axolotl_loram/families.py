@@ -69,13 +69,14 @@ GEMMA_3 = decoder(
     tie_word_embeddings=True,
 )
 QWEN_2 = decoder("qwen2", attention(True), num_key_value_heads=32)
+QWEN_3 = decoder("qwen3", (*ATTENTION_BIAS, *HEAD_NORMS), num_key_value_heads=32, head_dim=128)
 LAYER_NORMS = norms("input_layernorm", "post_attention_layernorm", bias=True)
 
 ROWS = (
     decoder("llama", ATTENTION_BIAS, gated_mlp("mlp_bias")),
     decoder("mistral", num_key_value_heads=8),
     QWEN_2,
-    decoder("qwen3", (*ATTENTION_BIAS, *HEAD_NORMS), num_key_value_heads=32, head_dim=128),
+    QWEN_3,
     decoder(
         "gemma", ATTENTION_BIAS, num_key_value_heads=16, head_dim=256, tie_word_embeddings=True
     ),
@@ -179,7 +180,7 @@ ROWS = (
         (*ATTENTION_BIAS, *JOINT_NORMS),
         stacked(),
         sizes=mixtral_sizes,
-        groups=(KV_GROUPS, *experts("num_experts", "intermediate_size")),
+        groups=experts("num_experts", "intermediate_size"),  # heads are hidden_size / heads wide
         num_experts=64,
         num_experts_per_tok=8,
     ),
@@ -232,7 +233,6 @@ ROWS = (
         attention_bias=True,
         num_experts=128,
         num_experts_per_tok=4,
-        refused={"quantization_config": "save it in 16 bits first (Mxfp4Config(dequantize=True))"},
     ),
     decoder(
         "deepseek_v3",
@@ -272,9 +272,11 @@ ROWS = (
             ("model.multi_modal_projector.", "multi_modal_projector."),
         ),
     ),
+    vision_language("qwen3_vl", QWEN_3, whole=("model.visual.",)),
     vision_language(
         "qwen2_5_vl",
-        replace(QWEN_2, defaults={"num_key_value_heads": 8}),
+        # Its heads are hidden_size / heads wide whatever the config says.
+        replace(QWEN_2, groups=(MLP_NEURONS,), defaults={"num_key_value_heads": 8}),
         whole=("model.visual.",),
         stored=(("model.language_model.", "model."), ("model.visual.", "visual.")),
     ),

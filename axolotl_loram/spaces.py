@@ -103,6 +103,8 @@ class Group:
         pins: Config fields that no longer follow from the others once units are gone → sizes.
         inside: Kind of the units that each have units of this kind.
         optional: Whether it is pruned only on demand (`units:`).
+        multiple: The number kept is rounded down to a multiple of this (up, to the first): grouped
+            matrix products of experts want rows of whole 16 bytes.
     """
 
     kind: str
@@ -114,12 +116,14 @@ class Group:
     pins: Mapping[str, str] = field(default_factory=dict)
     inside: str | None = None
     optional: bool = False
+    multiple: int = 1
 
     def keep_count(self, ratio: float, sizes: Sizes) -> int:
         """Units kept of a layer at pruning ratio `ratio`, exact in decimal (0.9 is 9/10)."""
         kept = sizes[self.kind] * (1 - Fraction(str(ratio)))
         rounds_up = self.rounds_up_if is not None and sizes[self.rounds_up_if] > 1
-        return math.ceil(kept) if rounds_up else math.floor(kept)
+        count = math.ceil(kept) if rounds_up else math.floor(kept)
+        return max(count // self.multiple, min(count, 1)) * self.multiple
 
     def fewest(self, sizes: Sizes) -> int:
         """Units that a layer must keep."""

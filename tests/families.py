@@ -1,11 +1,6 @@
 """Every declared family as a pico model; run as a script, prints the table of the README."""
 
-import re
-import sys
-from pathlib import Path
-
 from axolotl_loram.architecture import FAMILIES
-from axolotl_loram.spaces import EXPERTS, LINEAR
 
 PICO = {
     "vocab_size": 264,
@@ -30,7 +25,8 @@ OWN_SIZES = {
     "olmoe": MOE,
     "qwen2_moe": MOE | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     "qwen3_moe": MOE | {"moe_intermediate_size": 24, "mlp_only_layers": [1]},
-    "gpt_oss": MOE | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_oss": MOE
+    | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "deepseek_v3": LATENT
     | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"n_group": 1, "topk_group": 1, "v_head_dim": 8, "first_k_dense_replace": 2}
@@ -42,9 +38,30 @@ OWN_SIZES = {
         "image_token_index": 260,
     },
     "qwen2_5_vl": {
-        "text_config": PICO,
+        "text_config": PICO
+        | {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+            }
+        },
         "vision_config": {"depth": 2, "num_heads": 2, "hidden_size": 16, "intermediate_size": 24}
         | {"out_hidden_size": 32, "patch_size": 8, "fullatt_block_indexes": [1]},
+        "image_token_id": 260,
+    },
+    "qwen3_vl": {
+        "text_config": PICO
+        | {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+            }
+        },
+        "vision_config": {"depth": 2, "num_heads": 2, "hidden_size": 16, "intermediate_size": 24}
+        | {"out_hidden_size": 32, "patch_size": 8, "deepstack_visual_indexes": [0]}
+        | {"num_position_embeddings": 16},
         "image_token_id": 260,
     },
     "vit": {"image_size": 16, "patch_size": 8, "num_labels": 5, "head_dim": 8},
