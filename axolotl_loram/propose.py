@@ -18,7 +18,6 @@ from axolotl_loram.blocks import (
     HIDDEN,
     KV_GROUPS,
     MLP_NEURONS,
-    decoder_sizes,
 )
 from axolotl_loram.source import row_source
 from axolotl_loram.spaces import (
@@ -35,7 +34,7 @@ from axolotl_loram.spaces import (
 )
 from axolotl_loram.survey import NUMBERS, Survey, layers_path, survey
 from axolotl_loram.tracing import HIDDEN_STREAM, Labels, Unit, build_random, trace
-from axolotl_loram.trial import Check, evaluate, stored_names, try_out
+from axolotl_loram.trial import Check, evaluate, quiet, stored_names, try_out
 
 
 @dataclass
@@ -64,12 +63,13 @@ def propose(raw: Mapping[str, Any]) -> Proposal:
     Raises:
         LoRAMError: It is no causal language model that transformers can build and run small.
     """
-    found = survey(raw)
-    draft = Draft(found)
-    family = draft.family()
-    source = row_source(family, draft.used_sizes(), found)
-    built = evaluate(source)
-    return Proposal(source, built, try_out(built, found), [*found.notes, *draft.notes])
+    with quiet():
+        found = survey(raw)
+        draft = Draft(found)
+        family = draft.family()
+        source = row_source(family, draft.used_sizes(family))
+        row = evaluate(source)
+        return Proposal(source, row, try_out(row, found), [*found.notes, *draft.notes])
 
 
 @dataclass
@@ -146,12 +146,16 @@ class Draft:
 
     def _adjacent(self, kind: int) -> bool:
         """Whether the features of each unit lie together wherever the kind is."""
-        having = [labels for labels in self.labels.values() if any(u and u.kind == kind for u in labels)]
+        having = [
+            labels for labels in self.labels.values() if any(u and u.kind == kind for u in labels)
+        ]
         return all(self._segments(labels) is not None for labels in having)
 
     def _segments(self, labels: list[Unit | None]) -> list[tuple[int | None, int]] | None:
         """Runs of features: (kind, features of one unit), or (None, features of no unit's)."""
-        units = [u if u and (u.kind in self.kinds or u.kind == HIDDEN_STREAM) else None for u in labels]
+        units = [
+            u if u and (u.kind in self.kinds or u.kind == HIDDEN_STREAM) else None for u in labels
+        ]
         found, start = list[tuple[int | None, int]](), 0
         while start < len(units):
             unit = units[start]
@@ -177,7 +181,8 @@ class Draft:
         sizes = tuple(shapes[name][dim] for shapes in self.shapes)
         segments = self._segments(self.labels.get((name, dim), [])) or [(None, sizes[0])]
         owned = [self.kinds[kind].name for kind, _ in segments if kind in self.kinds]
-        if segments[0][0] == HIDDEN_STREAM and len(segments) == 1:
+        hidden = tuple(named["hidden"] for named in self.found.named_sizes)
+        if segments[0][0] == HIDDEN_STREAM and sizes == hidden:
             return HIDDEN
         if not any(owned):
             segments = [(None, sizes[0])]
@@ -190,7 +195,7 @@ class Draft:
             ):
                 return spaces
         self.notes.append(f"the size of dimension {dim} of {name}: {sizes[0]} features")
-        return (Space(block=(str(sizes[0]),)),)
+        return (Space(block=("unknown",)),)
 
     def _spaces(self, kind: int | None, size: int) -> Any:
         """What a run of features may be, judging by the first set of sizes."""
@@ -233,6 +238,8 @@ class Draft:
             if bias_condition and bias_condition.startswith("!"):
                 self.notes.append(f"{bias}, which is there without {bias_condition[1:]}")
             has_bias = bias_condition or True
+        if condition == "!tie_word_embeddings" and has_bias is True and not bias_condition:
+            self.found.refused["tie_word_embeddings"] = "its output bias is not tied"
         dims = tuple(self.dim(name, dim) for dim in range(len(self.shapes[0][name])))
         tied = condition == "!tie_word_embeddings"
         if len(dims) > 2:
@@ -268,10 +275,9 @@ class Draft:
                 groups.append(Group(kind.name, module, {kind.name: ()}, f"unit of {kind.name}"))
         return sorted(groups, key=lambda group: group.kind != "neurons")
 
-    def used_sizes(self) -> dict[str, int | str]:
+    def used_sizes(self, family: Family) -> dict[str, int | str]:
         """Names of sizes that decoders do not usually have → the number, or the field."""
-        weights = self.family()
-        spaces = {s for w in (*weights.layer, *weights.model) for dim in w.dims for s in dim}
+        spaces = {s for w in (*family.layer, *family.model) for dim in w.dims for s in dim}
         names = {name for s in spaces for name in (*s.block, s.units or "")}
         fields = {name: ALIASES.get(name, name) for name in self.found.extra(0)}
         return {n: v for n, v in {**NUMBERS, **fields}.items() if n in names}
@@ -283,11 +289,7 @@ class Draft:
         own = {name.lstrip("!") for name in flags if known.get(name.lstrip("!"))}
         sizes = {"num_key_value_heads", "head_dim", *self.found.extra(0)}
         own |= {name for name in sizes & self.found.sizes[0].keys() if known.get(name) is not None}
-        usual = decoder_sizes({**known, "head_dim": None, "num_key_value_heads": None}, None)
-        if known.get("num_key_value_heads") == usual["kv_groups"]:
-            own.discard("num_key_value_heads")
-        if known.get("head_dim") == usual["head_dim"]:
-            own.discard("head_dim")
+        own -= self.found.following
         return {ALIASES.get(name, name): known[name] for name in sorted(own)}
 
 

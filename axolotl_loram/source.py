@@ -8,26 +8,28 @@ from typing import Any
 from axolotl_loram import blocks
 from axolotl_loram.blocks import HIDDEN, KV_GROUPS, MLP_NEURONS, VOCABULARY, decoder
 from axolotl_loram.spaces import EMBEDDING, LINEAR, Dim, Family, Group, Space, Weight
-from axolotl_loram.survey import Survey
 
 Pieces = dict[str, tuple[Weight, ...]]
 """Source of a helper of `blocks` → the weights that it stands for."""
 
 
-def row_source(family: Family, sizes: Mapping[str, int | str], found: Survey) -> str:
+def row_source(family: Family, sizes: Mapping[str, int | str]) -> str:
     """A call of `decoder`, one argument on each line.
 
     Args:
         family: The row.
         sizes: Names of sizes that `decoder_sizes` does not give → the number, or the field.
-        found: Where the row is from.
     """
     usual = decoder(family.model_type)
     parts = {"attention": [], "mlp": [], "norms": []}  # type: dict[str, list[Weight]]
     for weight in family.layer:
         parts[_part(weight, family)].append(weight)
     arguments = [repr(family.model_type)]
-    defaults = {"attention": blocks.attention(), "mlp": blocks.gated_mlp(), "norms": blocks.PRE_NORMS}
+    defaults = {
+        "attention": blocks.attention(),
+        "mlp": blocks.gated_mlp(),
+        "norms": blocks.PRE_NORMS,
+    }
     for name, weights in parts.items():
         if set(weights) != set(defaults[name]):
             arguments.append(f"{name}={_weights(weights)}")
@@ -51,8 +53,9 @@ def row_source(family: Family, sizes: Mapping[str, int | str], found: Survey) ->
 
 def _part(weight: Weight, family: Family) -> str:
     first, below, _ = weight.module.partition(".")
+    usual = weight.parameter == "weight"
     attention = [g.module for g in family.groups if g.kind == "kv_groups"]
-    if first in attention or "att" in first and (below or weight.role == LINEAR):
+    if first in attention or ("att" in first and (below or weight.role == LINEAR or not usual)):
         return "attention"
     return "mlp" if below or weight.role == LINEAR else "norms"
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from axolotl_loram.blocks import decoder_sizes
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.tracing import build
+from axolotl_loram.tracing import build, shapes_of
 
 SMALL = (
     {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 44, "num_attention_heads": 6}
@@ -31,7 +31,9 @@ SMALL = (
 ALWAYS = {"num_hidden_layers": 2, "max_position_embeddings": 64}
 ALWAYS |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 ABOUT = ("model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+ABOUT += ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
 """Fields that say nothing of the structure."""
+PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
 CONSTANTS = {1: (), 2: ("two",), 3: ("three",), 4: ("four",), 8: ("eight",)}
 NUMBERS = {names[0]: number for number, names in CONSTANTS.items() if names}
 
@@ -50,6 +52,7 @@ class Survey:
         head_dim: Whether the head width can be given apart from hidden_size and the heads.
         conditions: Parameter → the flag (or "!flag") without which it is not there.
         refused: Flags that change the structure otherwise.
+        following: Fields whose defaults follow from hidden_size and the heads.
         notes: What could not be found out.
     """
 
@@ -60,6 +63,7 @@ class Survey:
     head_dim: bool = True
     conditions: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    following: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     def fields(self, at: int, **more: Any) -> dict[str, Any]:
@@ -68,8 +72,7 @@ class Survey:
 
     def shapes(self, at: int, **more: Any) -> Shapes:
         """Parameter → shape, with the sizes of one of the three sets."""
-        model = build(self.model_type, self.fields(at, **more))
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return shapes_of(build(self.model_type, self.fields(at, **more)))
 
     @property
     def named_sizes(self) -> list[dict[str, int]]:
@@ -127,6 +130,9 @@ def survey(raw: Mapping[str, Any]) -> Survey:
             f"({error!r}): declare it by hand, as CONTRIBUTING.md says"
         ) from error
     _head_width(found)
+    for name in ("hidden_size", "num_attention_heads"):
+        follows = AutoConfig.for_model(model_type, **{name: 2 * known[name]}).to_dict()
+        found.following |= {name for name in SMALL[0] if follows.get(name) != known.get(name)}
     _other_sizes(found)
     _flags(found)
     _layers_alike(found, raw)
@@ -170,14 +176,16 @@ def _other_sizes(found: Survey) -> None:
             continue
         found.base.pop(name, None)
         for at, sizes in enumerate(found.sizes):
-            sizes[name] = 20 + 8 * number + 28 * at + (at == 2) * 4
+            sizes[name] = 2 * PRIMES[(number, 13 - number, 5 * number + 3)[at] % len(PRIMES)]
         number, here = number + 1, found.shapes(0)
 
 
 def _flags(found: Survey) -> None:
     """Which parameters are there only where a flag is set (or is not)."""
     fields = {**found.known, **found.base}
-    for flag in [name for name, value in fields.items() if isinstance(value, bool)]:
+    for flag in [
+        name for name, value in fields.items() if isinstance(value, bool) and name not in ABOUT
+    ]:
         now, here = bool(fields[flag]), found.shapes(0)
         there = _try_shapes(found, **{flag: not now})
         if there is None or there == here:
@@ -203,8 +211,10 @@ def _declarable(found: Survey, flag: str, new: set[str], now: bool, more: Shapes
         return False
     return all(
         any(found.products(tuple(shapes[name][dim] for shapes in brought)))
-        or len(more[name]) == 1  # one dimension of several segments, perhaps
-        and name.endswith(".bias")
+        or (
+            len(more[name]) == 1  # one dimension of several segments, perhaps
+            and name.endswith(".bias")
+        )
         for name in new
         for dim in range(len(more[name]))
     )

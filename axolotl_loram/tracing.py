@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-TOKENS, MARK, SEEN = 12, 3.0, 1e-9
-"""Length of the text; size of a mark, and of what counts as its effect (outputs are near 1)."""
+TOKENS, SEEN = 12, 1e-9
+"""Length of the text; size of what counts as a mark's effect (outputs are near 1)."""
 
 
 class Unit(NamedTuple):
@@ -35,7 +35,9 @@ def build(model_type: str, fields: Mapping[str, Any], device: str = "meta") -> P
     """A model of transformers' own class with these config fields, without weights on "meta"."""
     config = AutoConfig.for_model(model_type, **fields)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", experts_implementation="eager"
+        )
 
 
 def build_random(model_type: str, fields: Mapping[str, Any]) -> PreTrainedModel:
@@ -46,6 +48,12 @@ def build_random(model_type: str, fields: Mapping[str, Any]) -> PreTrainedModel:
         spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
         parameter.copy_(torch.randn_like(parameter) * spread + (parameter.dim() == 1))
     return model
+
+
+def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what a model keeps: parameters, and the buffers that checkpoints have."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return {n: tuple(p.shape) for n, p in {**dict(model.named_parameters()), **buffers}.items()}
 
 
 def some_tokens(vocabulary: int) -> torch.Tensor:
@@ -126,8 +134,8 @@ class MarkedRun:
                 raise RuntimeError(f"{name} does not see the same tokens each time")
             if name != self.marked:
                 return held
-            marks = torch.randn(held.shape, dtype=held.dtype) * MARK
-            features = held.shape[-1]
+            marks, features = torch.randn_like(held), held.shape[-1]
+            marks.flatten(0, -2)[::2] *= 4 * held.abs().max()  # out of the dead half of a ReLU
             chosen = torch.eye(features, dtype=held.dtype).reshape(features, -1, features)
             return held + marks * torch.cat([torch.zeros_like(chosen[:1]), chosen])
 
