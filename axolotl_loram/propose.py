@@ -53,6 +53,29 @@ class Proposal:
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def works(self) -> bool:
+        """Whether no check failed."""
+        return all(check.outcome != "failed" for check in self.checks)
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON."""
+        groups = [
+            {"kind": group.kind, "module": group.module, "fields": sorted(group.fields)}
+            for group in self.family.groups
+        ]
+        checks = [vars(check) for check in self.checks]
+        known = {"row": self.source, "groups": groups, "checks": checks, "works": self.works}
+        return {**known, "not_derived": self.notes}
+
+    def text(self) -> str:
+        """For people."""
+        lines = [self.source, ""]
+        lines += [f"{check.outcome:<8}  {check.what}: {check.found}" for check in self.checks]
+        lines += [f"not derived: {note}" for note in self.notes]
+        verdict = "add it to ROWS of families.py" if self.works else "not to be used as it is"
+        return "\n".join([*lines, f"the row {'works' if self.works else 'is wrong'}: {verdict}"])
+
 
 def propose(raw: Mapping[str, Any]) -> Proposal:
     """Draft and try out the row of the model that a config.json is of.

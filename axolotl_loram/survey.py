@@ -53,6 +53,7 @@ class Survey:
         conditions: Parameter → the flag (or "!flag") without which it is not there.
         refused: Flags that change the structure otherwise.
         following: Fields whose defaults follow from hidden_size and the heads.
+        depth: The fields that give the model its real number of layers.
         notes: What could not be found out.
     """
 
@@ -64,6 +65,7 @@ class Survey:
     conditions: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     following: set[str] = field(default_factory=set)
+    depth: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def fields(self, at: int, **more: Any) -> dict[str, Any]:
@@ -225,7 +227,8 @@ def _layers_alike(found: Survey, raw: Mapping[str, Any]) -> None:
     layers = raw.get("num_hidden_layers", found.known["num_hidden_layers"])
     lists = {k: v for k, v in raw.items() if isinstance(v, list) and len(v) == layers}
     lists.pop("architectures", None)
-    shapes = _try_shapes(found, num_hidden_layers=layers, **lists)
+    found.depth = {"num_hidden_layers": layers, **lists}
+    shapes = _try_shapes(found, **found.depth)
     if shapes is None:
         found.notes.append(f"whether all {layers} layers are alike: they cannot be built")
         return
@@ -237,7 +240,8 @@ def _layers_alike(found: Survey, raw: Mapping[str, Any]) -> None:
             makes.setdefault(layer, set()).add((below, shape))
     differing = [layer for layer, make in makes.items() if make != makes["0"]]
     if differing:
-        found.notes.append(f"layers that differ from the first: {', '.join(differing)}")
+        some = f"{', '.join(differing[:3])}{' …' if len(differing) > 3 else ''}"
+        found.notes.append(f"layers that differ from the first: {len(differing)} ({some})")
 
 
 def layers_path(shapes: Shapes) -> str:
