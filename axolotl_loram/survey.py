@@ -55,6 +55,7 @@ class Survey:
         following: Fields whose defaults follow from hidden_size and the heads.
         depth: The fields that give the model its real number of layers.
         notes: What could not be found out.
+        seen: Shapes of the models that were built.
     """
 
     model_type: str
@@ -67,6 +68,7 @@ class Survey:
     following: set[str] = field(default_factory=set)
     depth: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    seen: dict[str, Shapes] = field(default_factory=dict)
 
     def fields(self, at: int, **more: Any) -> dict[str, Any]:
         """All fields, with the sizes of one of the three sets."""
@@ -74,7 +76,11 @@ class Survey:
 
     def shapes(self, at: int, **more: Any) -> Shapes:
         """Parameter → shape, with the sizes of one of the three sets."""
-        return shapes_of(build(self.model_type, self.fields(at, **more)))
+        fields = self.fields(at, **more)
+        key = repr(sorted(fields.items()))
+        if key not in self.seen:
+            self.seen[key] = shapes_of(build(self.model_type, fields))
+        return self.seen[key]
 
     @property
     def named_sizes(self) -> list[dict[str, int]]:
@@ -194,9 +200,8 @@ def _flags(found: Survey) -> None:
             continue
         more, less = (there, here) if len(there) > len(here) else (here, there)
         new = more.keys() - less.keys()
-        declarable = less.items() <= more.items() and _declarable(found, flag, new, now, more)
-        if declarable:
-            there_when = now if more is here else not now
+        there_when = now if more is here else not now
+        if less.items() <= more.items() and _declarable(found, {flag: there_when}, new):
             found.base[flag] = there_when
             found.conditions |= dict.fromkeys(new, flag if there_when else f"!{flag}")
         elif now:
@@ -205,11 +210,11 @@ def _flags(found: Survey) -> None:
             found.refused[flag] = "it changes the structure in ways not declared"
 
 
-def _declarable(found: Survey, flag: str, new: set[str], now: bool, more: Shapes) -> bool:
+def _declarable(found: Survey, flag: dict[str, bool], new: set[str]) -> bool:
     """Whether the parameters that a flag brings have the same names and known sizes anywhere."""
-    everywhere = [found.shapes(at, **{flag: value}) for at in range(3) for value in (now, not now)]
-    brought = [shapes for shapes in everywhere if new <= shapes.keys()]
-    if len(brought) != 3 or any(shapes.keys() != more.keys() for shapes in brought):
+    brought = [found.shapes(at, **flag) for at in range(3)]
+    more = brought[0]
+    if any(shapes.keys() != more.keys() for shapes in brought):
         return False
     return all(
         any(found.products(tuple(shapes[name][dim] for shapes in brought)))
@@ -225,8 +230,7 @@ def _declarable(found: Survey, flag: str, new: set[str], now: bool, more: Shapes
 def _layers_alike(found: Survey, raw: Mapping[str, Any]) -> None:
     """Note it where the layers of the whole model, at small sizes, are not all of one make."""
     layers = raw.get("num_hidden_layers", found.known["num_hidden_layers"])
-    lists = {k: v for k, v in raw.items() if isinstance(v, list) and len(v) == layers}
-    lists.pop("architectures", None)
+    lists = {k: v for k, v in raw.items() if isinstance(v, list) and k != "architectures"}
     found.depth = {"num_hidden_layers": layers, **lists}
     shapes = _try_shapes(found, **found.depth)
     if shapes is None:

@@ -81,7 +81,7 @@ def trace(model: PreTrainedModel, layer: str) -> Labels:
             if module in run.linears:
                 labels[name, dim] = units.side(module, "out" if dim == 0 else "in")
             elif parameter.dim() < 3:
-                labels[name, dim] = units.of_slices(parameter, dim)
+                labels[name, dim] = units.of_slices(name, dim)
             else:
                 labels[name, dim] = [None] * parameter.shape[dim]
     return labels
@@ -95,14 +95,30 @@ def still_norms(model: nn.Module) -> None:
 
 
 class _Still:
+    """A norm's forward without the norm.
+
+    Attributes:
+        marked: Name of its parameter and dimension; slice i is marked in sample i + 1.
+    """
+
     def __init__(self, norm: nn.Module):
-        self.norm = norm
+        self.norm, self.marked = norm, ("", 0)
 
     def __call__(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
-        weight, bias = (getattr(self.norm, name, None) for name in ("weight", "bias"))
+        weight, bias = (self._parameter(name, x.dim()) for name in ("weight", "bias"))
         for factor in (weight, *others):  # a gated norm gets the gate as well
             x = x * factor if isinstance(factor, torch.Tensor) else x
         return x if bias is None else x + bias
+
+    def _parameter(self, name: str, dims: int) -> torch.Tensor | None:
+        parameter, (marked, dim) = getattr(self.norm, name, None), self.marked
+        if parameter is None or name != marked:
+            return parameter
+        one_hot = torch.eye(parameter.shape[dim], dtype=parameter.dtype)
+        shape = [size if axis == dim else 1 for axis, size in enumerate(parameter.shape)]
+        marks = one_hot.reshape(-1, *shape) * torch.randn_like(parameter)
+        samples = parameter + torch.cat([torch.zeros_like(marks[:1]), marks])
+        return samples.reshape(-1, *[1] * (dims - 1 - parameter.dim()), *parameter.shape)
 
 
 class MarkedRun:
@@ -148,21 +164,37 @@ class MarkedRun:
 
     def reach(self, source: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Linear layer → (features of `source`'s output, inputs of the layer): who reaches whom."""
-        self.marked, self.batch = source, self.held[source].shape[-1] + 1
+        self.marked = source
+        yield from self._reached(self.held[source].shape[-1])
+        self.marked = None
+
+    def reach_of_slices(self, name: str, dim: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same of the slices of another parameter along a dimension."""
+        parameter = self.model.get_parameter(name)
+        module, _, own = name.rpartition(".")
+        norm = self.model.get_submodule(module).forward
+        if isinstance(norm, _Still):
+            norm.marked = own, dim
+            yield from self._reached(parameter.shape[dim])
+            norm.marked = "", 0
+            return
+        rows: dict[str, list[torch.Tensor]] = {}
+        for weights in parameter.unbind(dim):  # views: marked in place
+            before = weights.clone()
+            weights.add_(torch.randn_like(weights))
+            self._run()
+            weights.copy_(before)
+            for reader, seen in self.inputs.items():
+                changed = (seen - self.unmarked[reader]).abs().amax(dim=(0, 1)) > SEEN
+                rows.setdefault(reader, []).append(changed)
+        yield from ((reader, torch.stack(found)) for reader, found in rows.items())
+
+    def _reached(self, marks: int) -> Iterator[tuple[str, torch.Tensor]]:
+        self.batch = marks + 1
         self._run()
-        self.marked, self.batch = None, 1
+        self.batch = 1
         for name, seen in self.inputs.items():
             yield name, (seen[1:] - seen[:1]).abs().amax(dim=1) > SEEN
-
-    def reach_of_slice(self, weights: torch.Tensor) -> Iterator[tuple[str, int]]:
-        """Inputs of linear layers that a mark on these weights changes, in place and undone."""
-        before = weights.clone()
-        weights.add_(torch.randn_like(weights))
-        self._run()
-        weights.copy_(before)
-        for name, seen in self.inputs.items():
-            changed = (seen - self.unmarked[name]).abs().amax(dim=(0, 1)) > SEEN
-            yield from ((name, int(j)) for j in changed.nonzero()[:, 0])
 
 
 Node = tuple[str, str, int]
@@ -224,11 +256,12 @@ class _Units:
         size = layer.out_features if side == "out" else layer.in_features
         return [self.unit((module, side, i)) for i in range(size)]
 
-    def of_slices(self, parameter: torch.Tensor, dim: int) -> list[Unit | None]:
+    def of_slices(self, name: str, dim: int) -> list[Unit | None]:
         """Labels along one dimension of any other parameter: what a mark on each slice reaches."""
-        found: list[Unit | None] = []
-        for i in range(parameter.shape[dim]):
-            reached = self.run.reach_of_slice(parameter.select(dim, i))
-            units = {self.unit((name, "in", j)) for name, j in reached}
-            found.append(units.pop() if len(units) == 1 else None)
-        return found
+        reached: dict[int, set[Unit | None]] = {}
+        for reader, found in self.run.reach_of_slices(name, dim):
+            for i, j in found.nonzero().tolist():
+                reached.setdefault(i, set()).add(self.unit((reader, "in", j)))
+        size = self.run.model.get_parameter(name).shape[dim]
+        units = [reached.get(i, set()) for i in range(size)]
+        return [next(iter(found)) if len(found) == 1 else None for found in units]
