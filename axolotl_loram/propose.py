@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import groupby, product, takewhile
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from axolotl_loram.blocks import (
     KV_GROUPS,
     MLP_NEURONS,
 )
+from axolotl_loram.errors import LoRAMError
 from axolotl_loram.source import row_source
 from axolotl_loram.spaces import (
     EMBEDDING,
@@ -55,12 +56,12 @@ class Proposal:
 
     @property
     def works(self) -> bool:
-        """Whether no check failed."""
-        return all(check.outcome != "failed" for check in self.checks)
+        """Whether there is something to prune, and no check failed."""
+        return bool(self.family.groups) and all(check.outcome != "failed" for check in self.checks)
 
     def summary(self) -> dict[str, Any]:
         """For JSON."""
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"kind": group.kind, "module": group.module, "fields": sorted(group.fields)}
             for group in self.family.groups
         ]
@@ -73,8 +74,13 @@ class Proposal:
         lines = [self.source, ""]
         lines += [f"{check.outcome:<8}  {check.what}: {check.found}" for check in self.checks]
         lines += [f"not derived: {note}" for note in self.notes]
-        verdict = "add it to ROWS of families.py" if self.works else "not to be used as it is"
-        return "\n".join([*lines, f"the row {'works' if self.works else 'is wrong'}: {verdict}"])
+        if self.works:
+            verdict = "the row works: add it to ROWS of families.py"
+        elif self.family.groups:
+            verdict = "the row is wrong: complete it by hand before you use it"
+        else:
+            verdict = "the row has nothing to prune"
+        return "\n".join([*lines, verdict])
 
 
 def propose(raw: Mapping[str, Any]) -> Proposal:
@@ -86,13 +92,21 @@ def propose(raw: Mapping[str, Any]) -> Proposal:
     Raises:
         LoRAMError: It is no causal language model that transformers can build and run small.
     """
-    with quiet():
-        found = survey(raw)
-        draft = Draft(found)
-        family = draft.family()
-        source = row_source(family, draft.used_sizes(family))
-        row = evaluate(source)
-        return Proposal(source, row, try_out(row, found), [*found.notes, *draft.notes])
+    try:
+        with quiet():
+            found = survey(raw)
+            draft = Draft(found)
+            family = draft.family()
+            source = row_source(family, draft.used_sizes(family))
+            row = evaluate(source)
+            return Proposal(source, row, try_out(row, found), [*found.notes, *draft.notes])
+    except LoRAMError:
+        raise
+    except Exception as error:  # whatever a model's own code raises at sizes it was not made for
+        raise LoRAMError(
+            f"expected a {raw.get('model_type')} model that can be built small, found that it "
+            f"cannot ({error!r}): declare it by hand, as CONTRIBUTING.md says"
+        ) from error
 
 
 @dataclass
@@ -140,7 +154,7 @@ class Draft:
             module = name.rpartition(".")[0].removeprefix(f"{self.first}.")
             for unit in {label for label in labels if label and label.kind != HIDDEN_STREAM}:
                 kind = kinds.setdefault(unit.kind, Kind(0, []))
-                kind.units = max(kind.units, unit.index + 1)
+                kind.units = max(kind.units, unit.number + 1)
                 if f"{self.first}.{module}" in self.linears:
                     sides.setdefault(unit.kind, set()).add(dim)
                     kind.modules += [module] * (module not in kind.modules)
@@ -230,7 +244,7 @@ class Draft:
 
     def family(self) -> Family:
         """The row."""
-        layer, model = [], []
+        layer, model = list[Weight](), list[Weight]()
         for name in self.shapes[0]:
             inside = name.startswith(f"{self.layers}.")
             if name.startswith(f"{self.first}.") or not inside:
@@ -302,8 +316,9 @@ class Draft:
         """Names of sizes that decoders do not usually have → the number, or the field."""
         spaces = {s for w in (*family.layer, *family.model) for dim in w.dims for s in dim}
         names = {name for s in spaces for name in (*s.block, s.units or "")}
-        fields = {name: ALIASES.get(name, name) for name in self.found.extra(0)}
-        return {n: v for n, v in {**NUMBERS, **fields}.items() if n in names}
+        sizes: dict[str, int | str] = dict(NUMBERS)
+        sizes |= {name: ALIASES.get(name, name) for name in self.found.extra(0)}
+        return {name: by for name, by in sizes.items() if name in names}
 
     def _defaults(self, weights: tuple[Weight, ...]) -> dict[str, Any]:
         """Optional fields that the row goes by, where the config class has another default."""
@@ -324,5 +339,6 @@ def groupby_equal(units: list[Unit | None]) -> Any:
 def _above(modules: list[str]) -> str:
     """The path that modules have in common."""
     paths = [module.split(".") for module in modules]
-    common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+    levels = zip(*paths, strict=False)
+    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     return ".".join(common if len(paths) > 1 else common[:-1]) or modules[0]

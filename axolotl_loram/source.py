@@ -105,7 +105,7 @@ def _plain_mlps(weights: Sequence[Weight]) -> Iterator[tuple[str, tuple[Weight, 
             given = "" if bias is True else f", {bias!r}"
             yield (
                 f"plain_mlp({names[0]!r}, {names[1]!r}{given})",
-                blocks.plain_mlp(*names, bias=bias),
+                blocks.plain_mlp(names[0], names[1], bias),
             )
 
 

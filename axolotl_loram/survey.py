@@ -30,9 +30,11 @@ SMALL = (
 """Three sets of sizes: what is the product of some fields in all of them is that always."""
 ALWAYS = {"num_hidden_layers": 2, "max_position_embeddings": 64}
 ALWAYS |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-ABOUT = ("model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
-ABOUT += ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
+ABOUT = {"model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+ABOUT |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 """Fields that say nothing of the structure."""
+MOST = 10**7
+"""Parameters of a small model; more would take minutes to run."""
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
 CONSTANTS = {1: (), 2: ("two",), 3: ("three",), 4: ("four",), 8: ("eight",)}
 NUMBERS = {names[0]: number for number, names in CONSTANTS.items() if names}
@@ -130,18 +132,17 @@ def survey(raw: Mapping[str, Any]) -> Survey:
         )
     sizes = [{name: size for name, size in small.items() if name in known} for small in SMALL]
     found = Survey(model_type, known, _plain_fields(raw, known), sizes)
-    try:
-        found.shapes(0)
-    except Exception as error:  # whatever a model's own code raises
-        raise LoRAMError(
-            f"expected a {model_type} model that can be built small, found that it cannot "
-            f"({error!r}): declare it by hand, as CONTRIBUTING.md says"
-        ) from error
     _head_width(found)
     for name in ("hidden_size", "num_attention_heads"):
         follows = AutoConfig.for_model(model_type, **{name: 2 * known[name]}).to_dict()
         found.following |= {name for name in SMALL[0] if follows.get(name) != known.get(name)}
     _other_sizes(found)
+    parameters = sum(math.prod(shape) for shape in found.shapes(0).values())
+    if parameters > MOST:
+        raise LoRAMError(
+            f"expected a {model_type} model that its config's fields make small, found one of "
+            f"{parameters:,} parameters: declare it by hand, as CONTRIBUTING.md says"
+        )
     _flags(found)
     _layers_alike(found, raw)
     return found

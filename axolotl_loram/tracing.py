@@ -23,7 +23,7 @@ class Unit(NamedTuple):
     """Which unit of which kind (a number) a feature belongs to; kind -1 is the hidden stream."""
 
     kind: int
-    index: int
+    number: int
 
 
 HIDDEN_STREAM = -1
@@ -151,7 +151,8 @@ class MarkedRun:
             if name != self.marked:
                 return held
             marks, features = torch.randn_like(held), held.shape[-1]
-            marks.flatten(0, -2)[::2] *= 4 * held.abs().max()  # out of the dead half of a ReLU
+            tokens = marks.flatten(0, -2)  # a view: every other one out of a ReLU's dead half
+            tokens[::2] = (1 + tokens[::2].abs()) * 4 * held.abs().max()
             chosen = torch.eye(features, dtype=held.dtype).reshape(features, -1, features)
             return held + marks * torch.cat([torch.zeros_like(chosen[:1]), chosen])
 
@@ -241,7 +242,7 @@ class _Units:
         for root, nodes in members.items():
             kind = kinds.setdefault(tuple(sorted((n, side) for n, side, _ in nodes)), len(kinds))
             units[root] = Unit(kind, counts.get(kind, 0))
-            counts[kind] = units[root].index + 1
+            counts[kind] = units[root].number + 1
         width = self.run.held[self.run.embedding].shape[-1]
         hidden = ((self._root((self.run.embedding, "out", i)), i) for i in range(width))
         return units | {root: Unit(HIDDEN_STREAM, i) for root, i in hidden}

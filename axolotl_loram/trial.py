@@ -138,25 +138,30 @@ def _same_logits(found: Survey, kind: str) -> tuple[str, str]:
 
 
 def _difference(found: Survey, kind: str, with_norms: bool = True) -> float:
-    whole = build_random(found.model_type, found.fields(1))  # other sizes than were traced
+    random = build_random(found.model_type, found.fields(1))  # other sizes than were traced
     with tempfile.TemporaryDirectory() as folder:
         base, output = Path(folder) / "base", Path(folder) / "pruned"
-        whole.save_pretrained(base)
+        random.save_pretrained(base)
         prune(
             str(base),
             output,
             PruningArgs.parse(ratio=0.5, units=kind, protect_first=0, protect_last=0),
         )
-        narrow = AutoModelForCausalLM.from_pretrained(
-            output, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-        )
+        whole, narrow = _load(base), _load(output)
         _zero_what_is_gone(whole, PruningPlan.load(output))
     if not with_norms:
-        still_norms(whole), still_norms(narrow)
+        still_norms(whole)
+        still_norms(narrow)
     with torch.no_grad():
         text = some_tokens(whole.config.vocab_size)
         difference = whole(text, use_cache=False).logits - narrow(text, use_cache=False).logits
     return difference.abs().max().item()
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **eager)
+    return model.requires_grad_(False)
 
 
 def _zero_what_is_gone(whole: PreTrainedModel, plan: PruningPlan) -> None:
