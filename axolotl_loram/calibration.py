@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_loram.architecture import layer_fields
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.axolotl_data import (
     SHUFFLE_BUFFER,
@@ -105,7 +106,7 @@ def from_rows(
         LoRAMError: The sequences are longer than the model reads, have tokens that it lacks, or
             there are not enough tokens.
     """
-    config = load_config(str(model_folder))
+    config = layer_fields(load_config(str(model_folder)), None)
     samples, length = settings.calibration_samples, settings.calibration_length
     if length > config.get("max_position_embeddings", length):
         raise LoRAMError(

@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,8 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.spaces import EXPERTS, LINEAR
 
 _MARK = "_loram_per_layer"
-_BUILT = "_loram_layers_built"
+_BUILT: dict[int, Iterator[int]] = {}
+"""Config (by identity) of a model that is being built → numbers for layers that take none."""
 
 
 def is_heterogeneous(config: Any) -> bool:
@@ -72,7 +74,7 @@ def _prepare_layers_before(
     if is_heterogeneous(config):
         for cls in _decoder_layers(type(model)):
             _wrap(cls, "__init__", _with_own_config)
-        config.__dict__[_BUILT] = itertools.count()
+        _BUILT[id(config)] = itertools.count()
     original(model, config, *args, **kwargs)
 
 
@@ -88,6 +90,7 @@ def _tell_layers_after(original: Any, model: PreTrainedModel, *args: Any, **kwar
 
 
 def _check_widths_before(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    _BUILT.pop(id(model.config), None)
     if is_heterogeneous(model.config):
         check_widths(model)
     original(model, *args, **kwargs)
@@ -98,7 +101,7 @@ def _with_own_config(original: Any, layer: nn.Module, *args: Any, **kwargs: Any)
     config = bound.arguments["config"]
     if is_heterogeneous(config):
         numbered = "layer_idx" in bound.arguments
-        index = bound.arguments["layer_idx"] if numbered else next(config.__dict__[_BUILT])
+        index = bound.arguments["layer_idx"] if numbered else next(_BUILT[id(config)])
         bound.arguments["config"] = config.per_layer_config[index]
     original(*bound.args, **bound.kwargs)
 

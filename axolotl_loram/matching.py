@@ -237,7 +237,7 @@ def _match_whole(
     """A tensor that goes through as it is: a module saved whole that pruning does not touch."""
     if "lora_magnitude_vector" in stored.name:
         raise LoRAMError(f"expected a LoRA adapter, found {stored.name}: DoRA is not recoverable")
-    untouched = module.startswith(family_of(plan.config).whole)
+    untouched = f"{module}.".startswith(family_of(plan.config).whole)
     if tensor is None and not untouched:
         raise LoRAMError(
             f"expected tensors of modules that the base has, found {stored.name}: this adapter was "

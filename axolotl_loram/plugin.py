@@ -46,7 +46,13 @@ from axolotl_loram.recover import (
     recover,
 )
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
-from axolotl_loram.support import ADAPTERS, check_supported, switch_off_kernels, trains_masked
+from axolotl_loram.support import (
+    ADAPTERS,
+    check_router_losses,
+    check_supported,
+    switch_off_kernels,
+    trains_masked,
+)
 
 LOG = logging.getLogger(__name__)
 PRUNED_FOLDER = "pruned"
@@ -131,6 +137,7 @@ class LoRAMPlugin(BasePlugin):
         """Make sure that the model about to be trained is the pruned one."""
         if self.run is not None:
             check_widths(model)
+            check_router_losses(model.config, self.run.plan)
             counted = summary(self.run.plan.config, self.run.plan.counts)
             LOG.info(
                 "training on the pruned model in %s: %s of %s parameters",

@@ -169,9 +169,9 @@ def prune(
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
     sketch = plan_of_size(config, base, settings)
+    check_scorable(sketch, settings)
     calibration = calibration or _calibrate(settings, folder)
     job = Job(checkpoint, sketch, settings, calibration, progress)
-    check_scorable(job)
     check_room(job, output)
     with resumable(output, job.identity, overwrite) as work:
         outcome = decide(job, work)
@@ -219,19 +219,19 @@ def _calibrate(settings: PruningArgs, folder: Path) -> Calibration | None:
     return load_calibration(settings, folder)
 
 
-def check_scorable(job: Job) -> None:
+def check_scorable(sketch: PruningPlan, settings: PruningArgs) -> None:
     """Refuse a criterion that does not know what it is to score.
 
     Raises:
         LoRAMError: It needs text and the model reads none, or cannot look inside stacked experts.
     """
-    family, method = family_of(job.config), job.settings.method
-    if job.calibration is not None and family.auto_class == "AutoModelForImageClassification":
+    family, method = family_of(sketch.config), settings.method
+    if settings.needs_calibration and family.auto_class == "AutoModelForImageClassification":
         raise LoRAMError(
             f"expected method random or magnitude without refit for {family.model_type}, found "
             f"{method}: calibration text goes through language models only"
         )
-    kinds = {kind for count in job.sketch.counts.values() for kind in count}
+    kinds = {kind for count in sketch.counts.values() for kind in count}
     if "expert_neurons" in kinds and method in CALIBRATED:
         raise LoRAMError(
             f"expected method random or magnitude for expert_neurons, found {method}: stacked "

@@ -83,6 +83,25 @@ def trains_masked(section: LoRAMConfig, plan: PruningPlan) -> bool:
     return bool(plan.masks) and section.masked is not False
 
 
+def check_router_losses(config: Any, plan: PruningPlan) -> None:
+    """Refuse a load-balancing loss over layers that have different numbers of experts.
+
+    Args:
+        config: The pruned model's config, as it was built.
+        plan: Its plan.
+
+    Raises:
+        LoRAMError: transformers would stack the routers' outputs of all layers, and fail.
+    """
+    pruned = any("experts" in kept for kept in plan.counts.values())
+    if pruned and getattr(config, "output_router_logits", False):
+        raise LoRAMError(
+            "expected output_router_logits false with pruned experts, found true: the "
+            "load-balancing loss takes equally many experts in each layer; add "
+            "`overrides_of_model_config: {output_router_logits: false}`"
+        )
+
+
 def switch_off_kernels(cfg: Any) -> None:
     """Keep Axolotl from fusing LoRA: its kernels multiply by A and B themselves, without the mask.
 

@@ -51,10 +51,11 @@ SETS = {"task": ("heldout", 2), "text": ("heldout_source", 3)}
 """Name → held-out file, and how many of its rows one row in the measured subset stands for."""
 
 
-def train(model, tokenizer, seed: int, steps: int) -> PeftModel:
+def train(model, tokenizer, seed: int, steps: int, **targets) -> PeftModel:
     """The same LoRA for every model: rank 8 on all projections, AdamW, cosine."""
     torch.manual_seed(seed)
-    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = targets or {"target_modules": "all-linear"}
+    settings = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **targets)
     model = get_peft_model(model, settings).train()
     rows = [_encode(tokenizer, json.loads(line)) for line in (BUILD / "data/train.jsonl").open()]
     rows = [(tokens[:LENGTH], labels[:LENGTH]) for tokens, labels in rows]

@@ -77,3 +77,7 @@ def pico_config(family: str, **sizes):
     wanted = {**general, **own, **sizes}
     config = AutoConfig.for_model(family, **{k: v for k, v in wanted.items() if v is not None})
     return config
+
+
+TRAINED = ("qwen3", "gemma3_text", "phi3", "mixtral")
+"""Families that tests/test_training_families.py trains, beside Llama."""

@@ -14,7 +14,12 @@ from pathlib import Path
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 KEY_FILE = "quickstart.json"
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -51,7 +56,9 @@ def build(pretrain: Path, folder: Path, settings: Settings = Settings()) -> bool
         return False
     texts = [json.loads(line)["text"] for line in pretrain.read_text("utf-8").splitlines()]
     tokenizer = _train_tokenizer(texts, settings)
-    model = _train_model(_token_stream(texts, tokenizer), tokenizer, settings)
+    torch.manual_seed(settings.seed)
+    model = _new_model(tokenizer, settings)
+    train_model(model, _token_stream(texts, tokenizer), settings)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -90,12 +97,9 @@ def _token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch
     return torch.tensor([token for text in tokens for token in text])
 
 
-def _train_model(
-    stream: torch.Tensor, tokenizer: PreTrainedTokenizerFast, settings: Settings
-) -> LlamaForCausalLM:
+def train_model(model: PreTrainedModel, stream: torch.Tensor, settings: Settings) -> None:
     """Train a new model in float32 on random windows of the stream."""
-    torch.manual_seed(settings.seed)
-    model = _new_model(tokenizer, settings).train()
+    model.train()
     optimizer, schedule = _optimizer(model, settings)
     with tqdm(total=settings.steps, desc="base model", unit="step") as progress:
         for tokens in _batches(stream, settings):
@@ -107,11 +111,11 @@ def _train_model(
             optimizer.zero_grad()
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             progress.update()
-    return model.eval()
+    model.eval()
 
 
 def _optimizer(
-    model: LlamaForCausalLM, settings: Settings
+    model: PreTrainedModel, settings: Settings
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return AdamW with a short warm-up and a cosine decay over all steps."""
     optimizer = torch.optim.AdamW(
