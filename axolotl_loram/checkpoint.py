@@ -76,15 +76,13 @@ class StoredTensor:
     def blocks(self, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """The tensor's bits, some whole rows at a time: (rows, *shape[1:]), `BLOCK_BYTES` at most.
 
-        A scalar is one row.
-
         Args:
             rows: Ascending positions along the first dimension, by default all; only they are read.
 
         Raises:
             LoRAMError: The file ends early.
         """
-        rows = np.arange((self.shape or (1,))[0]) if rows is None else rows
+        rows = np.arange((self.shape or (1,))[0]) if rows is None else rows  # a scalar is one
         row_bytes = math.prod(self.shape[1:]) * self.bits.itemsize
         step = max(1, BLOCK_BYTES // max(1, row_bytes))
         with self.file.open("rb") as handle:
