@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -185,10 +186,11 @@ def recover(
 def inspect(folder: Path, proposing: bool, as_json: bool) -> None:
     """Tell what FOLDER is: a pruned model, or an adapter trained on one or recovered from one."""
     if proposing:
-        from axolotl_loram.propose import propose
-        from axolotl_loram.sources import stored_config
+        with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
+            from axolotl_loram.propose import propose
+            from axolotl_loram.sources import stored_config
 
-        proposal = propose(stored_config(str(folder)))
+            proposal = propose(stored_config(str(folder)))
         click.echo(json.dumps(proposal.summary()) if as_json else proposal.text())
         return
     from axolotl_loram.pairing import check_pruned, read_record

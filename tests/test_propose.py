@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import run_command
 
 from axolotl_loram.architecture import FAMILIES, parameters
 from axolotl_loram.blocks import HIDDEN, KEY_VALUE, QUERY
@@ -58,7 +59,10 @@ def test_proposes_what_is_declared(family, kv_groups):
 def test_proposes_a_row_for_an_undeclared_family(tmp_path):
     """Apertus has head norms, and an activation with weights and scalars."""
     assert "apertus" not in FAMILIES
-    found = json.loads(inspect(tmp_path, {"model_type": "apertus"}, "--json").stdout)
+    (tmp_path / "config.json").write_text('{"model_type": "apertus"}')
+    found = json.loads(
+        run_command("axolotl-loram", "inspect", tmp_path, "--propose", "--json").stdout
+    )
     assert found["works"] and found["not_derived"] == []
     assert [check["outcome"] for check in found["checks"]] == ["passed"] * 4
     assert [group["kind"] for group in found["groups"]] == ["neurons", "kv_groups"]
