@@ -82,7 +82,7 @@ class StoredTensor:
         Raises:
             LoRAMError: The file ends early.
         """
-        rows = np.arange(self.shape[0]) if rows is None else rows
+        rows = np.arange((self.shape or (1,))[0]) if rows is None else rows  # a scalar is one
         row_bytes = math.prod(self.shape[1:]) * self.bits.itemsize
         step = max(1, BLOCK_BYTES // max(1, row_bytes))
         with self.file.open("rb") as handle:

@@ -8,7 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+<<<<<<< HEAD
 from collections.abc import Callable, Mapping
+=======
+from collections.abc import Callable
+from contextlib import redirect_stdout
+>>>>>>> propose
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -215,9 +220,24 @@ def recover(
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--propose",
+    "proposing",
+    is_flag=True,
+    help="Draft the declaration of a model family that has none, and try it out. FOLDER may be a "
+    "config.json or a hub id too.",
+)
 @json_option
-def inspect(folder: Path, as_json: bool) -> None:
+def inspect(folder: Path, proposing: bool, as_json: bool) -> None:
     """Tell what FOLDER is: a pruned model, or an adapter trained on one or recovered from one."""
+    if proposing:
+        with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
+            from axolotl_loram.propose import propose
+            from axolotl_loram.sources import stored_config
+
+            proposal = propose(stored_config(str(folder)))
+        click.echo(json.dumps(proposal.summary()) if as_json else proposal.text())
+        return
     from axolotl_loram.pairing import check_pruned, read_record
     from axolotl_loram.plan import PLAN_FILE, PruningPlan, summary
     from axolotl_loram.prune import refit_summary

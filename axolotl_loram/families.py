@@ -148,7 +148,10 @@ ROWS = (
         plain_mlp("fc1", "fc2"),
         norms("input_layernorm", bias=True),
         model=outside(norm="final_layernorm", norm_bias=True, head_bias=True),
-        refused={"qk_layernorm": "its head norms are as wide as hidden_size / heads"},
+        refused={
+            "qk_layernorm": "its head norms are as wide as hidden_size / heads",
+            "tie_word_embeddings": "its lm_head has a bias of its own",
+        },
     ),
     decoder(
         "gpt_neox",

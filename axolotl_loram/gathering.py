@@ -54,7 +54,8 @@ class Part:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Its bits, some rows at a time; rows that are not kept are not read."""
-        for source, (rows, *others) in self.pieces:
+        for source, features in self.pieces:
+            rows, *others = features or (None,)  # a scalar has no dimensions
             for block in source.blocks(rows):
                 yield gather(block, [None, *others])
 

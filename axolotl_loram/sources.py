@@ -82,6 +82,18 @@ def commit_of(folder: Path, revision: str | None) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else revision
 
 
+def stored_config(model: str, revision: str | None = None) -> dict[str, Any]:
+    """A model's config as it is stored, from a folder, file or hub id.
+
+    Raises:
+        LoRAMError: No such model.
+    """
+    path = Path(model)
+    if not path.is_file():
+        path = find_folder(model, revision, patterns=["config.json"]) / "config.json"
+    return read_json(path)
+
+
 def load_config(model: str, revision: str | None = None) -> dict[str, Any]:
     """A model's config, with the sizes that it leaves out, from a folder, file or hub id.
 
@@ -91,11 +103,7 @@ def load_config(model: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         LoRAMError: No such model, or an unknown architecture.
     """
-    path = Path(model)
-    if not path.is_file():
-        path = find_folder(model, revision, patterns=["config.json"]) / "config.json"
-    raw = read_json(path)
-    return with_defaults(raw)
+    return with_defaults(stored_config(model, revision))
 
 
 def _looks_local(model: str) -> bool:
