@@ -8,12 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-<<<<<<< HEAD
 from collections.abc import Callable, Mapping
-=======
-from collections.abc import Callable
 from contextlib import redirect_stdout
->>>>>>> propose
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
