@@ -130,7 +130,7 @@ def prune(
     with progress_bar("pruning") as progress:
         record = prune_model(model, output, settings, revision, overwrite, progress)
     shown = {"output": str(output), **record["parameters"], **refit_summary(record["refit"] or {})}
-    show({**shown, "plan": record["plan"]}, as_json)
+    show({**shown, "weight_bytes": record["weight_bytes"], "plan": record["plan"]}, as_json)
 
 
 @main.command()
@@ -190,6 +190,9 @@ def inspect(folder: Path, as_json: bool) -> None:
         check_pruned(folder, found)
         shown |= {**record.get("parameters", {}), **summary(found.config, found.counts)}
         shown |= refit_summary(record.get("refit") or {})
+        kept = {"quantize": record.get("pruning", {}).get("quantize")}
+        kept["weight_bytes"] = record.get("weight_bytes")
+        shown |= {name: value for name, value in kept.items() if value is not None}
     show(shown, as_json)
 
 

@@ -7,6 +7,8 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 * `load_datasets(preprocess=False)` is called by `train` alone, on each rank, before the model:
   there the pruned model takes the base's place. The tokenizer stays the base's, so that
   `preprocess` and `train` agree on the prepared data set.
+* `pre_lora_load` sees the model after Axolotl resized its vocabulary and cast its embeddings: there
+  these are put into fewer bits.
 * `post_trainer_create` sees the model with its LoRA, which preference trainers add themselves,
   before the first step: there a sparse model's update is confined.
 * `post_train_unload` comes after the trainer has saved everything, with the process group gone:
@@ -33,12 +35,14 @@ from axolotl_loram.axolotl_data import token_rows
 from axolotl_loram.cache import prune_into_cache
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, made_once, write_json
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.formats import Formats
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
 from axolotl_loram.merge import merge_masked
 from axolotl_loram.pairing import check_base, check_pruned, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan, summary
 from axolotl_loram.progress import progress_bar
+from axolotl_loram.quantized import decide_formats, prepare_packed, store_small
 from axolotl_loram.recover import (
     ADAPTER_CONFIG,
     gather_adapter,
@@ -65,6 +69,7 @@ class Run:
         output: The user's output_dir, which will hold the recovered adapter.
         warm_start: The full-size adapter that training starts from, if any.
         hub_model_id: Where the user wants the adapter uploaded, if anywhere.
+        formats: What the lm_head and the embedding are kept in.
         masked: Whether the update is confined to the weights that sparse pruning left.
         merges: Whether the result is wanted as a model too, with the masked update added.
     """
@@ -75,6 +80,7 @@ class Run:
     output: Path
     warm_start: str | None
     hub_model_id: str | None
+    formats: Formats
     masked: bool = False
     merges: bool = False
 
@@ -103,6 +109,7 @@ class LoRAMPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.run: Run | None = None
+        self.vocabulary = 0
 
     def get_input_args(self) -> str:
         """The schema of the `loram:` section."""
@@ -131,6 +138,8 @@ class LoRAMPlugin(BasePlugin):
         """Make sure that the model about to be trained is the pruned one."""
         if self.run is not None:
             check_widths(model)
+            self.vocabulary = model.get_input_embeddings().num_embeddings
+            prepare_packed(model, self.run.pruned, cfg.torch_dtype)
             counted = summary(self.run.plan.config, self.run.plan.counts)
             LOG.info(
                 "training on the pruned model in %s: %s of %s parameters",
@@ -138,6 +147,11 @@ class LoRAMPlugin(BasePlugin):
                 f"{counted['pruned_parameters']:,}",
                 f"{counted['base_parameters']:,}",
             )
+
+    def pre_lora_load(self, cfg: Any, model: Any) -> None:
+        """With the vocabulary at its final size, put lm_head and embedding into their formats."""
+        if self.run is not None:
+            store_small(model, self.run.formats, self.vocabulary)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Confine the update to the weights that sparse pruning left."""
@@ -207,8 +221,10 @@ def begin_training(cfg: Any) -> Run:
     model, revision = str(cfg.base_model), cfg.revision_of_model
     if section.pruned_model_path:
         pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)
+        formats = decide_formats(section, cfg, pruned)
     else:
         assert section.pruning is not None  # the schema saw to it
+        formats = decide_formats(section, cfg, None)
         rows = functools.partial(token_rows, cfg, section.pruning.seed)
         pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir, rows)
     plan = PruningPlan.load(pruned)
@@ -223,12 +239,15 @@ def begin_training(cfg: Any) -> Run:
         Path(cfg.output_dir),
         cfg.lora_model_dir,
         cfg.hub_model_id,
+        formats,
         masked,
         merges=section.recovery == "masked",
     )
     _check_same_plan(run)
     if run.masked:
         switch_off_kernels(cfg)
+    if formats.small:
+        cfg.embeddings_skip_upcast = True  # to 32 bits and back, before they would be made smaller
     if run.warm_start:
         cfg.lora_model_dir = str(gather_warm_start(run, run.warm_start))
     # A folder needs no revision: cfg keeps the base's, which the tokenizer is loaded at.

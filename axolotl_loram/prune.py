@@ -37,6 +37,7 @@ from axolotl_loram.plan import (
     keep_counts,
     summary,
 )
+from axolotl_loram.prequantized import Packing, plan_packing
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
@@ -74,6 +75,7 @@ class Job:
         sketch: A plan as large as the one to come (the one to come, if index files give it).
         settings: How to prune.
         calibration: Calibration text, if any is needed.
+        packing: Which weights are written in 4 bits, if any.
         progress: Shows how far it is.
     """
 
@@ -81,6 +83,7 @@ class Job:
     sketch: PruningPlan
     settings: PruningArgs
     calibration: Calibration | None
+    packing: Packing | None = None
     progress: Progress = no_progress
 
     @property
@@ -102,9 +105,7 @@ class Job:
     @property
     def device(self) -> str:
         """Where calibration runs."""
-        import torch
-
-        return self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return device_of(self.settings)
 
     def stream(self, four_bit: bool = False) -> LayerStream:
         """The base's layers, on the device."""
@@ -163,12 +164,15 @@ def prune(
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
     sketch = plan_of_size(config, base, settings)
+    packing = _plan_packing(settings, {**read_json(folder / "config.json"), **sketch.changes})
     calibration = calibration or _calibrate(settings, folder)
-    job = Job(checkpoint, sketch, settings, calibration, progress)
+    job = Job(checkpoint, sketch, settings, calibration, packing, progress)
     check_room(job, output)
     with resumable(output, job.identity, overwrite) as work:
         outcome = decide(job, work)
-        files = write_weights(checkpoint, outcome.plan, work.result, progress, outcome.replaced)
+        pack = packing.pack if packing else None
+        plan, replaced = outcome.plan, outcome.replaced
+        files = write_weights(checkpoint, plan, work.result, progress, replaced, pack)
         return _write_rest(folder, job, outcome, work.result, files)
 
 
@@ -193,6 +197,19 @@ def plan_of_size(config: dict[str, Any], base: Base, settings: PruningArgs) -> P
     return PruningPlan(config, kept, base)
 
 
+def _plan_packing(settings: PruningArgs, config: Config) -> Packing | None:
+    if settings.quantize is None:
+        return None
+    return plan_packing(config, settings.quantize_block_size, device_of(settings))
+
+
+def device_of(settings: PruningArgs) -> str:
+    """Where to compute: as the settings say, else on the GPU if there is one."""
+    import torch
+
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _calibrate(settings: PruningArgs, folder: Path) -> Calibration | None:
     if not settings.needs_calibration:
         return None
@@ -213,8 +230,12 @@ def check_room(job: Job, output: Path) -> None:
     Raises:
         LoRAMError: Too little is free, or nothing can be written there.
     """
-    result = needed_bytes(job.checkpoint, job.sketch)
-    needed = result * (2 if job.settings.sparsity or job.settings.refits else 1)
+    needed = needed_bytes(job.checkpoint, job.sketch)
+    refitted = needed if job.settings.sparsity or job.settings.refits else 0
+    if job.packing is not None:
+        pruned = {**job.config, **job.sketch.changes}
+        needed = job.packing.needed_bytes(pruned, job.checkpoint)
+    needed += refitted
     if job.calibration is not None:
         states = job.calibration.tokens.size * int(job.config["hidden_size"]) * 4
         kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
@@ -302,7 +323,8 @@ def _write_rest(
     """Write config, tokenizer, plan and record beside the weights."""
     plan, calibration = outcome.plan, job.calibration
     raw = read_json(base_folder / "config.json")
-    write_json(folder / "config.json", {**raw, **plan.changes})
+    quantized = {"quantization_config": job.packing.settings} if job.packing else {}
+    write_json(folder / "config.json", {**raw, **plan.changes, **quantized})
     for pattern in (*TOKENIZER_PATTERNS, "generation_config.json"):
         for file in base_folder.glob(pattern):
             if file.is_file():
@@ -320,6 +342,7 @@ def _write_rest(
         "refit": dict(outcome.refit) or None,
         "alignment": None,
         "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
+        "weight_bytes": sum(tensor.nbytes for tensor in Checkpoint(folder).tensors.values()),
         "plan": plan.digest,
         "versions": versions(),
         "files": dict(sorted(files.items())),
