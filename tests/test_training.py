@@ -152,11 +152,8 @@ def test_qloram_from_a_checkpoint_in_4_bits(make_model, settings, tmp_path):
         "load_in_4bit": True,
         "lora_target_modules": ["lm_head"],
         "gradient_checkpointing": True,
-        "sample_packing": True,
-        "eval_strategy": "epoch",
     }
-    yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **changes))
-    log = train(yaml_file)
+    log = train(write_yaml(tmp_path / "loram.yml", settings(base, **changes)))
     assert "lm_head in nf4, embedding in cpu: 0.000 GiB" in log.stdout + log.stderr
     assert "base_model.model.lm_head.lora_A.weight" in adapter_weights(output)
     assert all("lora_" in name for name in adapter_weights(output / "pruned"))
