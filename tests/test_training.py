@@ -143,7 +143,7 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
 
 
 def test_qloram_from_a_checkpoint_in_4_bits(make_model, settings, tmp_path):
-    """What a user's machine downloads; with LoRA on the packed lm_head, the embedding on the CPU."""
+    """What a user downloads; with LoRA on the packed lm_head, and the embedding on the CPU."""
     base, output = make_model(), tmp_path / "out"
     prune(str(base), tmp_path / "packed", PruningArgs(ratio=0.5, quantize="nf4"))
     changes = {
