@@ -1,4 +1,4 @@
-"""Checkpoints in 4 bits: written a tensor at a time, as bitsandbytes and transformers store them.
+"""Checkpoints in 4 bits: written a piece at a time, as bitsandbytes and transformers store them.
 
 A weight W of n numbers becomes ``W`` (two numbers to a byte), one 8-bit scale for each block
 (``W.absmax``), a 32-bit scale for each 256 of those (``W.nested_absmax``), two small tables of
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,13 +25,18 @@ from axolotl_loram.checkpoint import (
     open_safetensors,
     write_safetensors,
 )
-from axolotl_loram.errors import LoRAMError
+from axolotl_loram.errors import LoRAMError, not_finite
+
+if TYPE_CHECKING:
+    import torch
 
 STATE = ".quant_state.bitsandbytes__nf4"
 NESTED_BLOCK = 256
 """Scales that share a scale; bitsandbytes' double quantization knows no other."""
 STATE_BYTES = 256
 """Room for the JSON, whose length is only known once the weight was read; ends in spaces."""
+PIECE = 2**22
+"""Numbers that are quantized at once; a multiple of every block size."""
 PARTS = (STATE, ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
 
 
@@ -104,7 +109,7 @@ class Packing:
     def pack(self, file: Path) -> str:
         """Put the weights of a safetensors file into 4 bits, in place; returns its SHA-256.
 
-        One tensor is in memory at a time. An interruption leaves the file as it was.
+        Some `PIECE` numbers are in memory at a time. An interruption leaves the file as it was.
         """
         stored = list(open_safetensors(file)[0].values())
         packed = file.with_name(f"{file.name}.packed")
@@ -129,23 +134,56 @@ class Packing:
         if tensor.name not in self.weights:
             yield tensor.blocks()
             return
-        parts = self._quantize(tensor)
+        scales: list[torch.Tensor] = []
+        yield self._numbers(tensor, scales)
+        parts = self._state(tensor, scales)  # once all numbers were written
         for suffix, _ in packed_sizes(tensor.shape, self.block):
-            yield parts[suffix]
+            if suffix:
+                yield parts[suffix]
 
-    def _quantize(self, tensor: StoredTensor) -> dict[str, np.ndarray]:
+    def _numbers(self, tensor: StoredTensor, scales: list[torch.Tensor]) -> Iterator[np.ndarray]:
+        """The packed numbers of a weight, a piece at a time; fills `scales` on the way."""
+        import torch
         from bitsandbytes.functional import quantize_4bit
 
-        from axolotl_loram.streaming import TORCH_DTYPES, to_torch
+        from axolotl_loram.streaming import TORCH_DTYPES
 
-        weight = to_torch(tensor, TORCH_DTYPES[tensor.dtype]).to(self.device)
-        packed, state = quantize_4bit(
-            weight, blocksize=self.block, compress_statistics=True, quant_type="nf4"
+        total = math.prod(tensor.shape)
+        width = tensor.bits.itemsize
+        for start in range(0, total, PIECE):
+            read = tensor.read_bytes(start * width, min(PIECE, total - start) * width)
+            numbers = torch.from_numpy(read).view(TORCH_DTYPES[tensor.dtype]).to(self.device)
+            packed, state = quantize_4bit(
+                numbers, blocksize=self.block, compress_statistics=False, quant_type="nf4"
+            )
+            if not state.absmax.isfinite().all():
+                raise not_finite(tensor.name)
+            scales.append(state.absmax)
+            yield packed.cpu().numpy()
+
+    def _state(self, tensor: StoredTensor, scales: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+        """What goes with the packed numbers, made from all scales as `quantize_4bit` makes it."""
+        import torch
+        from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+        from axolotl_loram.streaming import TORCH_DTYPES
+
+        absmax = torch.cat(list(scales))
+        offset = absmax.mean()
+        quantized, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        state = QuantState(
+            absmax=quantized,
+            shape=torch.Size(tensor.shape),
+            dtype=TORCH_DTYPES[tensor.dtype],
+            blocksize=self.block,
+            code=get_4bit_type("nf4", device=absmax.device),
+            quant_type="nf4",
+            offset=offset,
+            state2=nested,
         )
-        parts = {f".{name}": part for name, part in state.as_dict(packed=True).items()}
-        arrays = {suffix: part.cpu().numpy() for suffix, part in {"": packed, **parts}.items()}
-        json_bytes = arrays[STATE].tobytes().ljust(STATE_BYTES)
-        return {**arrays, STATE: np.frombuffer(json_bytes, np.uint8)}
+        parts = {f".{n}": part.cpu().numpy() for n, part in state.as_dict(packed=True).items()}
+        text = parts[STATE].tobytes().ljust(STATE_BYTES)
+        return {**parts, STATE: np.frombuffer(text, np.uint8)}
 
     def needed_bytes(self, config: Config, checkpoint: Checkpoint) -> int:
         """Most bytes on the disk while a pruned checkpoint is written: packed, and one file plain.
@@ -169,19 +207,22 @@ class Packing:
         return total + largest
 
 
-def plan_packing(config: Config, block: int, device: str) -> Packing:
+def plan_packing(
+    config: Config, stored: Mapping[str, StoredTensor], block: int, device: str
+) -> Packing:
     """Ask transformers which weights of a model it holds in 4 bits.
 
     They are those that load_in_4bit takes, and the lm_head, unless it is the embedding too.
 
     Args:
         config: The pruned model's config, as config.json will have it.
+        stored: The base's weights.
         block: Weights that share a scale.
         device: Where to quantize.
 
     Raises:
-        LoRAMError: The device cannot do it, or the model holds weights otherwise than they are
-            stored, as it does with experts.
+        LoRAMError: The device cannot do it, weights are no 16- or 32-bit numbers, or the model
+            holds them otherwise than they are stored, as it does with experts.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -202,6 +243,12 @@ def plan_packing(config: Config, block: int, device: str) -> Packing:
             "quantize, and train with load_in_4bit"
         )
     weights, quantization_config = _converted(model)
+    for name in sorted(weights):
+        if stored[name].dtype not in ("BF16", "F16", "F32"):
+            raise LoRAMError(
+                f"expected weights of BF16, F16 or F32 to write them in 4 bits, found {name} of "
+                f"{stored[name].dtype}: prune without quantize"
+            )
     return Packing(weights, quantization_config, block, device)
 
 

@@ -164,7 +164,7 @@ def prune(
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
     sketch = plan_of_size(config, base, settings)
-    packing = _plan_packing(settings, {**read_json(folder / "config.json"), **sketch.changes})
+    packing = _plan_packing(settings, checkpoint, sketch)
     calibration = calibration or _calibrate(settings, folder)
     job = Job(checkpoint, sketch, settings, calibration, packing, progress)
     check_room(job, output)
@@ -197,10 +197,14 @@ def plan_of_size(config: dict[str, Any], base: Base, settings: PruningArgs) -> P
     return PruningPlan(config, kept, base)
 
 
-def _plan_packing(settings: PruningArgs, config: Config) -> Packing | None:
+def _plan_packing(
+    settings: PruningArgs, checkpoint: Checkpoint, sketch: PruningPlan
+) -> Packing | None:
     if settings.quantize is None:
         return None
-    return plan_packing(config, settings.quantize_block_size, device_of(settings))
+    config = {**read_json(checkpoint.folder / "config.json"), **sketch.changes}
+    block, device = settings.quantize_block_size, device_of(settings)
+    return plan_packing(config, checkpoint.tensors, block, device)
 
 
 def device_of(settings: PruningArgs) -> str:
