@@ -1,9 +1,7 @@
-"""Which weight dimensions move together, declared as data: one row per model family.
+"""What follows from the declarations: tensors and their shapes, counts, and the pruned config.
 
-A decoder's features live in *spaces*. The hidden space is as wide in the pruned model as in the
-base. Others are made of *units* that LoRAM keeps or removes whole: an MLP neuron, or a KV group
-(one key/value head with the query heads that attend to it). A row says, for each weight, which
-space each of its dimensions is in; everything else follows from that:
+`families` declares, for each weight, which space each of its dimensions is in; everything else
+follows from that:
 
 * pruning gathers, along each dimension, the features of the kept units;
 * recovery scatters LoRA's B along a module's output space and A along its input space;
@@ -17,188 +15,218 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from axolotl_loram.blocks import ALIASES, positive
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.spaces import Dim, Family, Group, Sizes, Space, Weight
+from axolotl_loram.families import FAMILIES
+from axolotl_loram.spaces import EMBEDDING, EXPERTS, LINEAR, Dim, Family, Group, Sizes, Weight
 
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor of a model: its name, what its dimensions mean, and its shape."""
+    """One tensor of a model: its name, what its dimensions mean, and its shape.
+
+    Attributes:
+        name: As the running model calls it, or (of `tensors`) as checkpoints do.
+        module: The module of the running model that it belongs to.
+        layer: Decoder layer, None outside the layers.
+        dims: What its dimensions mean.
+        sizes: Sizes of its layer.
+        role: As `Weight.role`.
+        expert: Whose it is, where checkpoints store experts one by one.
+        bias: Whether it is a bias.
+        transposed: As `Weight.transposed`.
+    """
 
     name: str
     module: str
     layer: int | None
     dims: tuple[Dim, ...]
     sizes: Sizes
+    role: str
+    expert: int | None = None
+    bias: bool = False
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Number of features along each dimension."""
         return tuple(sum(space.size(self.sizes) for space in dim) for dim in self.dims)
 
-    @property
+    @cached_property
     def kinds(self) -> set[str]:
         """Kinds of unit that own features of this tensor."""
-        return {space.units for dim in self.dims for space in dim if space.units}
+        owning = {space.units for dim in self.dims for space in dim if space.units}
+        return owning | ({"experts"} if self.expert is not None else set())
 
+    @property
+    def linear(self) -> bool:
+        """Whether it is the weight of a linear layer in a decoder layer."""
+        return self.role == LINEAR and not self.bias
 
-HIDDEN: Dim = (Space(block=("hidden",)),)
-VOCABULARY: Dim = (Space(block=("vocabulary",)),)
-HEAD: Dim = (Space(block=("head_dim",)),)
-QUERY: Dim = (Space("kv_groups", ("queries", "head_dim")),)
-KEY_VALUE: Dim = (Space("kv_groups", ("head_dim",)),)
-NEURONS: Dim = (Space("neurons"),)
-
-MLP_NEURONS = Group("neurons", "mlp", {"intermediate_size": ()}, noun="MLP neuron")
-KV_GROUPS = Group(
-    "kv_groups",
-    "self_attn",
-    {"num_attention_heads": ("queries",), "num_key_value_heads": ()},
-    noun="KV group",
-    rounds_up_if="queries",
-)
-
-
-def _llama_like(
-    model_type: str,
-    qkv_bias: bool | str = False,
-    output_bias: bool | str = False,
-    mlp_bias: bool | str = False,
-    head_norms: bool = False,
-    **defaults: Any,
-) -> Family:
-    """A pre-norm decoder with gated MLP and (grouped-query) attention."""
-    norms = ("self_attn.q_norm", "self_attn.k_norm") if head_norms else ()
-    return Family(
-        model_type,
-        layer=(
-            Weight("self_attn.q_proj", (QUERY, HIDDEN), qkv_bias),
-            Weight("self_attn.k_proj", (KEY_VALUE, HIDDEN), qkv_bias),
-            Weight("self_attn.v_proj", (KEY_VALUE, HIDDEN), qkv_bias),
-            Weight("self_attn.o_proj", (HIDDEN, QUERY), output_bias),
-            Weight("mlp.gate_proj", (NEURONS, HIDDEN), mlp_bias),
-            Weight("mlp.up_proj", (NEURONS, HIDDEN), mlp_bias),
-            Weight("mlp.down_proj", (HIDDEN, NEURONS), mlp_bias),
-            Weight("input_layernorm", (HIDDEN,)),
-            Weight("post_attention_layernorm", (HIDDEN,)),
-            *(Weight(norm, (HEAD,)) for norm in norms),
-        ),
-        model=(
-            Weight("model.embed_tokens", (VOCABULARY, HIDDEN)),
-            Weight("model.norm", (HIDDEN,)),
-            Weight("lm_head", (VOCABULARY, HIDDEN), tied="tie_word_embeddings"),
-        ),
-        groups=(MLP_NEURONS, KV_GROUPS),
-        defaults=defaults,
-    )
-
-
-FAMILIES: Mapping[str, Family] = {
-    family.model_type: family
-    for family in (
-        _llama_like("llama", "attention_bias", "attention_bias", "mlp_bias"),
-        _llama_like("mistral", num_key_value_heads=8),
-        _llama_like("qwen2", qkv_bias=True, num_key_value_heads=32),
-        _llama_like(
-            "qwen3",
-            "attention_bias",
-            "attention_bias",
-            head_norms=True,
-            num_key_value_heads=32,
-            head_dim=128,
-        ),
-    )
-}
+    def of_expert(self, expert: int) -> str:
+        """The name that the same tensor of another expert has in checkpoints."""
+        return self.name.replace(f".experts.{self.expert}.", f".experts.{expert}.")
 
 
 def family_of(config: Config) -> Family:
     """The row that declares `config`'s model family.
 
     Raises:
-        LoRAMError: No row has this `model_type`.
+        LoRAMError: No row has this `model_type`, or its structure is not the declared one.
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise LoRAMError(
             f"unknown architecture: expected model_type to be one of {', '.join(FAMILIES)}, found "
-            f"{model_type!r}; to add it, write one row in axolotl_loram/architecture.py as "
-            'CONTRIBUTING.md ("Add a model family") shows'
+            f"{model_type!r}: `axolotl-loram inspect MODEL --propose` drafts its row, and "
+            'CONTRIBUTING.md ("Add a model family") says where to put it'
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    fields = {**config, **section_of(config, family)}
+    refused = {**family.refused, "num_kv_shared_layers": "layers that share keys and values"}
+    for name, reason in refused.items():
+        if fields.get(name):
+            raise LoRAMError(
+                f"expected a {model_type} model without {name}, found {fields[name]!r} in its "
+                f"config: {reason}"
+            )
+    return family
 
 
-def layer_fields(config: Config, layer: int) -> dict[str, Any]:
+def section_of(config: Config, family: Family) -> Config:
+    """The part of a config that describes the decoder layers (all of it in text models).
+
+    Early configs of vision-language models have the fields of the language tower at the top.
+    """
+    own = config.get(family.section) if family.section else None
+    return config if own is None else own
+
+
+def with_defaults(config: Config) -> dict[str, Any]:
+    """A config as config.json holds it, with the size fields that it leaves out."""
+    family = family_of(config)
+    own = section_of(config, family)
+    known = _canonical(own)
+    section = {name: v for name, v in family.defaults.items() if name not in known} | dict(own)
+    return {**config, family.section: section} if family.section else section
+
+
+def _canonical(fields: Config) -> dict[str, Any]:
+    return {ALIASES.get(name, name): value for name, value in fields.items()}
+
+
+def layer_fields(config: Config, layer: int | None) -> dict[str, Any]:
     """The config as layer `layer` sees it: global fields, then its `per_layer_config`."""
-    overrides = config.get("per_layer_config") or {}
+    family = family_of(config)
+    section = section_of(config, family)
+    overrides = section.get("per_layer_config") or {}
     own: Config = next((fields for key, fields in overrides.items() if int(key) == layer), {})
-    return {**config, **own}
+    return {**config, **_canonical(section), **_canonical(own)}
 
 
-def sizes_of(fields: Config) -> dict[str, int]:
-    """Sizes that spaces are made of, read from a (layer's) config.
+def sizes_of(config: Config, layer: int | None = None) -> Sizes:
+    """Sizes that the spaces of a layer (or of what lies outside the layers) are made of.
 
     Raises:
-        LoRAMError: A field is missing, not a positive integer, or heads do not divide.
+        LoRAMError: A field is missing or does not suit the others.
     """
-    heads = _positive(fields, "num_attention_heads")
-    kv_groups = _positive(fields, "num_key_value_heads", default=heads)
-    hidden = _positive(fields, "hidden_size")
-    if heads % kv_groups:
-        raise LoRAMError(
-            f"expected num_attention_heads to be a multiple of num_key_value_heads, found {heads} "
-            f"and {kv_groups}: check the model's config.json"
-        )
-    return {
-        "hidden": hidden,
-        "vocabulary": _positive(fields, "vocab_size"),
-        "neurons": _positive(fields, "intermediate_size"),
-        "kv_groups": kv_groups,
-        "queries": heads // kv_groups,
-        "head_dim": _positive(fields, "head_dim", default=hidden // heads),
-    }
-
-
-def _positive(fields: Config, name: str, default: int | None = None) -> int:
-    value = fields.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LoRAMError(
-            f"expected config field {name} to be a positive integer, found {value!r}: check the "
-            "model's config.json"
-        )
-    return value
+    return family_of(config).sizes(layer_fields(config, layer), layer)
 
 
 def layer_count(config: Config) -> int:
     """Number of decoder layers."""
-    return _positive(config, "num_hidden_layers")
+    return positive(layer_fields(config, None), "num_hidden_layers")
+
+
+def parameters(config: Config) -> Iterator[Tensor]:
+    """Every declared parameter of the running model, those outside the layers first."""
+    for layer in _places(config):
+        for placed in _weights(config, layer):
+            yield from _tensors_of(*placed)
 
 
 def tensors(config: Config) -> Iterator[Tensor]:
-    """Every tensor that a checkpoint of this config stores, those outside the layers first."""
-    family = family_of(config)
-    yield from _tensors_of(family.model, config, sizes_of(config), prefix="", layer=None)
-    for layer in range(layer_count(config)):
-        fields = layer_fields(config, layer)
-        prefix = f"{family.layers}.{layer}."
-        yield from _tensors_of(family.layer, fields, sizes_of(fields), prefix, layer)
+    """Every declared tensor that a checkpoint of this config stores, under its stored name."""
+    for layer in _places(config):
+        for pieces in layer_pieces(config, layer).values():
+            yield from (piece for of_expert in pieces for piece in of_expert)
+
+
+def layer_pieces(config: Config, layer: int | None) -> dict[str, list[list[Tensor]]]:
+    """What checkpoints store for each parameter of a layer (or of what lies outside the layers).
+
+    Returns:
+        Name in the running model → for each expert (one, if it has none of its own), the tensors
+        that make it up when they are laid end to end along their first dimension.
+    """
+    family, found = family_of(config), {}
+    for placed in _weights(config, layer):
+        for tensor in _tensors_of(*placed):
+            found[tensor.name] = [
+                [replace(piece, name=family.stored_name(piece.name)) for piece in of_expert]
+                for of_expert in _pieces(placed[0], tensor)
+            ]
+    return found
+
+
+def _pieces(weight: Weight, tensor: Tensor) -> list[list[Tensor]]:
+    if not weight.each or tensor.bias:
+        return [[tensor]]
+    rows = [(space,) for space in tensor.dims[1]] if len(weight.each) > 1 else [tensor.dims[1]]
+    return [
+        [
+            replace(
+                tensor,
+                name=f"{tensor.module}.{expert}.{name}",
+                dims=(row, *tensor.dims[2:]),
+                expert=expert,
+            )
+            for name, row in zip(weight.each, rows, strict=True)
+        ]
+        for expert in range(tensor.shape[0])
+    ]
+
+
+Placed = tuple[Weight, str, int | None, Config, Sizes]
+
+
+def _weights(config: Config, layer: int | None) -> Iterator[Placed]:
+    """The declared weights that a layer (or what lies outside the layers) has, and their place."""
+    family, fields = family_of(config), layer_fields(config, layer)
+    sizes, declared = family.sizes(fields, layer), family.model if layer is None else family.layer
+    prefix = "" if layer is None else f"{family.layers}.{layer}."
+    return ((w, prefix, layer, fields, sizes) for w in declared if _exists(w, fields, sizes))
+
+
+def _places(config: Config) -> Iterator[int | None]:
+    yield None
+    yield from range(layer_count(config))
+
+
+def _exists(weight: Weight, fields: Config, sizes: Sizes) -> bool:
+    if weight.tied and fields.get(weight.tied):
+        return False
+    if weight.when and bool(fields.get(weight.when.lstrip("!"))) == weight.when.startswith("!"):
+        return False
+    return all(sum(space.size(sizes) for space in dim) > 0 for dim in weight.dims)
 
 
 def _tensors_of(
-    weights: tuple[Weight, ...], fields: Config, sizes: Sizes, prefix: str, layer: int | None
+    weight: Weight, prefix: str, layer: int | None, fields: Config, sizes: Sizes
 ) -> Iterator[Tensor]:
-    for weight in weights:
-        if weight.tied and fields.get(weight.tied):
-            continue
-        module = prefix + weight.module
-        yield Tensor(f"{module}.weight", module, layer, weight.dims, sizes)
-        if fields.get(weight.bias) if isinstance(weight.bias, str) else weight.bias:
-            yield Tensor(f"{module}.bias", module, layer, weight.dims[:1], sizes)
+    module = prefix + weight.module
+    name = f"{module}.{weight.parameter}"
+    role, transposed = weight.role, weight.transposed
+    yield Tensor(name, module, layer, weight.dims, sizes, role, transposed=transposed)
+    if fields.get(weight.bias) if isinstance(weight.bias, str) else weight.bias:
+        dims = weight.dims[:1]
+        yield Tensor(f"{module}.bias", module, layer, dims, sizes, role, bias=True)
 
 
 def parameter_count(config: Config) -> int:
@@ -206,7 +234,24 @@ def parameter_count(config: Config) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors(config))
 
 
-def readers(family: Family) -> tuple[Weight, ...]:
+def embedding_module(config: Config) -> str | None:
+    """The module of the input embedding, if one is declared."""
+    found = (weight.module for weight in family_of(config).model if weight.role == EMBEDDING)
+    return next(found, None)
+
+
+def layer_weights(config: Config, layer: int) -> tuple[Weight, ...]:
+    """The weights that a decoder layer has."""
+    return tuple(placed[0] for placed in _weights(config, layer))
+
+
+def layer_groups(config: Config, layer: int) -> tuple[Group, ...]:
+    """The kinds of unit that a decoder layer has."""
+    sizes = sizes_of(config, layer)
+    return tuple(group for group in family_of(config).groups if sizes.get(group.kind, 0) > 0)
+
+
+def readers(config: Config, layer: int) -> tuple[Weight, ...]:
     """A layer's linear weights whose inputs are units': o_proj and down_proj, in running order.
 
     What a removed unit did, it did through them: importance is measured at their inputs, and they
@@ -214,13 +259,18 @@ def readers(family: Family) -> tuple[Weight, ...]:
     """
     return tuple(
         weight
-        for weight in family.layer
-        if len(weight.dims) == 2 and any(space.units for space in weight.dims[1])
+        for weight in layer_weights(config, layer)
+        if weight.role == LINEAR and any(space.units for space in weight.dims[1])
     )
 
 
+def has_experts(config: Config) -> bool:
+    """Whether some layer is a mixture of experts."""
+    return any(weight.role == EXPERTS for weight in family_of(config).layer)
+
+
 def config_changes(config: Config, counts: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
-    """What the pruned model's config says differently from the base's.
+    """What the pruned model's config says differently from the base's, of its own section.
 
     Args:
         config: The base model's config.
@@ -229,23 +279,40 @@ def config_changes(config: Config, counts: Mapping[int, Mapping[str, int]]) -> d
     Returns:
         The fields of a plain homogeneous config if all layers come out equal and transformers
         accepts that (it wants hidden_size divisible by num_attention_heads), else a
-        `per_layer_config`. `head_dim` is always explicit: it no longer follows from the heads.
+        `per_layer_config`. Fields that no longer follow from the others, as `head_dim` from the
+        heads, are explicit.
     """
     family, own = family_of(config), {}
     if not counts:
         return {}
     for layer, kept in sorted(counts.items()):
-        sizes = sizes_of(layer_fields(config, layer))
+        sizes = sizes_of(config, layer)
         own[layer] = {
             field: kept[group.kind] * math.prod(sizes[name] for name in factors)
             for group in family.groups
             if group.kind in kept
             for field, factors in group.fields.items()
         }
-    head_dim = {"head_dim": sizes_of(config)["head_dim"]}
-    first = own.get(0, {})
+    gone = {kind for kept in counts.values() for kind in kept}
+    pinned = [pin for group in family.groups if group.kind in gone for pin in group.pins.items()]
+    explicit = {field: sizes_of(config)[size] for field, size in pinned}
+    first, fields = own.get(0, {}), layer_fields(config, None)
     uniform = len(own) == layer_count(config) and all(fields == first for fields in own.values())
-    heads = first.get("num_attention_heads", config["num_attention_heads"])
-    if uniform and config["hidden_size"] % heads == 0:
-        return head_dim | first
-    return head_dim | {"per_layer_config": {str(layer): fields for layer, fields in own.items()}}
+    heads = first.get("num_attention_heads", fields["num_attention_heads"])
+    if uniform and fields["hidden_size"] % heads == 0:
+        return explicit | first
+    return explicit | {"per_layer_config": {str(layer): fields for layer, fields in own.items()}}
+
+
+def changed(config: Config, changes: Config) -> dict[str, Any]:
+    """A config with changes to its own section, under the names that it uses for the fields."""
+    family = family_of(config)
+    section = dict(section_of(config, family))
+    names = {ALIASES.get(name, name): name for name in section}
+    section |= {names.get(ALIASES.get(name, name), name): new for name, new in changes.items()}
+    if family.section is None:
+        return section
+    if family.section not in config:  # an early config: its own section from now on
+        section.pop("vision_config", None)
+        section.pop("model_type", None)
+    return {**config, family.section: section}

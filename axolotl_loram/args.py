@@ -70,6 +70,12 @@ class PruningArgs(_Section):
         description="Remove the same share from each layer, or let the scores of all layers "
         "compete for the same number of units in all.",
     )
+    units: tuple[str, ...] | str | None = Field(
+        default=None,
+        description="Kinds of unit to remove, separated by commas: by default neurons, kv_groups "
+        "(or heads) and experts, as the model has them; expert_neurons (an equal share of each "
+        "expert) only if they are named.",
+    )
     refit: bool | None = Field(
         default=None,
         description="Fit what stays of down_proj and o_proj to stand in for what is removed, by "
@@ -136,6 +142,11 @@ class PruningArgs(_Section):
     @classmethod
     def _inside_unit_interval(cls, ratio: float | None) -> float | None:
         return None if ratio is None else check_ratio(ratio)
+
+    @field_validator("units", mode="before")
+    @classmethod
+    def _names(cls, units: Any) -> Any:
+        return tuple(part.strip() for part in units.split(",")) if isinstance(units, str) else units
 
     @field_validator("sparsity", mode="before")
     @classmethod

@@ -59,6 +59,12 @@ class StoredTensor:
         """Size in bytes."""
         return math.prod(self.shape) * self.bits.itemsize
 
+    def part(self, index: int) -> StoredTensor:
+        """What lies at `index` of the first dimension, as a tensor of one dimension less."""
+        nbytes = self.nbytes // self.shape[0]
+        start = self.start + index * nbytes
+        return StoredTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:], self.file, start)
+
     def read(self) -> np.ndarray:
         """The tensor's bits, read into memory of its own (a map would count as ours too)."""
         return self.read_bytes(0, self.nbytes).view(self.bits).reshape(self.shape)

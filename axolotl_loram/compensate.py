@@ -51,11 +51,12 @@ def refit(walk: Walk, plan: PruningPlan) -> tuple[dict[str, StoredTensor], dict[
     """
     for index, layer in walk:
         arrays, facts = {}, {}
-        for weight in readers(walk.stream.family):
+        for weight in readers(walk.stream.config, index):
             (kept,) = plan.features(weight.dims[1:], index)
             if kept is None:
                 continue
-            name = f"{walk.stream.family.layers}.{index}.{weight.module}.weight"
+            family = walk.stream.family
+            name = family.stored_name(f"{family.layers}.{index}.{weight.module}.weight")
             narrow, fact = _refit_one(walk, index, layer, weight, torch.from_numpy(kept), name)
             facts[name] = fact
             if fact["accepted"]:

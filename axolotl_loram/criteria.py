@@ -18,8 +18,12 @@ from axolotl_loram.importance import magnitude_scores, random_scores
 def random(evidence: Evidence) -> None:
     """Any unit is as good as another."""
     for layer in evidence.layers:
-        sizes, kinds = evidence.sizes(layer), [group.kind for group in evidence.family.groups]
-        scores = {k: random_scores(sizes[k], evidence.seed, layer, k) for k in kinds}
+        scores = {
+            group.kind: random_scores(
+                evidence.scores_shape(layer, group), evidence.seed, layer, group.kind
+            )
+            for group in evidence.groups(layer)
+        }
         evidence.save(layer, scores)
 
 
@@ -29,20 +33,21 @@ def magnitude(evidence: Evidence) -> None:
     for tensor in tensors(evidence.config):
         members.setdefault(tensor.layer, []).append(tensor)
     jobs = [
-        (layer, group.kind, [t for t in members[layer] if group.kind in t.kinds])
+        (layer, group, [t for t in members[layer] if group.kind in t.kinds])
         for layer in evidence.layers
-        for group in evidence.family.groups
+        for group in evidence.groups(layer)
     ]
     stored = evidence.checkpoint
     total = sum(stored[t.name].nbytes for _, _, job in jobs for t in job)
     done, found = evidence.progress(total, "scoring", "B"), {}
-    for layer, kind, job in jobs:
+    for layer, group, job in jobs:
         if evidence.has(layer):
             done(sum(stored[t.name].nbytes for t in job))
             continue
         pairs = [(tensor, stored[tensor.name]) for tensor in job]
-        found[kind] = magnitude_scores(pairs, kind, done)
-        if len(found) == len(evidence.family.groups):
+        shape = evidence.scores_shape(layer, group)
+        found[group.kind] = magnitude_scores(pairs, group.kind, shape, done)
+        if len(found) == len(evidence.groups(layer)):
             evidence.save(layer, found)
             found = {}
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from axolotl_loram.architecture import Config, family_of, layer_fields, sizes_of
+from axolotl_loram.architecture import Config, family_of, layer_groups, sizes_of
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.progress import Progress, no_progress
-from axolotl_loram.spaces import Family
+from axolotl_loram.spaces import Family, Group, Sizes
 from axolotl_loram.work import Work
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from axolotl_loram.walk import Walk
 
 Scores = Mapping[str, np.ndarray]
-"""Kind of unit → scores (units,) of one layer."""
+"""Kind of unit → scores of one layer, (units,), or (experts, units) of units inside experts."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Evidence:
         tokens: Calibration token ids int64 (samples, length); None where none are needed.
         stream: Makes the layers to run them through.
         progress: Shows how far it is.
+        kinds: Kinds of unit to score.
     """
 
     checkpoint: Checkpoint
@@ -46,15 +47,25 @@ class Evidence:
     tokens: np.ndarray | None = None
     stream: Callable[[], LayerStream] | None = None
     progress: Progress = no_progress
+    kinds: frozenset[str] = frozenset()
 
     @cached_property
     def family(self) -> Family:
         """The declaration of the base's family."""
         return family_of(self.config)
 
-    def sizes(self, layer: int) -> dict[str, int]:
+    def sizes(self, layer: int) -> Sizes:
         """Sizes of a layer."""
-        return sizes_of(layer_fields(self.config, layer))
+        return sizes_of(self.config, layer)
+
+    def groups(self, layer: int) -> tuple[Group, ...]:
+        """The kinds of unit of a layer that are to be scored."""
+        return tuple(g for g in layer_groups(self.config, layer) if g.kind in self.kinds)
+
+    def scores_shape(self, layer: int, group: Group) -> tuple[int, ...]:
+        """(units,), or (experts, units) of units inside experts."""
+        sizes = self.sizes(layer)
+        return tuple(sizes[kind] for kind in (group.inside, group.kind) if kind)
 
     def has(self, layer: int) -> bool:
         """Whether a layer is scored already."""

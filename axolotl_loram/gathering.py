@@ -24,6 +24,7 @@ from axolotl_loram.checkpoint import (
     write_json,
     write_safetensors,
 )
+from axolotl_loram.pairing import untouched_prefixes
 from axolotl_loram.plan import Features, PruningPlan, gather
 from axolotl_loram.progress import Progress, no_progress
 
@@ -33,23 +34,30 @@ FINISHED = "finished.json"
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor to write: where it comes from, what of it is kept, and the shape that it has."""
+    """One tensor to write: where its pieces come from, what of each is kept, and its shape.
+
+    It has one piece, or one for each expert that it stacks.
+    """
 
     name: str
-    source: StoredTensor
-    features: Features
+    pieces: Sequence[tuple[StoredTensor, Features]]
     shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it."""
+        return self.pieces[0][0].dtype
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * self.source.bits.itemsize
+        return math.prod(self.shape) * self.pieces[0][0].bits.itemsize
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Its bits, some rows at a time; rows that are not kept are not read."""
-        rows, *others = self.features
-        for block in self.source.blocks(rows):
-            yield gather(block, [None, *others])
+        for source, (rows, *others) in self.pieces:
+            for block in source.blocks(rows):
+                yield gather(block, [None, *others])
 
 
 def needed_bytes(checkpoint: Checkpoint, plan: PruningPlan) -> int:
@@ -108,31 +116,55 @@ def write_weights(
 def _files(
     checkpoint: Checkpoint, plan: PruningPlan, replaced: Mapping[str, StoredTensor]
 ) -> dict[str, list[Part]]:
-    """What each output file holds; tensors that the model does not declare are left out."""
-    pruned = {tensor.name: tensor for tensor in tensors({**plan.config, **plan.changes})}
-    shards = [[name for name in names if name in pruned] for names in checkpoint.shards.values()]
+    """What each output file holds; what is neither declared nor left untouched is left out."""
+    pruned = {_name_in_base(tensor, plan): tensor for tensor in tensors(plan.pruned_config)}
+    whole = untouched_prefixes(plan.config)
+    shards = [
+        [name for name in names if name in pruned or name.startswith(whole)]
+        for names in checkpoint.shards.values()
+    ]
     shards = [names for names in shards if names]
     files = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         files[file if len(shards) > 1 else MODEL_FILE] = [
-            _part(pruned[name], checkpoint[name], plan, replaced.get(name)) for name in names
+            _part(pruned[name], checkpoint[name], plan, replaced.get(name))
+            if name in pruned
+            else _as_it_is(checkpoint[name])
+            for name in names
         ]
     return files
+
+
+def _name_in_base(tensor: Tensor, plan: PruningPlan) -> str:
+    """Of experts that are stored one by one, those that stay get new numbers."""
+    if tensor.expert is None:
+        return tensor.name
+    return tensor.of_expert(int(plan.kept_experts(tensor.layer)[tensor.expert]))
+
+
+def _as_it_is(stored: StoredTensor) -> Part:
+    return Part(stored.name, [(stored, [None] * max(1, len(stored.shape)))], stored.shape)
 
 
 def _part(
     tensor: Tensor, stored: StoredTensor, plan: PruningPlan, replacement: StoredTensor | None
 ) -> Part:
+    if replacement is None and tensor.expert is None and plan.inside_experts(tensor):
+        pieces = [
+            (stored.part(expert), plan.features(tensor.dims[1:], tensor.layer, slot))
+            for slot, expert in enumerate(plan.kept_experts(tensor.layer))
+        ]
+        return Part(tensor.name, pieces, tensor.shape)
     if replacement is None:
-        features = plan.features(tensor.dims, tensor.layer)
-        return Part(tensor.name, stored, features, tensor.shape)
+        features = plan.features(tensor.dims, tensor.layer, tensor.expert)
+        return Part(tensor.name, [(stored, features)], tensor.shape)
     if (replacement.dtype, replacement.shape) != (stored.dtype, tensor.shape):
         raise AssertionError(
             f"{tensor.name}: expected {stored.dtype} {tensor.shape} to put in its place, found "
             f"{replacement.dtype} {replacement.shape}"
         )
-    return Part(tensor.name, replacement, [None] * len(tensor.dims), tensor.shape)
+    return Part(tensor.name, [(replacement, [None] * len(tensor.dims))], tensor.shape)
 
 
 def _size(parts: Iterable[Part]) -> int:
@@ -153,7 +185,7 @@ def _write_file(
             done(block.nbytes)
 
     partial = file.with_name(f"{file.name}.partial")
-    described = [(part.name, part.source.dtype, part.shape) for part in parts]
+    described = [(part.name, part.dtype, part.shape) for part in parts]
     digest = write_safetensors(partial, described, map(counted, parts))
     digest = pack(partial) if pack else digest
     sync(partial)

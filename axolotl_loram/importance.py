@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from axolotl_loram.architecture import Tensor
 from axolotl_loram.checkpoint import StoredTensor, ahead
 from axolotl_loram.errors import LoRAMError, not_finite
-from axolotl_loram.spaces import per_unit
+from axolotl_loram.spaces import Dim, Sizes, per_unit
 
 
-def random_scores(units: int, seed: int, layer: int, kind: str) -> np.ndarray:
-    """Scores (units,) that depend on seed, layer and kind alone, whatever the order of calls."""
-    return np.random.default_rng([seed, layer, *kind.encode()]).random(units)
+def random_scores(shape: Sequence[int], seed: int, layer: int, kind: str) -> np.ndarray:
+    """Scores that depend on seed, layer and kind alone, whatever the order of calls."""
+    return np.random.default_rng([seed, layer, *kind.encode()]).random(shape)
 
 
 def magnitude_scores(
     tensors: list[tuple[Tensor, StoredTensor]],
     kind: str,
+    shape: tuple[int, ...],
     done: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Σ w² over everything that goes when a unit goes (group L2, as in LLM-Pruner's `l2`).
@@ -27,20 +28,41 @@ def magnitude_scores(
     Args:
         tensors: The layer's tensors, and where their values are; read block by block.
         kind: The kind of unit.
+        shape: Of the scores: (units,), or (experts, units) of units inside experts.
         done: Called with the bytes read since the last call.
 
     Returns:
-        Scores (units,), float64.
+        Scores of that shape, float64.
 
     Raises:
         LoRAMError: A tensor holds no plain floats, or a NaN or an infinity.
     """
-    total = np.zeros(tensors[0][0].sizes[kind])
+    total = np.zeros(shape)
     for tensor, stored in tensors:
-        axes = [a for a, dim in enumerate(tensor.dims) if any(space.units == kind for space in dim)]
-        for axis, energy in zip(axes, _energies(stored, axes, done), strict=True):
-            total += per_unit(energy, tensor.dims[axis], tensor.sizes, kind)
+        if tensor.expert is not None:
+            total[tensor.expert] += _energy(stored, tensor.dims, tensor.sizes, kind, done)
+        elif len(shape) == 2:  # experts stacked in one tensor
+            for expert, own in enumerate(total):
+                own += _energy(stored.part(expert), tensor.dims[1:], tensor.sizes, kind, done)
+        else:
+            total += _energy(stored, tensor.dims, tensor.sizes, kind, done)
     return total
+
+
+def _energy(
+    stored: StoredTensor,
+    dims: tuple[Dim, ...],
+    sizes: Sizes,
+    kind: str,
+    done: Callable[[int], object] | None,
+) -> np.ndarray:
+    """Σ w² by unit, (units,); of all of a tensor that no single unit of the kind is in, ()."""
+    axes = [a for a, dim in enumerate(dims) if any(space.units == kind for space in dim)]
+    if not axes:
+        return _energies(stored, [0], done)[0].sum()
+    energies = _energies(stored, axes, done)
+    found = [per_unit(e, dims[axis], sizes, kind) for axis, e in zip(axes, energies, strict=True)]
+    return np.sum(found, axis=0)
 
 
 def _energies(
@@ -90,9 +112,12 @@ def _check_finite(values: np.ndarray, stored: StoredTensor) -> None:
 
 
 def select(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` highest scores, ascending int32; ties go to the lower index."""
-    best = np.argsort(-scores, kind="stable")[:count]
-    return np.sort(best).astype(np.int32)
+    """Indices of the `count` highest scores along the last axis, ascending int32.
+
+    Ties go to the lower index.
+    """
+    best = np.argsort(-scores, axis=-1, kind="stable")[..., :count]
+    return np.sort(best, axis=-1).astype(np.int32)
 
 
 def choose(
@@ -105,13 +130,14 @@ def choose(
         counts: Layer → how many to keep.
         compete: Whether all layers' units compete for the sum of the counts (every layer keeps one
             at least); units of a kind weigh the same in every layer, so the budget is the same.
+            Units inside experts do not compete: each expert of a layer has equally many.
         comparable: Whether scores of different layers are on one scale; they are standardized
             within their layer before they compete otherwise.
 
     Returns:
         Layer → kept units, ascending int32.
     """
-    if not compete:
+    if not compete or any(own.ndim == 2 for own in scores.values()):
         return {layer: select(scores[layer], counts[layer]) for layer in counts}
     ranked = []
     for layer in counts:

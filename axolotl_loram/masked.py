@@ -22,8 +22,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.matching import PREFIX
 from axolotl_loram.plan import PruningPlan, mask_digest
-from axolotl_loram.recover import PREFIX
 
 BLOCK_ELEMENTS = 1 << 24
 """Most elements of a block of (B A) ∘ M: 64 MB in float32."""

@@ -29,10 +29,11 @@ from axolotl_loram.checkpoint import (
 )
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.masked import add_update, pack, read_support
+from axolotl_loram.matching import match, split_name
 from axolotl_loram.pairing import check_base, check_pruned, check_trained_under, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.progress import Progress, no_progress
-from axolotl_loram.recover import match, read_adapter_config, split_name
+from axolotl_loram.recover import read_adapter_config
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.streaming import TORCH_DTYPES
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from axolotl_loram.architecture import readers
-from axolotl_loram.evidence import Evidence, Scores
+from axolotl_loram.evidence import Evidence
 from axolotl_loram.spaces import per_unit
-from axolotl_loram.streaming import seen_inputs
+from axolotl_loram.streaming import seen_inputs, seen_routing
 
 
 @dataclass
@@ -43,15 +45,21 @@ def score_by_moments(
 ) -> None:
     """Score units by an energy of each input c, from ‖W_:c‖² (inputs,) and its moments.
 
-    A unit's score is the root of its inputs' energies added up.
+    A unit's score is the root of its inputs' energies added up. An expert's are those of what it
+    adds to the hidden state, each feature as it is.
     """
-    reading = readers(evidence.family)
     walk = evidence.walk("calibration", max(evidence.layers) + 1)
     for index, layer in walk:
+        reading = readers(evidence.config, index)
         moments = {weight.module: Moments() for weight in reading}
         weights = {w.module: layer.get_submodule(w.module) for w in reading}
+        routed = [g for g in evidence.groups(index) if g.kind == "experts"]
+        added = [Moments() for _ in range(evidence.sizes(index).get("experts", 0))]
         with (
             seen_inputs(layer, list(moments), partial(_take_in, moments)),
+            seen_routing(layer, routed[0].module, partial(_take_in_added, added))
+            if routed
+            else nullcontext(),
             walk.advanced(index, layer),
         ):
             if index in evidence.layers:
@@ -59,11 +67,33 @@ def score_by_moments(
                     name: energy(_column_energy(weights[name]), found)
                     for name, found in moments.items()
                 }
-                evidence.save(index, _fold(evidence, index, energies))
+                scores = _fold(evidence, index, energies)
+                if routed:
+                    ones = torch.ones((), dtype=torch.float64)
+                    by_expert = [float(energy(ones, own).clamp(min=0).sum()) for own in added]
+                    scores["experts"] = np.sqrt(by_expert)
+                evidence.save(index, scores)
 
 
 def _take_in(moments: dict[str, Moments], module: str, inputs: torch.Tensor) -> None:
     moments[module].add(inputs)
+
+
+def _take_in_added(
+    added: list[Moments],
+    experts: nn.Module,
+    hidden: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
+    """Note what each expert adds to each token's hidden state (nothing, if it is not chosen)."""
+    for expert, moments in enumerate(added):
+        tokens, place = torch.where(indices == expert)
+        if len(tokens):
+            chosen = torch.full((len(tokens), 1), expert, device=indices.device)
+            output = experts.forward(hidden[tokens], chosen, weights[tokens, place, None])
+            moments.add(output)
+        moments.count += len(hidden) - len(tokens)
 
 
 def _column_energy(module: Any) -> torch.Tensor:
@@ -76,13 +106,15 @@ def _column_energy(module: Any) -> torch.Tensor:
     return weight.float().square().sum(0).double()
 
 
-def _fold(evidence: Evidence, layer: int, energies: Mapping[str, torch.Tensor]) -> Scores:
+def _fold(
+    evidence: Evidence, layer: int, energies: Mapping[str, torch.Tensor]
+) -> dict[str, np.ndarray]:
     """Root of the sum of each unit's energies, over all projections that read it."""
     scores, sizes = {}, evidence.sizes(layer)
-    for group in evidence.family.groups:
+    for group in evidence.groups(layer):
         found = [
             per_unit(energies[w.module].clamp(min=0).cpu().numpy(), w.dims[1], sizes, group.kind)
-            for w in readers(evidence.family)
+            for w in readers(evidence.config, layer)
         ]
         scores[group.kind] = np.sqrt(sum(found))
     return scores

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture import Config, tensors
+from axolotl_loram.architecture import Config, family_of, tensors
 from axolotl_loram.checkpoint import Checkpoint, read_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, PruningPlan
@@ -58,12 +58,26 @@ def check_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]], where: 
                 f"expected {name} of shape {list(shape)} in {where}, found {found}: the weights "
                 "do not belong to the config or plan"
             )
-    extra = [name for name in shapes if name not in declared and not _is_derived(name)]
+    whole = untouched_prefixes(config)
+    extra = [
+        name
+        for name in shapes
+        if name not in declared and not _is_derived(name) and not name.startswith(whole)
+    ]
     if extra:
         raise LoRAMError(
             f"expected only the weights of a plain {config['model_type']} model in {where}, found "
             f"{extra[0]} ({len(extra)} such): give an unquantized model without additions"
         )
+
+
+def untouched_prefixes(config: Config) -> tuple[str, ...]:
+    """What the stored names of weights begin with that are not declared and stay as they are.
+
+    Those that are stored under another name than they run under, as in early checkpoints, too.
+    """
+    family = family_of(config)
+    return tuple({form for prefix in family.whole for form in (prefix, family.stored_name(prefix))})
 
 
 def _is_derived(name: str) -> bool:
@@ -79,7 +93,7 @@ def check_pruned(folder: Path, plan: PruningPlan) -> None:
             f"expected the plan that {folder / RECORD_FILE} records ({recorded[:19]}…), found "
             f"{plan.digest[:19]}…: plan and checkpoint are from two prunings"
         )
-    config = {**plan.config, **plan.changes}
+    config = plan.pruned_config
     check_tensors(config, shapes_of(load_config(str(folder))), f"{folder / 'config.json'}")
     check_tensors(config, logical_shapes(Checkpoint(folder).tensors), str(folder))
 

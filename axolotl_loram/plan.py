@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ import numpy as np
 
 from axolotl_loram.architecture import (
     Config,
+    Tensor,
+    changed,
     config_changes,
     family_of,
     layer_count,
-    layer_fields,
+    layer_groups,
     parameter_count,
+    section_of,
     sizes_of,
     tensors,
 )
 from axolotl_loram.args import check_ratio
 from axolotl_loram.checkpoint import open_safetensors, write_safetensors
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.spaces import Dim, Group, Kept, kept_features
+from axolotl_loram.spaces import Dim, Group, Kept, Sizes, kept_features
 
 LOG = logging.getLogger(__name__)
 PLAN_FILE = "loram_plan.safetensors"
@@ -54,7 +58,8 @@ class PruningPlan:
 
     Attributes:
         config: The base model's config, defaults filled in.
-        kept: Entry, such as ``model.layers.17.mlp`` → int32 indices of kept units.
+        kept: Entry, such as ``model.layers.17.mlp`` → int32 indices of kept units; of units inside
+            others, (kept others, kept units), a row for each.
         base: The model it was made for.
         masks: Weight that was made sparse → `mask_digest` of what is left of it. Its mask is W ≠ 0
             in the pruned checkpoint: the digest tells whether that is still so.
@@ -74,7 +79,11 @@ class PruningPlan:
                     f"entry {name}: the plan was made for another model"
                 )
             layer, group = entries[name]
-            _check_units(name, units, sizes_of(layer_fields(self.config, layer))[group.kind])
+            sizes, rows = sizes_of(self.config, layer), None
+            if group.inside:
+                around = self.kept_in(layer).get(group.inside)
+                rows = sizes[group.inside] if around is None else len(around)
+            _check_units(name, units, sizes[group.kind], rows)
         unknown = set(self.masks) - {tensor.name for tensor in tensors(self.config)}
         if self.masks and unknown:
             raise LoRAMError(
@@ -90,27 +99,54 @@ class PruningPlan:
         entries = {group.kind: family.entry(layer, group) for group in family.groups}
         return {kind: self.kept[name] for kind, name in entries.items() if name in self.kept}
 
-    def features(self, dims: tuple[Dim, ...], layer: int | None) -> list[np.ndarray | None]:
-        """For each dimension, the kept features' positions in the base, None where all are."""
+    def features(
+        self, dims: tuple[Dim, ...], layer: int | None, slot: int | None = None
+    ) -> list[np.ndarray | None]:
+        """For each dimension, the kept features' positions in the base, None where all are.
+
+        Args:
+            dims: The dimensions.
+            layer: Their layer.
+            slot: For what is inside one expert: its place among the kept ones.
+        """
         kept = self.kept_in(layer)
         if not kept:
             return [None] * len(dims)
-        sizes = sizes_of(layer_fields(self.config, layer or 0))
+        if slot is not None:
+            kept = {kind: units[slot] if units.ndim == 2 else units for kind, units in kept.items()}
+        sizes = sizes_of(self.config, layer)
         return [kept_features(dim, sizes, kept) for dim in dims]
 
-    @property
+    def kept_experts(self, layer: int | None) -> np.ndarray:
+        """The base's numbers of the experts that a layer keeps."""
+        if layer is None:
+            return np.arange(0)
+        whole = np.arange(sizes_of(self.config, layer).get("experts", 0))
+        return self.kept_in(layer).get("experts", whole)
+
+    def inside_experts(self, tensor: Tensor) -> bool:
+        """Whether a tensor stacks experts that keep different features each."""
+        kept = self.kept_in(tensor.layer)
+        return any(kind in kept and kept[kind].ndim == 2 for kind in tensor.kinds)
+
+    @cached_property
     def counts(self) -> dict[int, dict[str, int]]:
         """Layer → kind → units kept, of the layers that are not whole."""
         counted: dict[int, dict[str, int]] = {}
         for name, layer, group in entries_of(self.config):
             if name in self.kept:
-                counted.setdefault(layer, {})[group.kind] = len(self.kept[name])
+                counted.setdefault(layer, {})[group.kind] = self.kept[name].shape[-1]
         return counted
 
-    @property
+    @cached_property
     def changes(self) -> dict[str, Any]:
-        """What the pruned model's config says differently from the base's."""
+        """What the pruned model's config says differently from the base's, in its own section."""
         return config_changes(self.config, self.counts)
+
+    @cached_property
+    def pruned_config(self) -> dict[str, Any]:
+        """The pruned model's config."""
+        return changed(self.config, self.changes)
 
     @property
     def digest(self) -> str:
@@ -161,7 +197,7 @@ class PruningPlan:
                 "upgrade axolotl-loram"
             )
         for tensor in stored.values():
-            if tensor.dtype != "I32" or len(tensor.shape) != 1:
+            if tensor.dtype != "I32" or len(tensor.shape) not in (1, 2):
                 raise LoRAMError(
                     f"expected lists of I32 in {file}, found {tensor.name} of {tensor.dtype} "
                     f"{list(tensor.shape)}"
@@ -213,17 +249,19 @@ def entries_of(config: Config) -> Iterator[tuple[str, int, Group]]:
     """Every (entry, layer, group) that a plan for `config` may have, in layer order."""
     family = family_of(config)
     for layer in range(layer_count(config)):
-        for group in family.groups:
+        for group in layer_groups(config, layer):
             yield family.entry(layer, group), layer, group
 
 
-def _check_units(name: str, units: np.ndarray, available: int) -> None:
-    ascending = units.ndim == 1 and len(units) > 0 and bool((np.diff(units) > 0).all())
-    if not ascending or units[0] < 0 or units[-1] >= available:
+def _check_units(name: str, units: np.ndarray, available: int, rows: int | None) -> None:
+    shaped = units.ndim == 1 if rows is None else units.ndim == 2 and len(units) == rows
+    ascending = shaped and units.shape[-1] > 0 and bool((np.diff(units) > 0).all())
+    if not ascending or units.min() < 0 or units.max() >= available:
+        inside = "" if rows is None else f" of each of {rows}"
         raise LoRAMError(
-            f"expected {name} to keep 1 to {available} units, ascending, each in 0…{available - 1},"
-            f" found {np.array2string(units, threshold=6)}: the plan is damaged or for another "
-            "model"
+            f"expected {name} to keep 1 to {available} units{inside}, ascending, each in "
+            f"0…{available - 1}, found {np.array2string(units, threshold=6)}: the plan is damaged "
+            "or for another model"
         )
 
 
@@ -248,30 +286,61 @@ def protected_layers(layers: int, first: int, last: int) -> set[int]:
     return set(range(kept_first)) | set(range(layers - kept_last, layers))
 
 
-def keep_counts(config: Config, ratio: float, first: int, last: int) -> dict[int, dict[str, int]]:
+def keep_counts(
+    config: Config, ratio: float, first: int, last: int, units: Collection[str] | None = None
+) -> dict[int, dict[str, int]]:
     """Layer → kind → units kept at a uniform pruning ratio; protected layers are missing.
 
+    Args:
+        config: The base's config.
+        ratio: Share of the units to remove.
+        first: Layers at the start that stay whole.
+        last: Layers at the end that stay whole.
+        units: Kinds of unit to remove, by default all but the optional ones.
+
     Raises:
-        LoRAMError: The ratio is outside (0, 1), leaves a layer without a unit of some kind, or the
-            model is pruned already.
+        LoRAMError: The ratio is outside (0, 1), leaves a layer without a unit of some kind, the
+            model has no such units, or is pruned already.
     """
     check_ratio(ratio)
-    if config.get("per_layer_config"):
+    if section_of(config, family_of(config)).get("per_layer_config"):
         raise LoRAMError(
             "expected a model whose layers are all alike, found per_layer_config in its config: "
             "prune the original model, not one that is pruned already"
         )
-    sizes, protected = sizes_of(config), protected_layers(layer_count(config), first, last)
-    counts = {}
-    for group in family_of(config).groups:
-        counts[group.kind] = group.keep_count(ratio, sizes)
-        if counts[group.kind] < 1:
-            raise LoRAMError(
-                f"expected every layer to keep a {group.noun}, found none of {sizes[group.kind]} "
-                f"left at pruning ratio {ratio}: use a ratio of at most "
-                f"{1 - 1 / sizes[group.kind]:.4g}"
-            )
-    return {layer: dict(counts) for layer in range(layer_count(config)) if layer not in protected}
+    protected = protected_layers(layer_count(config), first, last)
+    wanted = _kinds(config, units)
+    counts: dict[int, dict[str, int]] = {}
+    for layer in range(layer_count(config)):
+        groups = [group for group in layer_groups(config, layer) if group.kind in wanted]
+        if layer not in protected and groups:
+            sizes = sizes_of(config, layer)
+            counts[layer] = {group.kind: _keep_count(group, ratio, sizes) for group in groups}
+    return counts
+
+
+def _kinds(config: Config, units: Collection[str] | None) -> set[str]:
+    groups = family_of(config).groups
+    unknown = set(units or ()) - {group.kind for group in groups}
+    if unknown:
+        raise LoRAMError(
+            f"expected units among {', '.join(group.kind for group in groups)} for "
+            f"{config['model_type']}, found {min(unknown)}"
+        )
+    return set(units) if units else {group.kind for group in groups if not group.optional}
+
+
+def _keep_count(group: Group, ratio: float, sizes: Sizes) -> int:
+    count, fewest, total = group.keep_count(ratio, sizes), group.fewest(sizes), sizes[group.kind]
+    if count < fewest:
+        least = f"a {group.noun}" if fewest == 1 else f"{fewest} {group.kind}"
+        found = "none" if count == 0 else str(count)
+        most = f"use a ratio of at most {1 - fewest / total:.4g}" if fewest < total else "use"
+        raise LoRAMError(
+            f"expected every layer to keep {least}, found {found} of {total} left at pruning "
+            f"ratio {ratio}: {most}, or `units:` without {group.kind}".replace("use, or", "use")
+        )
+    return count
 
 
 def summary(config: Config, counts: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
@@ -280,15 +349,13 @@ def summary(config: Config, counts: Mapping[int, Mapping[str, int]]) -> dict[str
     `nominal_qloram_reduction` is four times the parameter reduction: it counts every parameter as
     4 bits, embeddings and quantization constants included, which no real checkpoint reaches.
     """
-    base, pruned = (
-        parameter_count(config),
-        parameter_count({**config, **config_changes(config, counts)}),
-    )
+    base = parameter_count(config)
+    pruned = parameter_count(changed(config, config_changes(config, counts)))
     return {
         "model_type": config["model_type"],
         "layers": layer_count(config),
         "pruned_layers": len(counts),
-        "kept_per_pruned_layer": dict(next(iter(counts.values()), {})),
+        "kept_per_pruned_layer": {k: n for kept in counts.values() for k, n in kept.items()},
         "base_parameters": base,
         "pruned_parameters": pruned,
         "parameter_reduction": round(base / pruned, 4),

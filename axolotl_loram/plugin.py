@@ -29,7 +29,7 @@ from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
-from axolotl_loram.architecture import tensors
+from axolotl_loram.architecture import parameters
 from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.axolotl_data import token_rows
 from axolotl_loram.cache import prune_into_cache
@@ -38,13 +38,13 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.formats import Formats
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
+from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.merge import merge_masked
 from axolotl_loram.pairing import check_base, check_pruned, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan, summary
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.quantized import decide_formats, prepare_packed, store_small
 from axolotl_loram.recover import (
-    ADAPTER_CONFIG,
     gather_adapter,
     read_adapter_config,
     recover,
@@ -341,7 +341,9 @@ def _merge_into_unquantized_base(cfg: Any) -> None:
 def _check_modules_to_save(cfg: Any, plan: PruningPlan) -> None:
     """Refuse to train in whole a module that has lost features: BA is not all of its update."""
     named = set(cfg.lora_modules_to_save or [])
-    touched = {part for t in tensors(plan.config) if t.kinds for part in t.module.split(".")[-2:]}
+    touched = {
+        part for t in parameters(plan.config) if t.kinds for part in t.module.split(".")[-2:]
+    }
     if named & touched:
         raise LoRAMError(
             "expected lora_modules_to_save to name modules that pruning leaves whole, found "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from axolotl_loram.architecture import Config, tensors
+from axolotl_loram.architecture import Config, family_of, has_experts, tensors
 from axolotl_loram.checkpoint import (
     Checkpoint,
     StoredTensor,
@@ -221,9 +221,15 @@ def plan_packing(
         device: Where to quantize.
 
     Raises:
-        LoRAMError: The device cannot do it, weights are no 16- or 32-bit numbers, or the model
-            holds them otherwise than they are stored, as it does with experts.
+        LoRAMError: The device cannot do it, weights are no 16- or 32-bit numbers, or the model has
+            parts beside a decoder's linear layers that transformers would not find packed.
     """
+    family = family_of(config)
+    if has_experts(config) or family.section or family.auto_class != "AutoModelForCausalLM":
+        raise LoRAMError(
+            f"expected a language model without experts and towers to write it in 4 bits, found "
+            f"{config['model_type']}: prune without quantize, and train with load_in_4bit"
+        )
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -235,19 +241,13 @@ def plan_packing(
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, dtype=settings.dtype or torch.bfloat16)
-    missing = {tensor.name for tensor in tensors(config)} - set(model.state_dict())
-    if missing:
-        raise LoRAMError(
-            f"expected a model that holds its weights as they are stored to write it in 4 bits, "
-            f"found {min(missing)} ({len(missing)} such) put together on loading: prune without "
-            "quantize, and train with load_in_4bit"
-        )
     weights, quantization_config = _converted(model)
     for name in sorted(weights):
-        if stored[name].dtype not in ("BF16", "F16", "F32"):
+        dtype = stored[name].dtype if name in stored else None
+        if dtype not in ("BF16", "F16", "F32"):
             raise LoRAMError(
-                f"expected weights of BF16, F16 or F32 to write them in 4 bits, found {name} of "
-                f"{stored[name].dtype}: prune without quantize"
+                f"expected {name} as BF16, F16 or F32 to write it in 4 bits, found {dtype}: prune "
+                "without quantize, and train with load_in_4bit"
             )
     return Packing(weights, quantization_config, block, device)
 

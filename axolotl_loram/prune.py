@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from axolotl_loram import __version__
-from axolotl_loram.architecture import Config, family_of, layer_count
-from axolotl_loram.args import PruningArgs
+from axolotl_loram.architecture import Config, changed, family_of, layer_count, sizes_of
+from axolotl_loram.args import CALIBRATED, PruningArgs
 from axolotl_loram.checkpoint import (
     Checkpoint,
     StoredTensor,
@@ -124,6 +124,7 @@ class Job:
             self.calibration.tokens if self.calibration else None,
             lambda: self.stream(self.settings.load_in_4bit),
             self.progress,
+            frozenset(kind for count in self.sketch.counts.values() for kind in count),
         )
 
 
@@ -158,12 +159,18 @@ def prune(
     """
     check_vacant(output, overwrite)
     config = load_config(model, revision)
+    if config.get("quantization_config"):
+        raise LoRAMError(
+            f"expected a model in 16 or 32 bits to prune, found quantization_config in {model}: "
+            "load it dequantized, save it, and prune that"
+        )
     folder = find_folder(model, revision)
     checkpoint = Checkpoint(folder)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
     sketch = plan_of_size(config, base, settings)
+    check_scorable(sketch, settings)
     packing = _plan_packing(settings, checkpoint, sketch)
     calibration = calibration or _calibrate(settings, folder)
     job = Job(checkpoint, sketch, settings, calibration, packing, progress)
@@ -188,12 +195,17 @@ def plan_of_size(config: dict[str, Any], base: Base, settings: PruningArgs) -> P
         sparse_layers(config, settings.sparsity, *settings.protected)
         return PruningPlan(config, {}, base)
     assert settings.ratio is not None  # PruningArgs saw to it
-    family, counts = family_of(config), keep_counts(config, settings.ratio, *settings.protected)
-    kept = {
-        family.entry(layer, group): np.arange(count[group.kind], dtype=np.int32)
-        for layer, count in counts.items()
-        for group in family.groups
-    }
+    family = family_of(config)
+    counts = keep_counts(config, settings.ratio, *settings.protected, settings.units)
+    kept = {}
+    for layer, count in counts.items():
+        sizes = sizes_of(config, layer)
+        for group in family.groups:
+            if group.kind in count:
+                units = np.arange(count[group.kind], dtype=np.int32)
+                rows = count.get(group.inside, sizes[group.inside]) if group.inside else None
+                stacked = units if rows is None else np.tile(units, (rows, 1))
+                kept[family.entry(layer, group)] = stacked
     return PruningPlan(config, kept, base)
 
 
@@ -202,7 +214,7 @@ def _plan_packing(
 ) -> Packing | None:
     if settings.quantize is None:
         return None
-    config = {**read_json(checkpoint.folder / "config.json"), **sketch.changes}
+    config = changed(read_json(checkpoint.folder / "config.json"), sketch.changes)
     block, device = settings.quantize_block_size, device_of(settings)
     return plan_packing(config, checkpoint.tensors, block, device)
 
@@ -228,6 +240,26 @@ def _calibrate(settings: PruningArgs, folder: Path) -> Calibration | None:
     return load_calibration(settings, folder)
 
 
+def check_scorable(sketch: PruningPlan, settings: PruningArgs) -> None:
+    """Refuse a criterion that does not know what it is to score.
+
+    Raises:
+        LoRAMError: It needs text and the model reads none, or cannot look inside stacked experts.
+    """
+    family, method = family_of(sketch.config), settings.method
+    if settings.needs_calibration and family.auto_class == "AutoModelForImageClassification":
+        raise LoRAMError(
+            f"expected method random or magnitude without refit for {family.model_type}, found "
+            f"{method}: calibration text goes through language models only"
+        )
+    kinds = {kind for count in sketch.counts.values() for kind in count}
+    if "expert_neurons" in kinds and method in CALIBRATED:
+        raise LoRAMError(
+            f"expected method random or magnitude for expert_neurons, found {method}: stacked "
+            "experts do not show what goes into each neuron"
+        )
+
+
 def check_room(job: Job, output: Path) -> None:
     """Refuse to start without the disk space for the result and the work before it.
 
@@ -237,11 +269,10 @@ def check_room(job: Job, output: Path) -> None:
     needed = needed_bytes(job.checkpoint, job.sketch)
     refitted = needed if job.settings.sparsity or job.settings.refits else 0
     if job.packing is not None:
-        pruned = {**job.config, **job.sketch.changes}
-        needed = job.packing.needed_bytes(pruned, job.checkpoint)
+        needed = job.packing.needed_bytes(job.sketch.pruned_config, job.checkpoint)
     needed += refitted
     if job.calibration is not None:
-        states = job.calibration.tokens.size * int(job.config["hidden_size"]) * 4
+        states = job.calibration.tokens.size * sizes_of(job.config)["hidden"] * 4
         kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
         needed += states * kept
     existing = next(path for path in (output, *output.resolve().parents) if path.exists())
@@ -288,15 +319,21 @@ def choose_units(job: Job, work: Work) -> PruningPlan:
     criterion, evidence = CRITERIA[settings.method], job.evidence(work, list(counts))
     criterion.score(evidence)
     scores = {layer: evidence.load(layer) for layer in counts}
+    so_far = PruningPlan(job.config, {}, job.sketch.base)
     for group in family.groups:
+        having = [layer for layer, count in counts.items() if group.kind in count]
+        own = {layer: scores[layer][group.kind] for layer in having}
+        if group.inside:  # of the experts that are kept
+            own = {layer: rows[so_far.kept_experts(layer)] for layer, rows in own.items()}
         chosen = choose(
-            {layer: own[group.kind] for layer, own in scores.items()},
-            {layer: count[group.kind] for layer, count in counts.items()},
+            own,
+            {layer: counts[layer][group.kind] for layer in having},
             settings.allocation == "global",
             criterion.comparable,
         )
         kept |= {family.entry(layer, group): units for layer, units in chosen.items()}
-    return PruningPlan(job.config, kept, job.sketch.base)
+        so_far = replace(so_far, kept=dict(kept))
+    return so_far
 
 
 def _make_sparse(job: Job, work: Work, sparsity: float | str) -> Outcome:
@@ -328,7 +365,7 @@ def _write_rest(
     plan, calibration = outcome.plan, job.calibration
     raw = read_json(base_folder / "config.json")
     quantized = {"quantization_config": job.packing.settings} if job.packing else {}
-    write_json(folder / "config.json", {**raw, **plan.changes, **quantized})
+    write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
     for pattern in (*TOKENIZER_PATTERNS, "generation_config.json"):
         for file in base_folder.glob(pattern):
             if file.is_file():

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture import Tensor, tensors
 from axolotl_loram.checkpoint import (
     ADAPTER_FILE,
     Checkpoint,
-    StoredTensor,
     new_folder,
     read_json,
     updated_folder,
@@ -29,6 +25,7 @@ from axolotl_loram.checkpoint import (
     write_safetensors,
 )
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.matching import ADAPTER_CONFIG, Moved, match
 from axolotl_loram.pairing import check_trained_under, read_record
 from axolotl_loram.plan import (
     PLAN_FILE,
@@ -36,44 +33,11 @@ from axolotl_loram.plan import (
     SCHEMA_VERSION,
     Base,
     PruningPlan,
-    gather,
-    scatter,
 )
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
-from axolotl_loram.spaces import Dim
 
 LOG = logging.getLogger(__name__)
-ADAPTER_CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
-LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "lora_A.weight": ((1, 1),),
-    "lora_B.weight": ((0, 0),),
-    "lora_B.bias": ((0, 0),),
-    "lora_embedding_A": (),
-    "lora_embedding_B": (),
-}
-"""Part of a LoRA → (its axis, the axis of the adapted weight that it lies along) for what prunes.
-
-A is (r, input), B is (output, r), and a linear weight is (output, input). Embeddings never prune.
-"""
 DEFAULT_INITS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True)
-class Moved:
-    """One adapter tensor: where it comes from, the shape it will have, the features it keeps."""
-
-    stored: StoredTensor
-    shape: tuple[int, ...]
-    features: tuple[np.ndarray | None, ...]
-
-    def scatter(self) -> np.ndarray:
-        """The tensor with zeros at pruned features, bits unchanged at kept ones."""
-        return scatter(self.stored.read(), self.features, self.shape)
-
-    def gather(self) -> np.ndarray:
-        """The tensor at kept features."""
-        return gather(self.stored.read(), self.features)
 
 
 def recover(
@@ -194,86 +158,9 @@ def unrecoverable(settings: Mapping[str, Any]) -> str | None:
         )
     if settings.get("layer_replication"):
         return "layer_replication makes layers that the base has not: train without it"
-    if settings.get("target_parameters"):
-        return "LoRA on raw parameters (lora_target_parameters) is not recovered yet: use modules"
     if settings.get("bias", "none") != "none":
         return f"expected lora bias 'none', found {settings['bias']!r}: trained biases are not BA"
     return None
-
-
-def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Moved]:
-    """Find out, for each adapter tensor, along which features of the base it lies.
-
-    Args:
-        checkpoint: The adapter.
-        plan: The plan.
-        full_size: Whether its tensors have the base's shapes (to gather) or the pruned model's
-            (to scatter).
-
-    Returns:
-        The tensors in stored order, each with the shape it will have.
-
-    Raises:
-        LoRAMError: A tensor is none of LoRA's, or its shape does not fit the plan.
-    """
-    declared: dict[str, Tensor] = {}
-    for tensor in tensors(plan.config):
-        declared.setdefault(tensor.module, tensor)  # the weight comes before the bias
-    aliases = {"lm_head": "model.embed_tokens"}  # a tied lm_head is not stored, but can be adapted
-    moved = []
-    for stored in checkpoint.tensors.values():
-        module, part = split_name(stored.name)
-        adapted = declared.get(module) or declared.get(aliases.get(module, ""))
-        if part in LORA_AXES and adapted is not None:
-            moved.append(_match_lora(stored, part, adapted, plan, full_size))
-        else:
-            moved.append(_match_whole(stored, module, adapted))
-    return moved
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`` → module, ``lora_A.weight``."""
-    path = re.sub(r"\.(base_layer|token_adapter)\b", "", name.removeprefix(PREFIX))
-    found = re.fullmatch(r"(.+?)\.(lora_.+)", path)
-    return (found[1], found[2]) if found else (path.rpartition(".")[0], path.rpartition(".")[2])
-
-
-def _match_lora(
-    stored: StoredTensor, part: str, tensor: Tensor, plan: PruningPlan, full_size: bool
-) -> Moved:
-    features: list[np.ndarray | None] = [None] * len(stored.shape)
-    shape = list(stored.shape)
-    for axis, weight_axis in LORA_AXES[part]:
-        dim: Dim = tensor.dims[weight_axis]
-        (kept,) = plan.features((dim,), tensor.layer)
-        whole = sum(space.size(tensor.sizes) for space in dim)
-        narrow = whole if kept is None else len(kept)
-        expected, shape[axis] = (whole, narrow) if full_size else (narrow, whole)
-        features[axis] = kept
-        if axis >= len(stored.shape) or stored.shape[axis] != expected:
-            raise LoRAMError(
-                f"expected {stored.name} to have {expected} features along axis {axis}, found "
-                f"shape {list(stored.shape)}: this adapter was "
-                + ("made for another base" if full_size else "trained under another plan")
-            )
-    return Moved(stored, tuple(shape), tuple(features))
-
-
-def _match_whole(stored: StoredTensor, module: str, tensor: Tensor | None) -> Moved:
-    """A tensor that goes through as it is: a module saved whole that pruning does not touch."""
-    if "lora_magnitude_vector" in stored.name:
-        raise LoRAMError(f"expected a LoRA adapter, found {stored.name}: DoRA is not recoverable")
-    if tensor is None:
-        raise LoRAMError(
-            f"expected tensors of modules that the base has, found {stored.name}: this adapter was "
-            "made for another model"
-        )
-    if tensor.kinds:
-        raise LoRAMError(
-            f"expected only modules that pruning leaves whole to be saved whole, found "
-            f"{stored.name}: put no {module.rpartition('.')[2]} into lora_modules_to_save"
-        )
-    return Moved(stored, stored.shape, (None,) * len(stored.shape))
 
 
 def _plan_folder(pruned_model: str) -> Path:

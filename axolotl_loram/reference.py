@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture import layer_fields, sizes_of
+from axolotl_loram.architecture import sizes_of
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import entries_of
 
@@ -31,10 +31,10 @@ def read_indices(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarra
     files = {file.name: file for file in sorted(folder.rglob("model.layers.*.pt"))}
     kept = {}
     for entry, layer, group in entries_of(config):
-        projection, block = INDEX_OF[group.kind]
+        projection, block = INDEX_OF.get(group.kind, ("", None))
         file = files.get(f"{entry}.{projection}.pt")
         if file is not None:
-            sizes = sizes_of(layer_fields(config, layer))
+            sizes = sizes_of(config, layer)
             rows = sizes[block] if block else 1
             removed = np.unique(_removed_positions(file, sizes[group.kind] * rows) // rows)
             kept[entry] = np.setdiff1d(np.arange(sizes[group.kind]), removed).astype(np.int32)

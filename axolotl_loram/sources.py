@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture import family_of
+from axolotl_loram.architecture import with_defaults
 from axolotl_loram.checkpoint import has_weights, read_json
 from axolotl_loram.errors import LoRAMError
 
@@ -95,7 +95,7 @@ def load_config(model: str, revision: str | None = None) -> dict[str, Any]:
     if not path.is_file():
         path = find_folder(model, revision, patterns=["config.json"]) / "config.json"
     raw = read_json(path)
-    return {**family_of(raw).defaults, **raw}
+    return with_defaults(raw)
 
 
 def _looks_local(model: str) -> bool:

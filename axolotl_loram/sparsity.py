@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture import Config, family_of, layer_count, tensors
+from axolotl_loram.architecture import Config, family_of, has_experts, layer_count, tensors
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.plan import mask_digest, protected_layers
 from axolotl_loram.progress import Progress, no_progress
-from axolotl_loram.spaces import Weight
+from axolotl_loram.spaces import LINEAR, Weight
 from axolotl_loram.work import Work
 
 Sparsity = float | str
@@ -39,15 +39,21 @@ def sparse_layers(config: Config, sparsity: Sparsity, first: int, last: int) -> 
     """Layers to make sparse.
 
     Raises:
-        LoRAMError: A pattern does not divide the inputs of one of their weights.
+        LoRAMError: A pattern does not divide the inputs of one of their weights, or the model is
+            made of more than alike layers of linear weights.
     """
+    family = family_of(config)
+    if has_experts(config) or family.section or family.auto_class != "AutoModelForCausalLM":
+        raise LoRAMError(
+            f"expected a dense language model for sparsity, found {family.model_type}: remove "
+            "whole units (--pruning-ratio) of such a model"
+        )
     layers = sorted(
         set(range(layer_count(config))) - protected_layers(layer_count(config), first, last)
     )
     pattern = pattern_of(sparsity)
     for tensor in tensors(config):
-        linear = tensor.layer is not None and len(tensor.shape) == 2
-        if pattern and linear and tensor.shape[1] % pattern[1]:
+        if pattern and tensor.linear and tensor.shape[1] % pattern[1]:
             raise LoRAMError(
                 f"expected the {tensor.shape[1]} inputs of {tensor.name} to be a multiple of "
                 f"{pattern[1]}, found pattern {sparsity}: use another pattern, or a share such as "
@@ -58,7 +64,7 @@ def sparse_layers(config: Config, sparsity: Sparsity, first: int, last: int) -> 
 
 def linear_weights(config: Config) -> tuple[Weight, ...]:
     """A layer's linear weights, in the order of the declaration."""
-    return tuple(weight for weight in family_of(config).layer if len(weight.dims) == 2)
+    return tuple(weight for weight in family_of(config).layer if weight.role == LINEAR)
 
 
 def by_magnitude(
@@ -156,7 +162,7 @@ def planned_nonzero(config: Config, layers: list[int], sparsity: Sparsity) -> di
     """Weight → weights left, before anything is pruned (methods round by row or block)."""
     pattern, counts = pattern_of(sparsity), {}
     for tensor in tensors(config):
-        if tensor.layer in layers and len(tensor.shape) == 2:
+        if tensor.layer in layers and tensor.linear:
             size = math.prod(tensor.shape)
             kept = size * pattern[0] // pattern[1] if pattern else size - removed_of(size, sparsity)
             counts[tensor.name] = kept

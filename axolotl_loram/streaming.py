@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from axolotl_loram.architecture import Config, family_of
+from axolotl_loram.architecture import Config, Tensor, family_of, layer_pieces, sizes_of
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.errors import LoRAMError, not_finite
 
@@ -79,20 +80,29 @@ class LayerStream:
     ) -> None:
         self.checkpoint, self.device, self.four_bit = checkpoint, torch.device(device), four_bit
         self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.family = family_of(config)
+        self.config, self.family = config, family_of(config)
         self.model = _empty_model(config, self.dtype)
         self.layers: Any = self.model.get_submodule(self.family.layers)
-        self.hidden_size = int(config["hidden_size"])
+        self.hidden_size = sizes_of(config)["hidden"]
         self._arguments: dict[torch.Size, list[tuple[tuple, dict]]] = {}
 
     def layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, on the device, in evaluation mode."""
         layer = copy.deepcopy(self.layers[index]).eval().requires_grad_(False)
         prefix = f"{self.family.layers}.{index}."
-        for name, _ in list(layer.named_parameters()):
-            values = to_torch(self.checkpoint[prefix + name], self.dtype)
-            self._place(layer, name, values)
+        for name, pieces in layer_pieces(self.config, index).items():
+            self._place(layer, name.removeprefix(prefix), self._assembled(pieces))
         return layer.to(self.device)
+
+    def _assembled(self, pieces: list[list[Tensor]]) -> torch.Tensor:
+        """A parameter from what is stored of it; experts that are stored one by one are stacked."""
+        joined = [
+            torch.cat([to_torch(self.checkpoint[piece.name], self.dtype) for piece in of_expert])
+            if len(of_expert) > 1
+            else to_torch(self.checkpoint[of_expert[0].name], self.dtype)
+            for of_expert in pieces
+        ]
+        return joined[0] if pieces[0][0].expert is None else torch.stack(joined)
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What the layer makes of hidden states (batch, tokens, hidden)."""
@@ -126,8 +136,9 @@ class LayerStream:
         if self.four_bit and isinstance(module, nn.Linear) and leaf == "weight":
             replace_linear(layer, path, values, self.device)
         else:
-            parameter = nn.Parameter(values.to(self.device), requires_grad=False)
-            setattr(module, leaf, parameter)
+            values = values.to(self.device)
+            buffer = leaf in module._buffers
+            setattr(module, leaf, values if buffer else nn.Parameter(values, requires_grad=False))
 
     def _called_with(self, shape: torch.Size) -> list[tuple[tuple, dict]]:
         """What the model passes to each of its layers beside hidden states of this shape."""
@@ -149,7 +160,7 @@ class LayerStream:
     def _stored_embedding(self) -> StoredTensor:
         embedding = self.model.get_input_embeddings()
         name = next(n for n, module in self.model.named_modules() if module is embedding)
-        return self.checkpoint[f"{name}.weight"]
+        return self.checkpoint[self.family.stored_name(f"{name}.weight")]
 
     def _load_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         """Load the rows that are looked up, and no others; returns where each token's row is."""
@@ -175,9 +186,10 @@ class LayerStream:
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             module = self.model.get_submodule(name.rpartition(".")[0])
             inside = name.startswith(f"{self.family.layers}.")
-            if inside or module is self.model.get_input_embeddings() or not parameter.is_meta:
+            aside = inside or name.startswith(self.family.whole)
+            if aside or module is self.model.get_input_embeddings() or not parameter.is_meta:
                 continue
-            stored = self.checkpoint.tensors.get(name)
+            stored = self.checkpoint.tensors.get(self.family.stored_name(name))
             if stored is None and module is head:  # tied: the input embedding is the output's too
                 stored = self._stored_embedding
             assert stored is not None  # pruning checked the tensors
@@ -244,7 +256,8 @@ def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, its computed buffers (rotary frequencies) on the CPU."""
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        auto_class = getattr(transformers, family_of(config).auto_class)
+        model = auto_class.from_config(settings, dtype=dtype)
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in names:
@@ -273,6 +286,26 @@ def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, device: to
     new.bias = old.bias
     layer.set_submodule(path, new)
     new.weight = new.weight.to(device)
+
+
+@contextmanager
+def seen_routing(layer: nn.Module, module: str, see: Callable[..., Any]) -> Iterator[None]:
+    """Call `see(experts, hidden, indices, weights)` before a layer's stacked experts run.
+
+    That is how transformers calls them: hidden states (tokens, hidden), and for each token the
+    experts it goes to and the weights of their outputs, both (tokens, k). Weights that are returned
+    take the place of the ones given.
+    """
+
+    def before(experts: nn.Module, args: tuple) -> tuple | None:
+        changed = see(experts, *args[:3])
+        return None if changed is None else (*args[:2], changed, *args[3:])
+
+    handle = layer.get_submodule(module).register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -49,7 +49,6 @@ def check_supported(cfg: Any) -> None:
         "relora": "it merges into the pruned weights as it goes, which the original has not",
         "gptq": "pruned models hold plain weights; use adapter: qlora for 4 bits",
         "reinit_weights": "it would throw the pruned model's weights away",
-        "lora_target_parameters": "LoRA on raw parameters is not recovered yet",
         "peft_layer_replication": "it makes layers that the original has not",
     }
     for key, reason in refused.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import nn
 
 from axolotl_loram.architecture import layer_count, readers
 from axolotl_loram.evidence import Evidence
-from axolotl_loram.spaces import Weight, per_unit
-from axolotl_loram.streaming import States, seen_inputs
+from axolotl_loram.spaces import Sizes, Weight, per_unit
+from axolotl_loram.streaming import States, seen_inputs, seen_routing
 from axolotl_loram.walk import Walk
 
 
@@ -59,20 +60,21 @@ def _through_layer(
     evidence: Evidence, walk: Walk, index: int, done: Callable[[float], Any]
 ) -> None:
     """Take the gradient from a layer's outputs to its inputs and masks; save the scores."""
-    layer, reading, sizes = (
-        walk.stream.layer(index),
-        readers(evidence.family),
-        evidence.sizes(index),
-    )
-    scores = {group.kind: np.zeros(sizes[group.kind]) for group in evidence.family.groups}
+    layer, sizes = walk.stream.layer(index), evidence.sizes(index)
+    reading, groups = readers(evidence.config, index), evidence.groups(index)
+    experts = next((group.module for group in groups if group.kind == "experts"), None)
+    scores = {group.kind: np.zeros(sizes[group.kind]) for group in groups}
     with _gradient(walk, index).written() as append:
         for batch in walk.batches():
-            hidden, masks = _backwards(walk, index, layer, batch, reading)
+            hidden, gradients = _backwards(walk, index, layer, batch, reading, experts, sizes)
             append(hidden)
-            for weight, gradient in zip(reading, masks, strict=True):
-                values = gradient[:, 0].double().cpu().numpy()
+            for weight in reading:
+                values = gradients[weight.module][:, 0].double().cpu().numpy()
                 for kind in scores:
                     scores[kind] += np.abs(per_unit(values, weight.dims[1], sizes, kind)).sum(0)
+            if experts:
+                routed = gradients[experts][:, 0].double().abs().sum(0)
+                scores["experts"] += routed.cpu().numpy()
             done(len(batch) / len(walk.tokens))
         if index in evidence.layers:
             evidence.save(index, scores)
@@ -81,20 +83,41 @@ def _through_layer(
 
 
 def _backwards(
-    walk: Walk, index: int, layer: nn.Module, batch: list[int], reading: tuple[Weight, ...]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Gradients by the layer's inputs (batch, tokens, hidden) and by masks (batch, 1, features)."""
+    walk: Walk,
+    index: int,
+    layer: nn.Module,
+    batch: list[int],
+    reading: tuple[Weight, ...],
+    experts: str | None,
+    sizes: Sizes,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Gradients by the layer's inputs (batch, tokens, hidden), and by masks (batch, 1, features).
+
+    The masks lie on the inputs of what reads units, and on the weights of the experts' outputs.
+    """
+    device = walk.stream.device
+    hidden = walk.inputs(index).read(batch).to(device).requires_grad_()
+    arriving = _gradient(walk, index + 1).read(batch).to(device)
     masks: dict[str, torch.Tensor] = {}
 
     def mask(name: str, inputs: torch.Tensor) -> torch.Tensor:
         masks[name] = torch.ones_like(inputs[:, :1], requires_grad=True)
         return inputs * masks[name]
 
-    device = walk.stream.device
-    hidden = walk.inputs(index).read(batch).to(device).requires_grad_()
-    arriving = _gradient(walk, index + 1).read(batch).to(device)
-    with torch.enable_grad(), seen_inputs(layer, [w.module for w in reading], mask):
+    def mask_experts(
+        module: nn.Module, inputs: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        assert experts is not None
+        shape = (len(batch), 1, sizes["experts"])
+        masks[experts] = weights.new_ones(shape).requires_grad_()
+        whole = masks[experts].expand(-1, hidden.shape[1], -1).flatten(0, 1)
+        return weights * whole.gather(1, indices)
+
+    with (
+        torch.enable_grad(),
+        seen_inputs(layer, [w.module for w in reading], mask),
+        seen_routing(layer, experts, mask_experts) if experts else nullcontext(),
+    ):
         output = walk.stream.run(index, layer, hidden)
-    wanted = [hidden, *(masks[weight.module] for weight in reading)]
-    by_hidden, *by_masks = torch.autograd.grad(output, wanted, arriving)
-    return by_hidden, by_masks
+    by_hidden, *by_masks = torch.autograd.grad(output, [hidden, *masks.values()], arriving)
+    return by_hidden, dict(zip(masks, by_masks, strict=True))

@@ -23,7 +23,9 @@ def text_tokens(samples: int = 6, length: int = 40) -> np.ndarray:
     return (np.frombuffer(source, np.uint8).reshape(samples, length) % 250 + 3).astype(np.int64)
 
 
-def evidence_for(folder, work, layers, tokens=None, four_bit=False) -> Evidence:
+def evidence_for(
+    folder, work, layers, tokens=None, four_bit=False, kinds=frozenset({"neurons", "kv_groups"})
+) -> Evidence:
     checkpoint, config = Checkpoint(folder), load_config(str(folder))
     work.mkdir(exist_ok=True)
     return Evidence(
@@ -34,6 +36,7 @@ def evidence_for(folder, work, layers, tokens=None, four_bit=False) -> Evidence:
         0,
         text_tokens() if tokens is None else tokens,
         lambda: LayerStream(checkpoint, config, "cpu", four_bit),
+        kinds=kinds,
     )
 
 

@@ -8,33 +8,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from families import pico_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-PICO = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 
 
 def build_model(family: str = "llama", seed: int = 0, **sizes):
     """A pico model with random weights, large enough for its outputs to tell layers apart."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**PICO, "initializer_range": 0.2, **sizes})
+    config = pico_config(family, **{"initializer_range": 0.2, **sizes})
     return AutoModelForCausalLM.from_config(config).float().eval()
 
 

@@ -2,11 +2,18 @@ import json
 
 import numpy as np
 import pytest
-from conftest import FAMILIES, build_model
+from conftest import build_model
+from families import pico_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_loram.architecture import config_changes, family_of, parameter_count, sizes_of, tensors
+from axolotl_loram.architecture import (
+    FAMILIES,
+    config_changes,
+    family_of,
+    parameter_count,
+    tensors,
+)
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import keep_counts, protected_layers, summary
 from axolotl_loram.sources import load_config
@@ -61,8 +68,8 @@ def test_ratios_are_taken_as_decimals_not_as_floats():
     assert keep_counts(config, 0.9, 4, 2)[4]["kv_groups"] == 4  # 40 · (1 − 0.9) is 3.99… in floats
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sizes", [{}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("sizes", [{"num_key_value_heads": 4}, {"tie_word_embeddings": True}])
 def test_declaration_lists_exactly_the_real_models_tensors(family, sizes):
     model = build_model(family, **sizes)
     real = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -145,16 +152,16 @@ def test_pruning_a_pruned_model_is_refused():
 def test_fields_that_config_json_leaves_out_mean_what_transformers_takes_them_for(family, tmp_path):
     from transformers import CONFIG_MAPPING
 
-    whole = {"model_type": family, "hidden_size": 512, "vocab_size": 100, "num_hidden_layers": 2}
-    whole |= {"intermediate_size": 64, "num_attention_heads": 32}
-    optional = {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}
-    optional |= {"attention_bias": True, "mlp_bias": True}
-    for left_out in (set(), *({name} for name in optional), set(optional)):
-        raw = whole | {name: value for name, value in optional.items() if name not in left_out}
-        (tmp_path / "config.json").write_text(json.dumps(raw))
-        ours = load_config(str(tmp_path))
-        theirs = CONFIG_MAPPING[family].from_dict(raw).to_dict()
-        assert sizes_of(ours) == sizes_of(theirs)
-        assert [(t.name, t.shape) for t in tensors(ours)] == [
-            (t.name, t.shape) for t in tensors(theirs)
-        ]
+    row, raw = FAMILIES[family], pico_config(family).to_dict()
+    optional = {"num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias"}
+    optional |= {"mlp_bias", "num_local_experts", *row.defaults}
+    section = raw[row.section] if row.section else raw
+    section = {**section, "num_attention_heads": 64, "hidden_size": 512, "layer_types": None}
+    for left_out in sorted(optional & set(section)):
+        less = {key: value for key, value in section.items() if key != left_out}
+        if row.section:
+            less = {**raw, row.section: less}
+        (tmp_path / "config.json").write_text(json.dumps(less))
+        theirs = CONFIG_MAPPING[family].from_dict(json.loads(json.dumps(less))).to_dict()
+        listed = [(t.name, t.shape) for t in tensors(load_config(str(tmp_path)))]
+        assert listed == [(t.name, t.shape) for t in tensors(theirs)], left_out

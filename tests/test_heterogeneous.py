@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, build_model
+from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -22,10 +22,8 @@ def pruned(make_model, tmp_path):
     return tmp_path / "pruned"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_save_load_and_generate(family, make_model, tmp_path):
-    prune(str(make_model(family)), tmp_path / "pruned", PruningArgs(ratio=0.5))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+def test_save_load_and_generate(pruned, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pruned).eval()
     assert model.model.layers[1].mlp.up_proj.out_features == 24
     assert model.model.layers[0].mlp.up_proj.out_features == 48
     model.save_pretrained(tmp_path / "again")
@@ -107,7 +105,7 @@ def test_an_implementation_that_builds_full_width_is_caught(pruned):
 def test_widths_are_checked_after_building(pruned):
     model = build_model()
     model.config = AutoConfig.from_pretrained(pruned)
-    with pytest.raises(LoRAMError, match=r"layers\.1\.self_attn\.q_proj to have 16 outputs"):
+    with pytest.raises(LoRAMError, match=r"layers\.1\.self_attn\.q_proj .* \[16, 32\], found \[32"):
         heterogeneous.check_widths(model)
 
 

@@ -43,7 +43,6 @@ def test_what_works_is_not_refused():
         ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq"),
         ({"gptq": True}, "`gptq`"),
         ({"reinit_weights": True}, "`reinit_weights`"),
-        ({"lora_target_parameters": ["mlp.up_proj.weight"]}, "`lora_target_parameters`"),
         ({"peft_layer_replication": [[0, 4]]}, "`peft_layer_replication`"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
     ],
