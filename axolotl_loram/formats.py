@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture import Config
+from axolotl_loram.architecture import Config, family_of
 from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.spaces import EMBEDDING, HEAD
 
 LOG = logging.getLogger(__name__)
 NATIVE = "native"
-MODULES = {"lm_head": "lm_head", "embedding": "embed_tokens"}
-"""Part → what its module is called in the declared families, and so in Axolotl's settings."""
+PARTS = {"lm_head": HEAD, "embedding": EMBEDDING}
+"""Part → the role that it has in the declarations."""
 QLORAM = {"lm_head": "nf4", "embedding": "cpu"}
 """Default with load_in_4bit. An embedding on the CPU loses nothing; with NF4 for the rest it is the
 only pair that keeps LLaMA-3.1-70B at 0.85 within 4 bits per parameter (8.31 GiB)."""
@@ -54,7 +55,7 @@ class Formats:
     @property
     def small(self) -> dict[str, str]:
         """Part → format, of those that are not native."""
-        both = {part: getattr(self, part) for part in MODULES}
+        both = {part: getattr(self, part) for part in PARTS}
         return {part: format for part, format in both.items() if format != NATIVE}
 
     def without(self, part: str, reason: str) -> Formats:
@@ -70,7 +71,7 @@ class Formats:
                 f"{part}_format out or make it native"
             )
         LOG.info("keeping the %s in its native format, not %s: %s", part, found, reason)
-        kept = {other: getattr(self, other) for other in MODULES if other != part}
+        kept = {other: getattr(self, other) for other in PARTS if other != part}
         return Formats(**kept, asked=self.asked)
 
     def both_or_none(self) -> Formats:
@@ -97,11 +98,12 @@ def choose_formats(section: LoRAMConfig, cfg: Any, config: Config, packed_head: 
     Raises:
         LoRAMError: A format is asked for that cannot be had.
     """
-    wishes = {part: getattr(section, f"{part}_format") for part in MODULES}
+    wishes = {part: getattr(section, f"{part}_format") for part in PARTS}
     asked = frozenset(part for part, wish in wishes.items() if wish)
-    default = QLORAM if cfg.load_in_4bit else dict.fromkeys(MODULES, NATIVE)
-    formats = Formats(**{part: wishes[part] or default[part] for part in MODULES}, asked=asked)
-    hindrances = dict(hindrances_in(cfg))
+    modules = module_names(config)
+    default = QLORAM if cfg.load_in_4bit and modules else dict.fromkeys(PARTS, NATIVE)
+    formats = Formats(**{part: wishes[part] or default[part] for part in PARTS}, asked=asked)
+    hindrances = dict(hindrances_in(cfg, modules))
     if packed_head:
         _check_packed_head(formats, hindrances)
     for part in formats.small:
@@ -110,16 +112,27 @@ def choose_formats(section: LoRAMConfig, cfg: Any, config: Config, packed_head: 
     return formats.both_or_none() if config.get("tie_word_embeddings") else formats
 
 
-def hindrances_in(cfg: Any) -> Iterator[tuple[str, str]]:
-    """(part, what in cfg needs it in its native format), as far as cfg tells."""
-    for part, module in MODULES.items():
+def module_names(config: Config) -> dict[str, str]:
+    """Part → what its module is called, last part only, such as ``embed_tokens``."""
+    weights = {weight.role: weight.module.rpartition(".")[2] for weight in family_of(config).model}
+    return {part: weights[role] for part, role in PARTS.items() if role in weights}
+
+
+def hindrances_in(cfg: Any, modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(part, what in cfg needs it in its native format), as far as cfg tells.
+
+    Args:
+        cfg: Axolotl's config.
+        modules: What the parts are called.
+    """
+    for part, module in modules.items():
         if module in (cfg.lora_modules_to_save or []):
             yield part, "lora_modules_to_save trains it whole"
         if cfg.peft_trainable_token_indices or cfg.fix_untrained_tokens:
             yield part, "single tokens are trained"
         if is_sharded(cfg):
             yield part, "FSDP and ZeRO-3 shard plain weights"
-    if is_targeted(MODULES["embedding"], cfg.lora_target_modules):
+    if is_targeted(modules.get("embedding", ""), cfg.lora_target_modules):
         yield "embedding", "lora_target_modules names it"
     for name in fused_losses(cfg):
         yield "lm_head", f"{name} multiplies by its weight itself"

@@ -138,7 +138,7 @@ class LoRAMPlugin(BasePlugin):
         """Make sure that the model about to be trained is the pruned one."""
         if self.run is not None:
             check_widths(model)
-            self.vocabulary = model.get_input_embeddings().num_embeddings
+            self.vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
             prepare_packed(model, self.run.pruned, cfg.torch_dtype)
             counted = summary(self.run.plan.config, self.run.plan.counts)
             LOG.info(

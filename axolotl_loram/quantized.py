@@ -16,12 +16,14 @@ import bitsandbytes
 import torch
 from torch import nn
 
+from axolotl_loram.architecture import Config, tensors
 from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.formats import Formats, check_trains_packed, choose_formats
 from axolotl_loram.prequantized import packed_weights
 from axolotl_loram.sources import load_config
+from axolotl_loram.spaces import HEAD
 from axolotl_loram.streaming import replace_linear
 
 LOG = logging.getLogger(__name__)
@@ -75,10 +77,10 @@ def decide_formats(section: LoRAMConfig, cfg: Any, pruned: Path | None) -> Forma
     config = load_config(str(pruned or cfg.base_model), None if pruned else cfg.revision_of_model)
     if pruned:
         packed = packed_weights(Checkpoint(pruned).tensors)
-        is_packed, packed_head = bool(packed), "lm_head.weight" in packed
+        is_packed, packed_head = bool(packed), head_name(config) in packed
     else:
         is_packed = section.pruning is not None and section.pruning.quantize is not None
-        packed_head = is_packed and not config.get("tie_word_embeddings")
+        packed_head = is_packed and head_name(config) is not None
     if is_packed:
         check_trains_packed(cfg)
     formats = choose_formats(section, cfg, config, packed_head)
@@ -86,6 +88,11 @@ def decide_formats(section: LoRAMConfig, cfg: Any, pruned: Path | None) -> Forma
     for format in set(formats.small.values()) - {"cpu"}:
         check_device(format, device)
     return formats
+
+
+def head_name(config: Config) -> str | None:
+    """What checkpoints call the weight of the lm_head; None if it is the embedding's, or none."""
+    return next((t.name for t in tensors(config) if t.role == HEAD and not t.bias), None)
 
 
 def store_small(model: Any, formats: Formats, vocabulary: int) -> None:
@@ -102,6 +109,8 @@ def store_small(model: Any, formats: Formats, vocabulary: int) -> None:
     Raises:
         LoRAMError: A format is asked for that the model or the device does not allow.
     """
+    if not formats.small:
+        return
     for part in formats.small:
         why = _hindrance(model, part, getattr(formats, part), vocabulary)
         formats = formats.without(part, why) if why else formats
@@ -229,11 +238,12 @@ def prepare_packed(model: Any, folder: Path, dtype: torch.dtype) -> None:
         folder: What it was loaded from, whose config.json may name another dtype.
         dtype: The run's.
     """
-    packed = packed_weights(Checkpoint(folder).tensors)
-    for module in model.modules() if packed else ():
+    if not packed_weights(Checkpoint(folder).tensors):
+        return
+    for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = dtype
-    if "lm_head.weight" in packed:
+    if isinstance(model.get_output_embeddings(), bitsandbytes.nn.Linear4bit):
         model.resize_token_embeddings = _refuse_to_resize
 
 

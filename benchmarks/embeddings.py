@@ -47,15 +47,14 @@ CASES = (  # lm_head, embedding, block size of NF4
 )
 
 
-def load_in_4bit(folder: Path):
-    """As Axolotl does; a checkpoint that is in 4 bits comes as it is."""
+def load_in_4bit(folder: Path, block: int):
+    """As Axolotl does; a checkpoint of another block size is in 4 bits already."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
-    packed = "-" in folder.name
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=None if packed else quantization
-    )
+    settings = {"quantization_config": quantization} if block == 64 else {}
+    folder = folder if block == 64 else folder.with_name(f"{folder.name}-{block}")
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
@@ -63,7 +62,7 @@ def run(case: tuple[str, str, int], seed: int, pruned: Path, tokenizer) -> dict[
     """One row."""
     lm_head, embedding, block = case
     start = time.perf_counter()
-    model = load_in_4bit(pruned if block == 64 else pruned.with_name(f"pruned-{block}"))
+    model = load_in_4bit(pruned, block)
     store_small(model, Formats(lm_head, embedding), len(tokenizer))
     size = weight_bytes(model)
     with tempfile.TemporaryDirectory() as scratch:

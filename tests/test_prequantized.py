@@ -58,7 +58,7 @@ def logits_of(model):
         return model.train()(TOKENS).logits  # in eval mode bitsandbytes repacks for the CPU
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "tied"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "tied"])
 def test_it_is_the_model_that_load_in_4bit_makes(family, make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(prequantized, "PIECE", 512)  # so that weights come in several
     sizes = {"tie_word_embeddings": True, "attention_bias": True} if family == "tied" else {}
@@ -68,7 +68,7 @@ def test_it_is_the_model_that_load_in_4bit_makes(family, make_model, tmp_path, m
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     expected = load_in_4bit(tmp_path / "plain", None if sizes else ["none"])
     linear = {n: m for n, m in packed.named_modules() if isinstance(m, Linear4bit)}
-    assert len(linear) == 7 * 4 + (not sizes)
+    assert len(linear) == (4 if family == "phi3" else 7) * 4 + (not sizes)
     for name, module in linear.items():
         other = expected.get_submodule(name).weight
         assert torch.equal(module.weight.data, other.data)
@@ -160,6 +160,13 @@ def test_a_device_that_cannot_is_refused_before_pruning(make_model, tmp_path):
     result = CliRunner().invoke(main, [*arguments, "--quantize", "nf4", "--device", "cuda"])
     assert result.exit_code == 1 and not (tmp_path / "out").exists()
     assert "expected a device on which bitsandbytes does nf4, found cuda" in result.output
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
+def test_experts_and_towers_are_not_packed(family, make_model, tmp_path):
+    with pytest.raises(LoRAMError, match=f"without experts and towers.*found {family}"):
+        prune(str(make_model(family)), tmp_path / "out", settings_of())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_an_lm_head_of_any_format_can_be_adapted_and_recovered(format, make_mode
 def chosen(changes, section=(), config=(), packed_head=False):
     cfg = DictDefault({"load_in_4bit": True, **changes})
     section = LoRAMConfig(pruned_model_path="x", **dict(section))
-    found = choose_formats(section, cfg, dict(config), packed_head)
+    found = choose_formats(section, cfg, {"model_type": "llama", **dict(config)}, packed_head)
     return found.lm_head, found.embedding
 
 
