@@ -125,7 +125,7 @@ def prune(
     settings = parse_pruning(pruning)
     from axolotl_loram.progress import progress_bar
     from axolotl_loram.prune import prune as prune_model
-    from axolotl_loram.prune import refit_summary
+    from axolotl_loram.records import refit_summary
 
     with progress_bar("pruning") as progress:
         record = prune_model(model, output, settings, revision, overwrite, progress)
@@ -179,7 +179,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     """Tell what FOLDER is: a pruned model, or an adapter trained on one or recovered from one."""
     from axolotl_loram.pairing import check_pruned, read_record
     from axolotl_loram.plan import PLAN_FILE, PruningPlan, summary
-    from axolotl_loram.prune import refit_summary
+    from axolotl_loram.records import refit_summary
 
     record = read_record(folder)
     if not record:

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +38,7 @@ from axolotl_loram.plan import (
 )
 from axolotl_loram.prequantized import Packing, plan_packing
 from axolotl_loram.progress import Progress, no_progress
+from axolotl_loram.records import versions
 from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
 from axolotl_loram.sparsity import by_magnitude, load_sparse, sparse_layers, sparse_summary
@@ -390,28 +390,3 @@ def _write_rest(
     }
     write_json(folder / RECORD_FILE, record)
     return record
-
-
-def refit_summary(refit: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the refit gained: means over the projections of the relative held-out errors."""
-    if not refit:
-        return {}
-    means = {
-        f"heldout_error_{when}": round(
-            sum(found[f"heldout_error_{when}"] for found in refit.values()) / len(refit), 6
-        )
-        for when in ("before", "after")
-    }
-    accepted = sum(found["accepted"] for found in refit.values())
-    return {"refits_accepted": accepted, "refits_tried": len(refit), **means}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made an artefact, as far as installed."""
-    found = {"axolotl_loram": __version__}
-    for package in ("axolotl", "transformers", "peft", "torch", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
