@@ -233,6 +233,8 @@ def check_device(format: str, device: str) -> None:
 def prepare_packed(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Let a model that came in 4 bits compute in the run's dtype, and keep its vocabulary.
 
+    The base's own, such as float16, would be a second one beside the activations'.
+
     Args:
         model: As loaded; one that did not come in 4 bits stays as it is.
         folder: What it was loaded from, whose config.json may name another dtype.
@@ -242,7 +244,8 @@ def prepare_packed(model: Any, folder: Path, dtype: torch.dtype) -> None:
         return
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype = dtype
+            weight: Any = module.weight
+            module.compute_dtype = weight.quant_state.dtype = dtype
     if isinstance(model.get_output_embeddings(), bitsandbytes.nn.Linear4bit):
         model.resize_token_embeddings = _refuse_to_resize
 

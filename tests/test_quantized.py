@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
 from conftest import build_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -245,8 +246,10 @@ def test_a_packed_model_is_trained_in_4_bits_and_whole(changes, message, make_mo
         decide_formats(making, DictDefault({**cfg, **changes}), None)
 
     model = AutoModelForCausalLM.from_pretrained(folder)
-    prepare_packed(model, folder, torch.float64)
-    assert model.lm_head.compute_dtype == torch.float64
+    prepare_packed(model, folder, torch.bfloat16)
+    weight = model.lm_head.weight
+    assert dequantize_4bit(weight.data, weight.quant_state).dtype == torch.bfloat16
+    assert model.lm_head.compute_dtype == torch.bfloat16
     with pytest.raises(LoRAMError, match=r"found 300 tokens.*without quantize"):
         model.resize_token_embeddings(300)
 
