@@ -42,6 +42,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/masked.py --csv
 	$(BIN)/python examples/quickstart/quickstart.py
 	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python benchmarks/embeddings.py
 	$(BIN)/python benchmarks/taylor_stream.py --csv
 
 # An hour on two cores; rows that are there are not run again.

@@ -53,6 +53,7 @@ class Section(BaseModel):
 STRUCTURED = ("random", "magnitude", "activation", "fluctuation", "taylor")
 SPARSE = ("magnitude", "wanda", "sparsegpt")
 CALIBRATED = ("activation", "fluctuation", "taylor", "wanda", "sparsegpt")
+BLOCK_SIZES = (64, 128, 256)
 PROTECTED = (4, 2)
 """Layers the paper leaves whole at the start and the end, in structured pruning."""
 
@@ -134,6 +135,16 @@ class PruningArgs(Section):
         default=None,
         description="Folder of index files of the LoRAM reference code, used instead of a method.",
     )
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="Store the linear layers and the lm_head in 4 bits, as QLoRA has them in "
+        "memory (NF4, double quantization), in the format that transformers loads.",
+    )
+    quantize_block_size: int = Field(
+        default=64,
+        description="Weights that share a scale: 64, as QLoRA's (4.13 bits a weight), 128 (4.06) "
+        "or 256 (4.03).",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -157,6 +168,22 @@ class PruningArgs(Section):
     @classmethod
     def _share_or_pattern(cls, sparsity: Any) -> float | str | None:
         return None if sparsity is None else check_sparsity(sparsity)
+
+    @field_validator("quantize_block_size")
+    @classmethod
+    def _known_block_size(cls, size: int) -> int:
+        if size not in BLOCK_SIZES:
+            raise LoRAMError(f"expected quantize_block_size 64, 128 or 256, found {size}")
+        return size
+
+    @model_validator(mode="after")
+    def _whole_units_if_quantized(self) -> PruningArgs:
+        if self.quantize and self.sparsity:
+            raise LoRAMError(
+                "expected quantize with a pruning ratio, found it with sparsity: which weights are "
+                "zero would no longer be known; train with load_in_4bit instead"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_prune(self) -> PruningArgs:
@@ -259,6 +286,18 @@ class LoRAMConfig(Section):
         default="plain",
         description="plain: the adapter for base_model in output_dir. masked: also base_model with "
         "exactly the masked update that was trained, in output_dir/merged.",
+    )
+    lm_head_format: Literal["native", "int8", "nf4"] | None = Field(
+        default=None,
+        description="What the frozen lm_head is kept in during training: native (as loaded), int8 "
+        "(LLM.int8) or nf4 (as QLoRA's linear layers). With load_in_4bit nf4 by default, where "
+        "nothing needs it native; otherwise native.",
+    )
+    embedding_format: Literal["native", "int8", "nf4", "cpu"] | None = Field(
+        default=None,
+        description="What the frozen embedding is kept in during training: native, int8, nf4, or "
+        "cpu (native in the CPU's memory; the rows that a batch needs are sent over). With "
+        "load_in_4bit cpu by default, where nothing needs it native; otherwise native.",
     )
 
     @model_validator(mode="after")

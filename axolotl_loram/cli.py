@@ -167,12 +167,12 @@ def prune(
     settings = parse_pruning(pruning)
     from axolotl_loram.progress import progress_bar
     from axolotl_loram.prune import prune as prune_model
-    from axolotl_loram.prune import refit_summary
+    from axolotl_loram.records import refit_summary
 
     with progress_bar("pruning") as progress:
         record = prune_model(model, output, settings, revision, overwrite, progress)
     shown = {"output": str(output), **record["parameters"], **refit_summary(record["refit"] or {})}
-    show({**shown, "plan": record["plan"]}, as_json)
+    show({**shown, "weight_bytes": record["weight_bytes"], "plan": record["plan"]}, as_json)
 
 
 @main.command()
@@ -236,7 +236,7 @@ def inspect(folder: Path, proposing: bool, as_json: bool) -> None:
         return
     from axolotl_loram.pairing import check_pruned, read_record
     from axolotl_loram.plan import PLAN_FILE, PruningPlan, summary
-    from axolotl_loram.prune import refit_summary
+    from axolotl_loram.records import refit_summary
 
     record = read_record(folder)
     if not record:
@@ -247,6 +247,9 @@ def inspect(folder: Path, proposing: bool, as_json: bool) -> None:
         check_pruned(folder, found)
         shown |= {**record.get("parameters", {}), **summary(found.config, found.counts)}
         shown |= refit_summary(record.get("refit") or {})
+        kept = {"quantize": record.get("pruning", {}).get("quantize")}
+        kept["weight_bytes"] = record.get("weight_bytes")
+        shown |= {name: value for name, value in kept.items() if value is not None}
     show(shown, as_json)
 
 

@@ -18,6 +18,7 @@ from axolotl_loram.checkpoint import (
     Checkpoint,
     StoredTensor,
     ahead,
+    open_safetensors,
     read_json,
     sync,
     write_json,
@@ -71,6 +72,7 @@ def write_weights(
     folder: Path,
     progress: Progress = no_progress,
     replaced: Mapping[str, StoredTensor] | None = None,
+    pack: Callable[[Path], str] | None = None,
 ) -> dict[str, str]:
     """Gather every tensor along the plan: one output file for each shard of the base.
 
@@ -82,6 +84,7 @@ def write_weights(
         folder: Folder to write into.
         progress: Shows the bytes written; files that are kept count at once.
         replaced: Tensors, already of the pruned shapes, to copy in place of what gathering gives.
+        pack: Makes each file smaller in place, and returns its new SHA-256.
 
     Returns:
         File name → SHA-256.
@@ -99,11 +102,13 @@ def write_weights(
         if file in finished:
             done(_size(parts))
         else:
-            finished[file] = _write_file(folder / file, parts, done)
+            finished[file] = _write_file(folder / file, parts, done, pack)
             _note_finished(folder, identity, finished)
     if len(files) > 1:
-        weight_map = {part.name: file for file, parts in files.items() for part in parts}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        stored = {file: open_safetensors(folder / file)[0].values() for file in files}
+        size = sum(tensor.nbytes for held in stored.values() for tensor in held)
+        weight_map = {tensor.name: file for file, held in stored.items() for tensor in held}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(folder / f"{MODEL_FILE}.index.json", index)
     (folder / FINISHED).unlink(missing_ok=True)
     return finished
@@ -167,7 +172,12 @@ def _size(parts: Iterable[Part]) -> int:
     return sum(part.nbytes for part in parts)
 
 
-def _write_file(file: Path, parts: Sequence[Part], done: Callable[[int], Any]) -> str:
+def _write_file(
+    file: Path,
+    parts: Sequence[Part],
+    done: Callable[[int], Any],
+    pack: Callable[[Path], str] | None = None,
+) -> str:
     """Write a file that is whole, and on the disk, once it has its name; returns its SHA-256."""
 
     def counted(part: Part) -> Iterator[np.ndarray]:
@@ -178,6 +188,7 @@ def _write_file(file: Path, parts: Sequence[Part], done: Callable[[int], Any]) -
     partial = file.with_name(f"{file.name}.partial")
     described = [(part.name, part.dtype, part.shape) for part in parts]
     digest = write_safetensors(partial, described, map(counted, parts))
+    digest = pack(partial) if pack else digest
     sync(partial)
     partial.replace(file)
     return digest

@@ -155,19 +155,21 @@ def upcast_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:
     """Bytes that loading takes besides the weights as they are stored in training.
 
     Embedding and lm_head come onto the device in the compute dtype (unless the checkpoint has them
-    in 4 bits), and Axolotl makes them float32, one after the other, before it turns them back
-    (`ModelLoader._configure_embedding_dtypes`). Only then they are put into smaller formats.
+    in 4 bits), and are put into smaller formats there. What stays native of them, Axolotl makes
+    float32, one after the other, and turns back (`ModelLoader._configure_embedding_dtypes`).
     """
     stored = weight_bytes(layout, storage).device
-    both = [layout.embedding]
+    both: dict[Part, tuple[Tensor, Format]] = {"embedding": (layout.embedding, storage.embedding)}
     if layout.lm_head is not None and not (run.prequantized and storage.lm_head == "nf4"):
-        both.append(layout.lm_head)
-    values = [math.prod(tensor.shape) for tensor in both]
-    loaded = sum(values) * FLOAT32
-    if run.precision == "bf16":
-        loaded += max(values) * run.compute_bytes
-    small = stored["embedding"] + (stored["lm_head"] if len(both) > 1 else 0)
-    return max(0, loaded - small)
+        both["lm_head"] = (layout.lm_head, storage.lm_head)
+    values = {part: math.prod(tensor.shape) for part, (tensor, _) in both.items()}
+    native = [values[part] for part, (_, form) in both.items() if form == "native"]
+    arriving = sum(values.values()) * run.compute_bytes
+    upcast = sum(native) * FLOAT32
+    if native and run.precision == "bf16":
+        upcast += max(native) * run.compute_bytes
+    upcast += sum(stored[part] for part, (_, form) in both.items() if form != "native")
+    return max(0, max(arriving, upcast) - sum(stored[part] for part in both))
 
 
 def compare(base: Config, pruned: Config, run: TrainingArgs) -> dict[str, Prediction]:

@@ -11,6 +11,7 @@ from axolotl_loram.architecture import Config, family_of, tensors
 from axolotl_loram.checkpoint import Checkpoint, read_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, PruningPlan
+from axolotl_loram.prequantized import logical_shapes
 from axolotl_loram.sources import commit_of, find_folder, find_local_weights, load_config
 
 LOG = logging.getLogger(__name__)
@@ -94,8 +95,7 @@ def check_pruned(folder: Path, plan: PruningPlan) -> None:
         )
     config = plan.pruned_config
     check_tensors(config, shapes_of(load_config(str(folder))), f"{folder / 'config.json'}")
-    stored = {name: tensor.shape for name, tensor in Checkpoint(folder).tensors.items()}
-    check_tensors(config, stored, str(folder))
+    check_tensors(config, logical_shapes(Checkpoint(folder).tensors), str(folder))
 
 
 def check_base(plan: PruningPlan, model: str, revision: str | None = None) -> None:

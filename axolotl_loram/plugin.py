@@ -7,6 +7,8 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 * `load_datasets(preprocess=False)` is called by `train` alone, on each rank, before the model:
   there the pruned model takes the base's place. The tokenizer stays the base's, so that
   `preprocess` and `train` agree on the prepared data set.
+* `post_model_build` sees the model as loaded: there it is held against its config. Embedding and
+  lm_head are put into fewer bits as soon as Axolotl has settled the vocabulary's size.
 * `post_trainer_create` sees the model with its LoRA, which preference trainers add themselves,
   before the first step: there a sparse model's update is confined.
 * `post_train_unload` comes after the trainer has saved everything, with the process group gone:
@@ -15,11 +17,9 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,87 +27,29 @@ from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
-from axolotl_loram.architecture import parameters
-from axolotl_loram.args import LoRAMConfig
-from axolotl_loram.axolotl_data import token_rows
-from axolotl_loram.cache import prune_into_cache
-from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, made_once, write_json
+from axolotl_loram.checkpoint import ADAPTER_FILE
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
 from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.merge import merge_masked
-from axolotl_loram.pairing import check_base, check_pruned, read_record
-from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan, summary
+from axolotl_loram.plan import RECORD_FILE, summary
 from axolotl_loram.progress import progress_bar
+from axolotl_loram.quantized import prepare_packed, store_small_once_sized
 from axolotl_loram.recover import (
-    gather_adapter,
-    read_adapter_config,
     recover,
 )
-from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
+from axolotl_loram.runs import PRUNED_FOLDER, Run, begin_training, use_recovered_adapter
+from axolotl_loram.sources import TOKENIZER_PATTERNS
 from axolotl_loram.support import (
     ADAPTERS,
     check_router_losses,
     check_supported,
-    switch_off_kernels,
-    trains_masked,
 )
-from axolotl_loram.watch import measure_run, predict_run, start_measuring
+from axolotl_loram.watch import measure_run, start_measuring
 
 LOG = logging.getLogger(__name__)
-PRUNED_FOLDER = "pruned"
 MERGED_FOLDER = "merged"
-DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run.
-
-    Attributes:
-        base: What the user's YAML names as base_model.
-        pruned: Folder of the pruned model.
-        plan: Its plan.
-        output: The user's output_dir, which will hold the recovered adapter.
-        warm_start: The full-size adapter that training starts from, if any.
-        hub_model_id: Where the user wants the adapter uploaded, if anywhere.
-        masked: Whether the update is confined to the weights that sparse pruning left.
-        merges: Whether the result is wanted as a model too, with the masked update added.
-        memory: What was predicted, and in the end measured.
-    """
-
-    base: Base
-    pruned: Path
-    plan: PruningPlan
-    output: Path
-    warm_start: str | None
-    hub_model_id: str | None
-    masked: bool = False
-    merges: bool = False
-    memory: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def trained(self) -> Path:
-        """Folder of the adapter as trained, and of the checkpoints."""
-        return self.output / PRUNED_FOLDER
-
-    def write_record(self, folder: Path) -> None:
-        """Write down in a folder under which plan its adapter is trained."""
-        training = {
-            "pruned_model": str(self.pruned),
-            "warm_start": self.warm_start,
-            "memory": self.memory,
-        }
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "trained-adapter",
-            "base": asdict(self.base),
-            "plan": self.plan.digest,
-            "masked": self.masked,
-            "training": training,
-        }
-        write_json(folder / RECORD_FILE, record)
 
 
 class LoRAMPlugin(BasePlugin):
@@ -145,6 +87,8 @@ class LoRAMPlugin(BasePlugin):
         if self.run is not None:
             check_widths(model)
             check_router_losses(model.config, self.run.plan)
+            prepare_packed(model, self.run.pruned, cfg.torch_dtype)
+            store_small_once_sized(model, self.run.formats)
             counted = summary(self.run.plan.config, self.run.plan.counts)
             LOG.info(
                 "training on the pruned model in %s: %s of %s parameters",
@@ -219,48 +163,6 @@ def _log_as_axolotl_does() -> None:
     ours.handlers, ours.level, ours.propagate = axolotl.handlers, axolotl.level, False
 
 
-def begin_training(cfg: Any) -> Run:
-    """Find or make the pruned model, check that it fits, and change cfg to train on it.
-
-    Raises:
-        LoRAMError: The pruned model does not belong to base_model, or cannot be trained on.
-    """
-    section = LoRAMConfig.model_validate(dict(cfg.loram))
-    model, revision = str(cfg.base_model), cfg.revision_of_model
-    if section.pruned_model_path:
-        pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)
-    else:
-        assert section.pruning is not None  # the schema saw to it
-        rows = functools.partial(token_rows, cfg, section.pruning.seed)
-        pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir, rows)
-    plan = PruningPlan.load(pruned)
-    check_pruned(pruned, plan)
-    masked = trains_masked(section, plan)
-    check_base(plan, model, revision)
-    _check_modules_to_save(cfg, plan)
-    run = Run(
-        Base(model, revision),
-        pruned.resolve(),
-        plan,
-        Path(cfg.output_dir),
-        cfg.lora_model_dir,
-        cfg.hub_model_id,
-        masked,
-        merges=section.recovery == "masked",
-        memory={"predicted": predict_run(cfg, plan), "measured": {}},
-    )
-    _check_same_plan(run)
-    if run.masked:
-        switch_off_kernels(cfg)
-    if run.warm_start:
-        cfg.lora_model_dir = str(gather_warm_start(run, run.warm_start))
-    # A folder needs no revision: cfg keeps the base's, which the tokenizer is loaded at.
-    cfg.base_model = cfg.base_model_config = str(run.pruned)
-    cfg.output_dir = str(run.trained)
-    cfg.hub_model_id = None  # the trainer would upload the adapter as trained
-    return run
-
-
 def confine_update(run: Run, model: Any) -> None:
     """Confine every adapter of the model to the weights that pruning left.
 
@@ -285,46 +187,6 @@ def merge_after_training(run: Run) -> None:
     LOG.info("%s is %s with the masked update", output, run.base.id)
 
 
-def gather_warm_start(run: Run, adapter: str) -> Path:
-    """The full-size adapter cut to the pruned model, by whichever rank comes first."""
-    folder = find_folder(adapter, patterns=["adapter_*", RECORD_FILE])
-    fingerprint = Checkpoint(folder, ADAPTER_FILE).fingerprint()
-    settings = read_adapter_config(folder)
-    return made_once(
-        run.trained / "warm-start",
-        [fingerprint, settings, run.plan.digest],
-        lambda start: gather_adapter(folder, run.plan, str(run.pruned), start),
-    )
-
-
-def use_recovered_adapter(cfg: Any) -> None:
-    """Outside training, let lora_model_dir be the recovered adapter in output_dir.
-
-    A lora_model_dir that the user gives stays, unless it is the one that the run in output_dir
-    started from: then the result of the run is meant.
-
-    Raises:
-        LoRAMError: output_dir holds no recovered adapter, or lora_model_dir an unrecovered one.
-    """
-    output = Path(str(cfg.output_dir or DEFAULT_OUTPUT))
-    started_from = (read_record(output).get("trained") or {}).get("warm_start")
-    if cfg.lora_model_dir and cfg.lora_model_dir != started_from:
-        if read_record(Path(cfg.lora_model_dir)).get("kind") == "trained-adapter":
-            raise LoRAMError(
-                f"expected an adapter for the original model, found {cfg.lora_model_dir} trained "
-                f"on the pruned one: run `axolotl-loram recover {cfg.lora_model_dir}` first"
-            )
-        return
-    if read_record(output).get("kind") != "recovered-adapter":
-        raise LoRAMError(
-            f"expected a recovered adapter in output_dir, found none in {output}: run `axolotl "
-            f"train` first, or `axolotl-loram recover {output / PRUNED_FOLDER}/checkpoint-N` and "
-            "pass --lora-model-dir"
-        )
-    LOG.info("using the recovered adapter in %s", output)
-    cfg.lora_model_dir = str(output)
-
-
 def _merge_into_unquantized_base(cfg: Any) -> None:
     """Take the NF4 round trip out of `axolotl merge-lora`.
 
@@ -340,30 +202,6 @@ def _merge_into_unquantized_base(cfg: Any) -> None:
 
     merge_lora.merge_lora_sharded_efficient = merge_without_nf4
     cfg.adapter, cfg.load_in_4bit, cfg.load_in_8bit = "lora", False, False
-
-
-def _check_modules_to_save(cfg: Any, plan: PruningPlan) -> None:
-    """Refuse to train in whole a module that has lost features: BA is not all of its update."""
-    named = set(cfg.lora_modules_to_save or [])
-    touched = {
-        part for t in parameters(plan.config) if t.kinds for part in t.module.split(".")[-2:]
-    }
-    if named & touched:
-        raise LoRAMError(
-            "expected lora_modules_to_save to name modules that pruning leaves whole, found "
-            f"{', '.join(sorted(named & touched))}: adapt them by LoRA instead"
-        )
-
-
-def _check_same_plan(run: Run) -> None:
-    """Refuse an output_dir whose checkpoints were trained on another pruned model."""
-    recorded = read_record(run.trained).get("plan")
-    if recorded not in (None, run.plan.digest):
-        raise LoRAMError(
-            f"expected output_dir to be new or of a run on this pruned model, found {run.trained} "
-            f"trained under plan {recorded[:19]}…, not {run.plan.digest[:19]}…: choose another "
-            "output_dir or remove it"
-        )
 
 
 def _yaml_details(cfg: Any) -> str:

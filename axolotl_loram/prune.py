@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,9 @@ from axolotl_loram.plan import (
     keep_counts,
     summary,
 )
+from axolotl_loram.prequantized import Packing, plan_packing
 from axolotl_loram.progress import Progress, no_progress
+from axolotl_loram.records import versions
 from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
 from axolotl_loram.sparsity import by_magnitude, load_sparse, sparse_layers, sparse_summary
@@ -74,6 +75,7 @@ class Job:
         sketch: A plan as large as the one to come (the one to come, if index files give it).
         settings: How to prune.
         calibration: Calibration text, if any is needed.
+        packing: Which weights are written in 4 bits, if any.
         progress: Shows how far it is.
     """
 
@@ -81,6 +83,7 @@ class Job:
     sketch: PruningPlan
     settings: PruningArgs
     calibration: Calibration | None
+    packing: Packing | None = None
     progress: Progress = no_progress
 
     @property
@@ -102,9 +105,7 @@ class Job:
     @property
     def device(self) -> str:
         """Where calibration runs."""
-        import torch
-
-        return self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return device_of(self.settings)
 
     def stream(self, four_bit: bool = False) -> LayerStream:
         """The base's layers, on the device."""
@@ -170,12 +171,15 @@ def prune(
     base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
     sketch = plan_of_size(config, base, settings)
     check_scorable(sketch, settings)
+    packing = _plan_packing(settings, checkpoint, sketch)
     calibration = calibration or _calibrate(settings, folder)
-    job = Job(checkpoint, sketch, settings, calibration, progress)
+    job = Job(checkpoint, sketch, settings, calibration, packing, progress)
     check_room(job, output)
     with resumable(output, job.identity, overwrite) as work:
         outcome = decide(job, work)
-        files = write_weights(checkpoint, outcome.plan, work.result, progress, outcome.replaced)
+        pack = packing.pack if packing else None
+        plan, replaced = outcome.plan, outcome.replaced
+        files = write_weights(checkpoint, plan, work.result, progress, replaced, pack)
         return _write_rest(folder, job, outcome, work.result, files)
 
 
@@ -203,6 +207,23 @@ def plan_of_size(config: dict[str, Any], base: Base, settings: PruningArgs) -> P
                 stacked = units if rows is None else np.tile(units, (rows, 1))
                 kept[family.entry(layer, group)] = stacked
     return PruningPlan(config, kept, base)
+
+
+def _plan_packing(
+    settings: PruningArgs, checkpoint: Checkpoint, sketch: PruningPlan
+) -> Packing | None:
+    if settings.quantize is None:
+        return None
+    config = changed(read_json(checkpoint.folder / "config.json"), sketch.changes)
+    block, device = settings.quantize_block_size, device_of(settings)
+    return plan_packing(config, checkpoint.tensors, block, device)
+
+
+def device_of(settings: PruningArgs) -> str:
+    """Where to compute: as the settings say, else on the GPU if there is one."""
+    import torch
+
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _calibrate(settings: PruningArgs, folder: Path) -> Calibration | None:
@@ -245,8 +266,11 @@ def check_room(job: Job, output: Path) -> None:
     Raises:
         LoRAMError: Too little is free, or nothing can be written there.
     """
-    result = needed_bytes(job.checkpoint, job.sketch)
-    needed = result * (2 if job.settings.sparsity or job.settings.refits else 1)
+    needed = needed_bytes(job.checkpoint, job.sketch)
+    refitted = needed if job.settings.sparsity or job.settings.refits else 0
+    if job.packing is not None:
+        needed = job.packing.needed_bytes(job.sketch.pruned_config, job.checkpoint)
+    needed += refitted
     if job.calibration is not None:
         states = job.calibration.tokens.size * sizes_of(job.config)["hidden"] * 4
         kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
@@ -340,7 +364,8 @@ def _write_rest(
     """Write config, tokenizer, plan and record beside the weights."""
     plan, calibration = outcome.plan, job.calibration
     raw = read_json(base_folder / "config.json")
-    write_json(folder / "config.json", changed(raw, plan.changes))
+    quantized = {"quantization_config": job.packing.settings} if job.packing else {}
+    write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
     for pattern in (*TOKENIZER_PATTERNS, "generation_config.json"):
         for file in base_folder.glob(pattern):
             if file.is_file():
@@ -358,34 +383,10 @@ def _write_rest(
         "refit": dict(outcome.refit) or None,
         "alignment": None,
         "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
+        "weight_bytes": sum(tensor.nbytes for tensor in Checkpoint(folder).tensors.values()),
         "plan": plan.digest,
         "versions": versions(),
         "files": dict(sorted(files.items())),
     }
     write_json(folder / RECORD_FILE, record)
     return record
-
-
-def refit_summary(refit: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the refit gained: means over the projections of the relative held-out errors."""
-    if not refit:
-        return {}
-    means = {
-        f"heldout_error_{when}": round(
-            sum(found[f"heldout_error_{when}"] for found in refit.values()) / len(refit), 6
-        )
-        for when in ("before", "after")
-    }
-    accepted = sum(found["accepted"] for found in refit.values())
-    return {"refits_accepted": accepted, "refits_tried": len(refit), **means}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made an artefact, as far as installed."""
-    found = {"axolotl_loram": __version__}
-    for package in ("axolotl", "transformers", "peft", "torch", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

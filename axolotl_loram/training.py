@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from axolotl_loram.args import Section
+from axolotl_loram.formats import NATIVE, QLORAM
 from axolotl_loram.optimizers import check_optimizer
 
 Head = Literal["native", "int8", "nf4"]
@@ -94,12 +95,13 @@ class TrainingArgs(Section):
         weight itself; of tied embeddings none is small unless both are.
         """
         whole = {name: name in self.modules_to_save for name in ("lm_head", "embed_tokens")}
-        head: Head = "nf4" if four_bit else "native"
-        embedding: Embedding = "cpu" if four_bit else "native"
+        default: dict[str, Any] = QLORAM if four_bit else dict.fromkeys(QLORAM, NATIVE)
+        head, embedding = default["lm_head"], default["embedding"]
         if whole["lm_head"] or self.cross_entropy != "plain":
             head = "native"
         embedding = "native" if whole["embed_tokens"] else embedding
-        head, embedding = self.lm_head_format or head, self.embedding_format or embedding
+        head = self.lm_head_format or head
+        embedding = self.embedding_format or embedding
         return ("native", "native") if tied and "native" in (head, embedding) else (head, embedding)
 
     def targets(self, module: str) -> bool:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from axolotl_loram.architecture import changed
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.formats import Formats
 from axolotl_loram.layout import Layout
 from axolotl_loram.memory import GIB, Prediction, predict
 from axolotl_loram.plan import PruningPlan
@@ -17,12 +17,13 @@ from axolotl_loram.training import TrainingArgs, settings_of
 LOG = logging.getLogger(__name__)
 
 
-def predict_run(cfg: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
+def predict_run(cfg: Mapping[str, Any], plan: PruningPlan, formats: Formats) -> dict[str, Any]:
     """Say and return what a run on a pruned model will take.
 
     Args:
         cfg: Axolotl's cfg, with its defaults filled in.
         plan: Of the pruned model.
+        formats: What its lm_head and embedding are kept in.
 
     Returns:
         For the run's record: the method, and `Prediction` as a dict; empty where a setting is not
@@ -30,8 +31,9 @@ def predict_run(cfg: Mapping[str, Any], plan: PruningPlan) -> dict[str, Any]:
     """
     method = "qloram" if cfg.get("load_in_4bit") else "loram"
     try:
-        run = TrainingArgs.parse(**settings_of(cfg))
-        prediction = predict(Layout.of(changed(plan.config, plan.changes)), run, method)
+        kept = {"lm_head_format": formats.lm_head, "embedding_format": formats.embedding}
+        run = TrainingArgs.parse(**(settings_of(cfg) | kept))
+        prediction = predict(Layout.of(plan.pruned_config), run, method)
     except LoRAMError as error:
         LOG.warning("the memory of this run is not predicted: %s", error)
         return {}

@@ -30,9 +30,10 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.masked import MaskedLora, MaskedUpdate, confine, pack
 from axolotl_loram.merge import merge_masked
 from axolotl_loram.plan import Base, PruningPlan, mask_digest
-from axolotl_loram.plugin import LoRAMPlugin, begin_training, confine_update
+from axolotl_loram.plugin import LoRAMPlugin, confine_update
 from axolotl_loram.prune import prune
 from axolotl_loram.recover import recover
+from axolotl_loram.runs import begin_training
 from axolotl_loram.sources import load_config
 
 UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"

@@ -15,13 +15,10 @@ from axolotl_loram.args import LoRAMArgs, PruningArgs
 from axolotl_loram.cache import calibrate, prune_into_cache
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import PruningPlan
-from axolotl_loram.plugin import (
-    LoRAMPlugin,
-    begin_training,
-    check_supported,
-    use_recovered_adapter,
-)
+from axolotl_loram.plugin import LoRAMPlugin
 from axolotl_loram.prune import prune
+from axolotl_loram.runs import begin_training, use_recovered_adapter
+from axolotl_loram.support import check_supported
 
 GOOD = {"adapter": "lora", "loram": {"pruned_model_path": "somewhere"}}
 

@@ -10,7 +10,7 @@ from axolotl.utils.dict import DictDefault
 from families import ALSO, FAMILIES, TRAINED, table
 
 from axolotl_loram.args import LoRAMArgs
-from axolotl_loram.plugin import check_supported
+from axolotl_loram.support import check_supported
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "axolotl_loram").glob("[a-z]*.py"))

@@ -146,6 +146,24 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
     check_inference_and_evaluate(yaml_file, output)
 
 
+def test_qloram_from_a_checkpoint_in_4_bits(make_model, settings, tmp_path):
+    """What a user downloads; with LoRA on the packed lm_head, and the embedding on the CPU."""
+    base, output = make_model(), tmp_path / "out"
+    prune(str(base), tmp_path / "packed", PruningArgs(ratio=0.5, quantize="nf4"))
+    changes = {
+        "loram": {"pruned_model_path": str(tmp_path / "packed")},
+        "adapter": "qloram",
+        "load_in_4bit": True,
+        "lora_target_modules": ["lm_head"],
+        "gradient_checkpointing": True,
+    }
+    log = train(write_yaml(tmp_path / "loram.yml", settings(base, **changes)))
+    assert "lm_head in nf4, embedding in cpu: 0.000 GiB" in log.stdout + log.stderr
+    assert "base_model.model.lm_head.lora_A.weight" in adapter_weights(output)
+    assert all("lora_" in name for name in adapter_weights(output / "pruned"))
+    check_output(output, base)
+
+
 def test_a_killed_run_is_recovered_from_a_checkpoint_and_resumes(
     pruned, make_model, settings, tmp_path
 ):

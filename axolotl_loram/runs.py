@@ -1,0 +1,188 @@
+"""One training run: which models it is about, and what is settled before it starts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axolotl_loram.architecture import parameters
+from axolotl_loram.args import LoRAMConfig
+from axolotl_loram.axolotl_data import token_rows
+from axolotl_loram.cache import prune_into_cache
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, made_once, write_json
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.formats import Formats
+from axolotl_loram.pairing import check_base, check_pruned, read_record
+from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.quantized import decide_formats
+from axolotl_loram.recover import gather_adapter, read_adapter_config
+from axolotl_loram.sources import find_folder
+from axolotl_loram.support import switch_off_kernels, trains_masked
+from axolotl_loram.watch import predict_run
+
+LOG = logging.getLogger(__name__)
+PRUNED_FOLDER = "pruned"
+DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        base: What the user's YAML names as base_model.
+        pruned: Folder of the pruned model.
+        plan: Its plan.
+        output: The user's output_dir, which will hold the recovered adapter.
+        warm_start: The full-size adapter that training starts from, if any.
+        hub_model_id: Where the user wants the adapter uploaded, if anywhere.
+        formats: What the lm_head and the embedding are kept in.
+        masked: Whether the update is confined to the weights that sparse pruning left.
+        merges: Whether the result is wanted as a model too, with the masked update added.
+        memory: What was predicted, and in the end measured.
+    """
+
+    base: Base
+    pruned: Path
+    plan: PruningPlan
+    output: Path
+    warm_start: str | None
+    hub_model_id: str | None
+    formats: Formats
+    masked: bool = False
+    merges: bool = False
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> Path:
+        """Folder of the adapter as trained, and of the checkpoints."""
+        return self.output / PRUNED_FOLDER
+
+    def write_record(self, folder: Path) -> None:
+        """Write down in a folder under which plan its adapter is trained."""
+        training = {
+            "pruned_model": str(self.pruned),
+            "warm_start": self.warm_start,
+            "memory": self.memory,
+        }
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "trained-adapter",
+            "base": asdict(self.base),
+            "plan": self.plan.digest,
+            "masked": self.masked,
+            "training": training,
+        }
+        write_json(folder / RECORD_FILE, record)
+
+
+def begin_training(cfg: Any) -> Run:
+    """Find or make the pruned model, check that it fits, and change cfg to train on it.
+
+    Raises:
+        LoRAMError: The pruned model does not belong to base_model, or cannot be trained on.
+    """
+    section = LoRAMConfig.model_validate(dict(cfg.loram))
+    model, revision = str(cfg.base_model), cfg.revision_of_model
+    if section.pruned_model_path:
+        pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)
+        formats = decide_formats(section, cfg, pruned)
+    else:
+        assert section.pruning is not None  # the schema saw to it
+        formats = decide_formats(section, cfg, None)
+        rows = functools.partial(token_rows, cfg, section.pruning.seed)
+        pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir, rows)
+    plan = PruningPlan.load(pruned)
+    check_pruned(pruned, plan)
+    masked = trains_masked(section, plan)
+    check_base(plan, model, revision)
+    _check_modules_to_save(cfg, plan)
+    run = Run(
+        Base(model, revision),
+        pruned.resolve(),
+        plan,
+        Path(cfg.output_dir),
+        cfg.lora_model_dir,
+        cfg.hub_model_id,
+        formats,
+        masked,
+        merges=section.recovery == "masked",
+        memory={"predicted": predict_run(cfg, plan, formats), "measured": {}},
+    )
+    _check_same_plan(run)
+    if run.masked:
+        switch_off_kernels(cfg)
+    if run.warm_start:
+        cfg.lora_model_dir = str(gather_warm_start(run, run.warm_start))
+    # A folder needs no revision: cfg keeps the base's, which the tokenizer is loaded at.
+    cfg.base_model = cfg.base_model_config = str(run.pruned)
+    cfg.output_dir = str(run.trained)
+    cfg.hub_model_id = None  # the trainer would upload the adapter as trained
+    return run
+
+
+def gather_warm_start(run: Run, adapter: str) -> Path:
+    """The full-size adapter cut to the pruned model, by whichever rank comes first."""
+    folder = find_folder(adapter, patterns=["adapter_*", RECORD_FILE])
+    fingerprint = Checkpoint(folder, ADAPTER_FILE).fingerprint()
+    settings = read_adapter_config(folder)
+    return made_once(
+        run.trained / "warm-start",
+        [fingerprint, settings, run.plan.digest],
+        lambda start: gather_adapter(folder, run.plan, str(run.pruned), start),
+    )
+
+
+def use_recovered_adapter(cfg: Any) -> None:
+    """Outside training, let lora_model_dir be the recovered adapter in output_dir.
+
+    A lora_model_dir that the user gives stays, unless it is the one that the run in output_dir
+    started from: then the result of the run is meant.
+
+    Raises:
+        LoRAMError: output_dir holds no recovered adapter, or lora_model_dir an unrecovered one.
+    """
+    output = Path(str(cfg.output_dir or DEFAULT_OUTPUT))
+    started_from = (read_record(output).get("trained") or {}).get("warm_start")
+    if cfg.lora_model_dir and cfg.lora_model_dir != started_from:
+        if read_record(Path(cfg.lora_model_dir)).get("kind") == "trained-adapter":
+            raise LoRAMError(
+                f"expected an adapter for the original model, found {cfg.lora_model_dir} trained "
+                f"on the pruned one: run `axolotl-loram recover {cfg.lora_model_dir}` first"
+            )
+        return
+    if read_record(output).get("kind") != "recovered-adapter":
+        raise LoRAMError(
+            f"expected a recovered adapter in output_dir, found none in {output}: run `axolotl "
+            f"train` first, or `axolotl-loram recover {output / PRUNED_FOLDER}/checkpoint-N` and "
+            "pass --lora-model-dir"
+        )
+    LOG.info("using the recovered adapter in %s", output)
+    cfg.lora_model_dir = str(output)
+
+
+def _check_modules_to_save(cfg: Any, plan: PruningPlan) -> None:
+    """Refuse to train in whole a module that has lost features: BA is not all of its update."""
+    named = set(cfg.lora_modules_to_save or [])
+    touched = {
+        part for t in parameters(plan.config) if t.kinds for part in t.module.split(".")[-2:]
+    }
+    if named & touched:
+        raise LoRAMError(
+            "expected lora_modules_to_save to name modules that pruning leaves whole, found "
+            f"{', '.join(sorted(named & touched))}: adapt them by LoRA instead"
+        )
+
+
+def _check_same_plan(run: Run) -> None:
+    """Refuse an output_dir whose checkpoints were trained on another pruned model."""
+    recorded = read_record(run.trained).get("plan")
+    if recorded not in (None, run.plan.digest):
+        raise LoRAMError(
+            f"expected output_dir to be new or of a run on this pruned model, found {run.trained} "
+            f"trained under plan {recorded[:19]}…, not {run.plan.digest[:19]}…: choose another "
+            "output_dir or remove it"
+        )
