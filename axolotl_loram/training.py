@@ -96,7 +96,8 @@ class TrainingArgs(Section):
         """
         whole = {name: name in self.modules_to_save for name in ("lm_head", "embed_tokens")}
         default: dict[str, Any] = QLORAM if four_bit else dict.fromkeys(QLORAM, NATIVE)
-        head, embedding = default["lm_head"], default["embedding"]
+        head: Head = default["lm_head"]
+        embedding: Embedding = default["embedding"]
         if whole["lm_head"] or self.cross_entropy != "plain":
             head = "native"
         embedding = "native" if whole["embed_tokens"] else embedding
