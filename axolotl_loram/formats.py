@@ -18,17 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_loram.architecture import Config, family_of
-from axolotl_loram.args import LoRAMConfig
+from axolotl_loram.args import NATIVE, QLORAM, LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.spaces import EMBEDDING, HEAD
 
 LOG = logging.getLogger(__name__)
-NATIVE = "native"
 PARTS = {"lm_head": HEAD, "embedding": EMBEDDING}
 """Part → the role that it has in the declarations."""
-QLORAM = {"lm_head": "nf4", "embedding": "cpu"}
-"""Default with load_in_4bit. An embedding on the CPU loses nothing; with NF4 for the rest it is the
-only pair that keeps LLaMA-3.1-70B at 0.85 within 4 bits per parameter (8.31 GiB)."""
 FUSED = (
     "cut_cross_entropy",
     "liger_fused_linear_cross_entropy",

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from axolotl_loram.args import Section
-from axolotl_loram.formats import NATIVE, QLORAM
+from axolotl_loram.args import NATIVE, QLORAM, Section
 from axolotl_loram.optimizers import check_optimizer
 
 Head = Literal["native", "int8", "nf4"]

@@ -13,6 +13,7 @@ from test_architecture import LLAMA_31_70B
 from test_cli import loram
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.formats import Formats
 from axolotl_loram.plan import Base, PruningPlan
 from axolotl_loram.planning import plan, report
 from axolotl_loram.request import parse_size, request
@@ -208,11 +209,13 @@ def test_without_matplotlib_the_plot_says_what_to_install(large, monkeypatch, tm
 
 def test_a_run_is_predicted(caplog):
     caplog.set_level(logging.INFO)
-    found = predict_run(DictDefault(YAML), PruningPlan(LLAMA_31_70B, {}, Base("base")))
+    found = predict_run(
+        DictDefault(YAML), PruningPlan(LLAMA_31_70B, {}, Base("base")), Formats("nf4", "cpu")
+    )
     assert found["method"] == "qloram" and found["peak_bytes"] > found["allocated_bytes"]
     assert "memory predicted for qloram on a GPU" in caplog.text
     unknown = DictDefault({**YAML, "optimizer": "muon"})
-    assert predict_run(unknown, PruningPlan(LLAMA_31_70B, {}, Base("base"))) == {}
+    assert predict_run(unknown, PruningPlan(LLAMA_31_70B, {}, Base("base")), Formats()) == {}
     assert "is not predicted: expected an optimizer" in caplog.text
 
 
