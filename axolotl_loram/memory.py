@@ -235,7 +235,7 @@ def _largest_step(config: Config, protected: tuple[int, int]) -> int:
 def _no_ratio(budget: int, method: str, ratio: float, floor: Prediction) -> str:
     parts = {"weights": floor.weights_device_bytes}
     if max(floor.moments, key=floor.moments.__getitem__) == "loading":
-        parts["embeddings in float32 while loading"] = floor.loading_bytes
+        parts["embeddings while loading"] = floor.loading_bytes
     else:
         parts["LoRA with gradients and optimizer"] = 2 * floor.lora_bytes + floor.optimizer_bytes
         parts["activations and logits"] = floor.allocated_bytes - sum(parts.values())

@@ -486,7 +486,10 @@ def test_the_smallest_ratio_that_fits():
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({}, "weights 3.67, embeddings in float32 while loading 9.28, context"),
+        (
+            {"lm_head_format": "native", "embedding_format": "native"},
+            r"weights 7.08, embeddings while loading 5.87, context",
+        ),
         ({"micro_batch_size": 16}, r"weights 3.67, LoRA .* 0.64, activations and logits"),
     ],
 )

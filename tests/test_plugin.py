@@ -103,6 +103,13 @@ def test_training_begins_on_the_pruned_model(run, make_model, tmp_path):
     assert begun.base.id == str(make_model())
 
 
+@pytest.mark.parametrize("output", ["pruned", "."])
+def test_an_output_dir_that_is_the_pruned_models_is_refused(run, output, tmp_path):
+    run.output_dir = str(tmp_path / output)
+    with pytest.raises(LoRAMError, match="another folder than the pruned model's"):
+        begin_training(run)
+
+
 def test_a_base_that_was_not_pruned_into_it_is_refused(run, make_model):
     run.base_model = str(make_model(seed=1))
     with pytest.raises(LoRAMError, match="fine-tuned"):
