@@ -115,8 +115,8 @@ def begin_training(cfg: Any) -> Run:
     _check_same_plan(run)
     if run.pruned in (run.output.resolve(), run.trained.resolve()):
         raise LoRAMError(
-            f"expected output_dir to be another folder than the pruned model's, found {run.output}: "
-            "the adapter would be written into the model"
+            "expected output_dir to be another folder than the pruned model's, found "
+            f"{run.output}: the adapter would be written into the model"
         )
     if run.masked:
         switch_off_kernels(cfg)
