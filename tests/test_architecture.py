@@ -143,6 +143,19 @@ def test_unknown_architecture_says_how_to_add_one():
         family_of({"model_type": "mamba"})
 
 
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("gemma3_text", "num_kv_shared_layers"),
+        ("phi", "qk_layernorm"),
+        ("phi", "tie_word_embeddings"),
+    ],
+)
+def test_a_structure_that_is_not_declared_is_refused_by_name(family, field):
+    with pytest.raises(LoRAMError, match=f"expected a {family} model without {field}, found 2"):
+        family_of({"model_type": family, field: 2})
+
+
 def test_pruning_a_pruned_model_is_refused():
     with pytest.raises(LoRAMError, match="pruned already"):
         keep_counts({**LLAMA_2_70B, "per_layer_config": {"5": {}}}, 0.5, 4, 2)
