@@ -10,7 +10,13 @@ from conftest import build_model
 from families import pico_config
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture import layer_groups, sizes_of, tensors
+from axolotl_loram.architecture import (
+    changed,
+    config_changes,
+    layer_groups,
+    sizes_of,
+    tensors,
+)
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.criteria import CRITERIA
@@ -172,6 +178,13 @@ def test_either_name_of_the_number_of_experts_is_read_and_kept(name, tmp_path):
         layer.mlp.experts.num_experts for i, layer in enumerate(model.model.layers) if i != 1
     ] == [2] * 3
     assert sizes_of(load_config(str(tmp_path / "pruned")), 2)["experts"] == 2
+
+
+def test_a_plain_config_keeps_its_own_name_of_the_number_of_experts():
+    config = {**MIXTRAL_8X7B, "num_experts": MIXTRAL_8X7B["num_local_experts"]}
+    del config["num_local_experts"]
+    pruned = changed(config, config_changes(config, keep_counts(config, 0.5, 0, 0)))
+    assert pruned["num_experts"] == 4 and "num_local_experts" not in pruned
 
 
 def test_dense_layers_among_sparse_ones_have_their_own_kinds():
