@@ -24,7 +24,7 @@ def forget_peak() -> None:
 
 
 class Stopwatch(TrainerCallback):
-    """Processor and wall seconds of each step; resident memory before, after loading, at most."""
+    """Processor and wall seconds of each step; resident memory before loading, and at most."""
 
     def __init__(self, baseline: int):
         self.found: dict[str, object] = {"before_model_bytes": baseline}
@@ -33,7 +33,6 @@ class Stopwatch(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         """The model is loaded."""
         self.found["loading_peak_bytes"] = resident("VmHWM")
-        self.found["loaded_bytes"] = resident("VmRSS")
         forget_peak()
 
     def on_step_begin(self, args, state, control, **_):

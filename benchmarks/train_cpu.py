@@ -147,10 +147,7 @@ def row_of(scratch: Path, ratio: float, checkpointing: bool, runs: list[dict]) -
     run = TrainingArgs(**settings_of(settings(scratch, ratio, checkpointing)))
     prediction = predict(layout, run, "loram" if ratio else "lora")
     steps = [step for found in runs for step in found["steps"][1:]]
-    grown, loaded = (
-        statistics.median(found[name] - found["before_model_bytes"] for found in runs)
-        for name in ("peak_bytes", "loaded_bytes")
-    )
+    grown = statistics.median(found["peak_bytes"] - found["before_model_bytes"] for found in runs)
     return {
         "method": "loram" if ratio else "lora",
         "ratio": ratio,
@@ -166,8 +163,6 @@ def row_of(scratch: Path, ratio: float, checkpointing: bool, runs: list[dict]) -
         "step_gflop": round(operations(layout, checkpointing) / 1e9, 1),
         "peak_rss_bytes": max(found["peak_bytes"] for found in runs),
         "loading_rss_bytes": max(found["loading_peak_bytes"] for found in runs),
-        "predicted_weight_bytes": prediction.weights_device_bytes + prediction.lora_bytes,
-        "measured_loaded_bytes": round(loaded),
         "predicted_allocated_bytes": prediction.allocated_bytes,
         "measured_growth_bytes": round(grown),
     }
