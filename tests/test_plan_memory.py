@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +22,7 @@ from axolotl_loram.request import parse_size, request
 from axolotl_loram.training import TrainingArgs, settings_of
 from axolotl_loram.watch import measure_run, predict_run, start_measuring
 
+ROOT = Path(__file__).resolve().parent.parent
 BYTES = "weights_device_bytes", "weights_host_bytes", "gradient_bytes", "optimizer_bytes"
 BYTES += "activation_bytes", "logits_bytes", "context_bytes", "slack_bytes", "peak_bytes"
 
@@ -140,6 +143,30 @@ def test_settings_of_a_yaml(changes, name, value):
 )
 def test_targets_are_peft_s(names, module, expected):
     assert TrainingArgs(lora_target_modules=names).targets(module) == expected
+
+
+SHIPPED = sorted((ROOT / "examples/llama-3.1-70b").glob("*.yml"))
+FIGURES = re.compile(r"^# +(\d+) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_figures_in_shipped_yaml_are_the_planners(file, large, tmp_path):
+    """Comments say what `plan` predicts; the settings themselves fit 20 GB, or 48."""
+    text = file.read_text(encoding="utf-8")
+    cfg = yaml.safe_load(text)
+    copy = write_yaml(tmp_path / file.name, {**cfg, "base_model": str(large)})
+    peaks = {}
+    for batch, length, *figures in FIGURES.findall(text):
+        sizes = {"micro_batch_size": int(batch), "sequence_len": int(length)}
+        asked = request(str(copy), options=sizes)
+        found = plan(asked)["methods"][asked.adapter]
+        names = ("weights_device_bytes", "allocated_bytes", "peak_bytes")
+        assert figures == [f"{found[name] / 2**30:.2f}" for name in names]
+        peaks[int(batch), int(length)] = found["peak_bytes"]
+    assert len(peaks) == 3 and "predicted" in text.lower()
+    largest = {"qloram": 20e9, "loram": 48e9}[asked.adapter]
+    assert peaks[cfg["micro_batch_size"], cfg["sequence_len"]] < largest
+    assert cfg["sample_packing"] and cfg["attn_implementation"] == "flash_attention_2"
 
 
 def test_a_yaml_with_a_pruned_model(make_model, tmp_path):

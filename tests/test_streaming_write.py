@@ -72,7 +72,7 @@ def test_gathering_in_blocks_is_gathering(case, block_bytes):
         patch.setattr(checkpoint_module, "BLOCK_BYTES", block_bytes)
         stored = stored_as(Path(folder) / "t.safetensors", "t", dtype, whole)
         expected = gather(whole, features)
-        blocks = list(ahead(Part("t", stored, features, expected.shape).blocks()))
+        blocks = list(ahead(Part("t", [(stored, features)], expected.shape).blocks()))
     row = int(np.prod(shape[1:])) * width
     read = len(features[0]) if features[0] is not None else shape[0]
     assert len(blocks) == -(-read // max(1, block_bytes // row))
