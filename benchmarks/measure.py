@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import shutil
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -27,16 +28,19 @@ def timed(command: list[str]) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def surroundings() -> dict[str, str]:
-    """Hardware, versions and commit, for a CSV row."""
+def surroundings(*packages: str) -> dict[str, str]:
+    """Hardware, versions (of further packages too) and commit, for a CSV row."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "hardware": f"{os.cpu_count()} × {models[0] if models else platform.processor()}",
         "versions": " ".join(
-            [f"python {platform.python_version()}", *map(_named, ("torch", "numpy", "safetensors"))]
+            [f"python {platform.python_version()}"]
+            + [_named(package) for package in ("torch", "numpy", "safetensors", *packages)]
         ),
         "commit": commit,
     }
