@@ -46,7 +46,7 @@ def magnitude(evidence: Evidence) -> None:
             continue
         pairs = [(tensor, stored[tensor.name]) for tensor in job]
         shape = evidence.scores_shape(layer, group)
-        found[group.kind] = magnitude_scores(pairs, group.kind, shape, done)
+        found[group.kind] = magnitude_scores(pairs, group.kind, done, shape)
         if len(found) == len(evidence.groups(layer)):
             evidence.save(layer, found)
             found = {}

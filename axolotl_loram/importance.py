@@ -20,16 +20,16 @@ def random_scores(shape: Sequence[int], seed: int, layer: int, kind: str) -> np.
 def magnitude_scores(
     tensors: list[tuple[Tensor, StoredTensor]],
     kind: str,
-    shape: tuple[int, ...],
     done: Callable[[int], object] | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> np.ndarray:
     """Σ w² over everything that goes when a unit goes (group L2, as in LLM-Pruner's `l2`).
 
     Args:
         tensors: The layer's tensors, and where their values are; read block by block.
         kind: The kind of unit.
-        shape: Of the scores: (units,), or (experts, units) of units inside experts.
         done: Called with the bytes read since the last call.
+        shape: Of the scores: (units,) by default, or (experts, units) of units inside experts.
 
     Returns:
         Scores of that shape, float64.
@@ -37,11 +37,11 @@ def magnitude_scores(
     Raises:
         LoRAMError: A tensor holds no plain floats, or a NaN or an infinity.
     """
-    total = np.zeros(shape)
+    total = np.zeros(shape or tensors[0][0].sizes[kind])
     for tensor, stored in tensors:
         if tensor.expert is not None:
             total[tensor.expert] += _energy(stored, tensor.dims, tensor.sizes, kind, done)
-        elif len(shape) == 2:  # experts stacked in one tensor
+        elif total.ndim == 2:  # experts stacked in one tensor
             for expert, own in enumerate(total):
                 own += _energy(stored.part(expert), tensor.dims[1:], tensor.sizes, kind, done)
         else:
