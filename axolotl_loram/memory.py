@@ -9,7 +9,7 @@ they are measured on a GPU, and so is, with them, the peak.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -178,13 +178,24 @@ def compare(base: Config, pruned: Config, run: TrainingArgs) -> dict[str, Predic
     return {method: predict(layouts[method in PRUNED], run, method) for method in METHODS}
 
 
-def pruned_config(config: Config, ratio: float, protected: tuple[int, int]) -> dict[str, Any]:
+Units = Collection[str] | None
+"""Kinds of unit to remove; None for all but the optional ones."""
+
+
+def pruned_config(
+    config: Config, ratio: float, protected: tuple[int, int], units: Units = None
+) -> dict[str, Any]:
     """The config of `config`'s model pruned at a uniform ratio."""
-    return changed(config, config_changes(config, keep_counts(config, ratio, *protected)))
+    return changed(config, config_changes(config, keep_counts(config, ratio, *protected, units)))
 
 
 def smallest_ratio(
-    config: Config, run: TrainingArgs, protected: tuple[int, int], budget: int, method: str
+    config: Config,
+    run: TrainingArgs,
+    protected: tuple[int, int],
+    budget: int,
+    method: str,
+    units: Units = None,
 ) -> float:
     """The smallest pruning ratio, in steps of 1/1000, at which a run fits; 0 where it does whole.
 
@@ -194,41 +205,41 @@ def smallest_ratio(
         protected: Layers that stay whole at the start and the end.
         budget: Bytes on the device.
         method: "loram" or "qloram".
+        units: Kinds of unit to remove.
 
     Raises:
         LoRAMError: No ratio fits; the message says what the largest ratio leaves, by part.
     """
     if predict(Layout.of(config), run, method).peak_bytes <= budget:
         return 0.0
-    low, high = 0, _largest_step(config, protected)
-    floor = _at(config, high / STEPS, run, protected, method)
+
+    def at(step: int) -> Prediction:
+        narrow = pruned_config(config, step / STEPS, protected, units)
+        return predict(Layout.of(narrow), run, method)
+
+    low, high = 0, _largest_step(config, protected, units)
+    floor = at(high)
     if floor.peak_bytes > budget:
         raise LoRAMError(_no_ratio(budget, method, high / STEPS, floor))
     while high - low > 1:  # peaks fall as ratios rise; low is too little, high fits
         middle = (low + high) // 2
-        fits = _at(config, middle / STEPS, run, protected, method).peak_bytes <= budget
+        fits = at(middle).peak_bytes <= budget
         low, high = (low, middle) if fits else (middle, high)
     return high / STEPS
 
 
-def _at(
-    config: Config, ratio: float, run: TrainingArgs, protected: tuple[int, int], method: str
-) -> Prediction:
-    return predict(Layout.of(pruned_config(config, ratio, protected)), run, method)
-
-
-def _largest_step(config: Config, protected: tuple[int, int]) -> int:
+def _largest_step(config: Config, protected: tuple[int, int], units: Units) -> int:
     """The largest ratio, in steps, that leaves every layer a unit of each kind."""
     low, high = 0, STEPS
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            keep_counts(config, middle / STEPS, *protected)
+            keep_counts(config, middle / STEPS, *protected, units)
             low = middle
         except LoRAMError:
             high = middle
     if not low:
-        keep_counts(config, 1 / STEPS, *protected)  # says what is wrong with the model
+        keep_counts(config, 1 / STEPS, *protected, units)  # says what is wrong with the model
     return low
 
 

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from axolotl_loram.architecture import Config, changed
+from axolotl_loram.architecture import Config, embedding_module, family_of
 from axolotl_loram.gpus import that_hold
 from axolotl_loram.layout import Layout
 from axolotl_loram.memory import compare, predict, pruned_config, smallest_ratio
@@ -32,6 +32,11 @@ def plan(asked: Request) -> dict[str, Any]:
     if asked.budget is not None:
         asked, fitted = _fit(asked, asked.budget)
     base, pruned, counted = _sizes(asked)
+    if embedding_module(base) is None:
+        LOG.warning("memory is planned for language models only: %s is counted", base["model_type"])
+        return counted
+    for prefix in family_of(base).whole:
+        LOG.warning("%s* is not counted: its weights are not declared", prefix)
     methods = compare(base, pruned, asked.run)
     return {
         **counted,
@@ -47,6 +52,8 @@ def report(result: dict[str, Any]) -> str:
     """What `plan` returns, for people."""
     structured = ("fit", "training", "not_counted", "methods", "gpus")
     shown = {name: value for name, value in result.items() if name not in structured}
+    if "methods" not in result:
+        return lines(shown)
     if "fit" in result:
         shown |= {f"fit {name}": value for name, value in result["fit"].items()}
     training = ", ".join(f"{name} {value}" for name, value in result["training"].items() if value)
@@ -56,9 +63,10 @@ def report(result: dict[str, Any]) -> str:
 def _fit(asked: Request, budget: int) -> tuple[Request, dict[str, Any]]:
     """The request at the smallest ratio that fits, and what to say of it."""
     assert asked.pruning is not None  # `request` saw to it
-    config, protected = load_config(asked.model, asked.revision), asked.pruning.protected
-    ratio = smallest_ratio(config, asked.run, protected, budget, asked.adapter)
-    fitted = pruned_config(config, ratio, protected) if ratio else config
+    config = load_config(asked.model, asked.revision)
+    protected, units = asked.pruning.protected, asked.pruning.units
+    ratio = smallest_ratio(config, asked.run, protected, budget, asked.adapter, units)
+    fitted = pruned_config(config, ratio, protected, units) if ratio else config
     peak = predict(Layout.of(fitted), asked.run, asked.adapter).peak_bytes
     pruning = asked.pruning.model_copy(update={"ratio": ratio}) if ratio else None
     return replace(asked, pruning=pruning), {
@@ -76,7 +84,7 @@ def _sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
         found = PruningPlan.load(find_folder(*asked.pruned, patterns=["config.json", "loram*"]))
         return (
             found.config,
-            changed(found.config, found.changes),
+            found.pruned_config,
             summary(found.config, found.counts),
         )
     base, settings = load_config(asked.model, asked.revision), asked.pruning
@@ -87,4 +95,4 @@ def _sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
     if settings.sparsity is not None:
         layers = sparse_layers(base, settings.sparsity, *settings.protected)
         counted |= sparse_summary(base, planned_nonzero(base, layers, settings.sparsity))
-    return base, changed(base, sketch.changes), counted
+    return base, sketch.pruned_config, counted

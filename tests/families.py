@@ -18,6 +18,7 @@ PICO = {
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 OWN_SIZES = {
     "cohere": {"use_qk_norm": True},
@@ -39,27 +40,13 @@ OWN_SIZES = {
         "image_token_index": 260,
     },
     "qwen2_5_vl": {
-        "text_config": PICO
-        | {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [1, 1, 2],
-            }
-        },
+        "text_config": PICO | {"rope_parameters": MROPE},
         "vision_config": {"depth": 2, "num_heads": 2, "hidden_size": 16, "intermediate_size": 24}
         | {"out_hidden_size": 32, "patch_size": 8, "fullatt_block_indexes": [1]},
         "image_token_id": 260,
     },
     "qwen3_vl": {
-        "text_config": PICO
-        | {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [1, 1, 2],
-            }
-        },
+        "text_config": PICO | {"rope_parameters": MROPE},
         "vision_config": {"depth": 2, "num_heads": 2, "hidden_size": 16, "intermediate_size": 24}
         | {"out_hidden_size": 32, "patch_size": 8, "deepstack_visual_indexes": [0]}
         | {"num_position_embeddings": 16},

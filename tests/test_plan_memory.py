@@ -11,6 +11,7 @@ import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
 from conftest import write_yaml
+from families import pico_config
 from test_architecture import LLAMA_31_70B
 from test_cli import loram
 
@@ -255,3 +256,34 @@ def test_a_run_is_measured(caplog):
         assert found["max_resident_process_bytes"] > 100 * 2**20  # torch alone is more
     else:
         assert found["max_reserved_bytes"] >= found["max_allocated_bytes"]
+
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def test_the_ratio_that_fits_is_found_for_the_units_that_go(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    options = {"units": "experts"}
+    found = plan(request(str(tmp_path), options=options, adapter="loram", fit="48GiB"))
+    assert found["kept_per_pruned_layer"].keys() == {"experts"}
+    assert found["fit"]["peak_bytes"] == found["methods"]["loram"]["peak_bytes"] <= 48 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("family", "said"), [("vit", "language models only"), ("gemma3", "model.vision_tower.* is not")]
+)
+def test_what_of_a_model_is_not_planned_is_said(family, said, tmp_path, caplog):
+    (tmp_path / "config.json").write_text(json.dumps(pico_config(family).to_dict()))
+    found = plan(request(str(tmp_path), options={"ratio": 0.5}))
+    assert said in caplog.text and found["pruned_parameters"] < found["base_parameters"]
+    assert ("methods" in found) == (family == "gemma3") and "pruned parameters" in report(found)
