@@ -277,6 +277,9 @@ def test_the_ratio_that_fits_is_found_for_the_units_that_go(tmp_path):
     found = plan(request(str(tmp_path), options=options, adapter="loram", fit="48GiB"))
     assert found["kept_per_pruned_layer"].keys() == {"experts"}
     assert found["fit"]["peak_bytes"] == found["methods"]["loram"]["peak_bytes"] <= 48 * 2**30
+    attention = {"units": "kv_groups"}  # hardly anything, beside the experts
+    with pytest.raises(LoRAMError, match="fits 48 GiB, found none"):
+        plan(request(str(tmp_path), options=attention, adapter="loram", fit="48GiB"))
 
 
 @pytest.mark.parametrize(
