@@ -25,6 +25,8 @@ from axolotl_loram.families import FAMILIES
 from axolotl_loram.spaces import EMBEDDING, EXPERTS, LINEAR, Dim, Family, Group, Sizes, Weight
 
 Config = Mapping[str, Any]
+MOST_LAYERS, MOST_EXPERTS, MOST_FEATURES = 1_000, 1_024, 2**31
+"""Bounds beyond any model, so that what a config claims takes bounded time."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def section_of(config: Config, family: Family) -> Config:
     Early configs of vision-language models have the fields of the language tower at the top.
     """
     own = config.get(family.section) if family.section else None
-    return config if own is None else own
+    return own if isinstance(own, dict) else config
 
 
 def with_defaults(config: Config) -> dict[str, Any]:
@@ -114,7 +116,42 @@ def with_defaults(config: Config) -> dict[str, Any]:
     own = section_of(config, family)
     known = _canonical(own)
     section = {name: v for name, v in family.defaults.items() if name not in known} | dict(own)
-    return {**config, family.section: section} if family.section else section
+    whole = {**config, family.section: section} if family.section else section
+    check_config(whole)
+    return whole
+
+
+def check_config(config: Config) -> None:
+    """Refuse a config whose sizes cannot be worked out, in bounded time whatever it says.
+
+    Raises:
+        LoRAMError: A field is missing, of another type, or beyond any model.
+    """
+    family, own = family_of(config), section_of(config, family_of(config))
+    overrides, count = own.get("per_layer_config") or {}, layer_count(config)
+    layers = {str(layer) for layer in range(count)}
+    if not isinstance(overrides, dict) or not all(
+        str(key) in layers and isinstance(fields, dict) for key, fields in overrides.items()
+    ):
+        raise LoRAMError(
+            f"expected per_layer_config to give fields of layers 0…{count - 1}, found "
+            f"{str(overrides)[:80]}: check the model's config.json"
+        )
+    try:
+        for layer in (None, *range(count)):
+            found = sizes_of(config, layer)
+            if max(found.values()) > MOST_FEATURES or found.get("experts", 0) > MOST_EXPERTS:
+                raise LoRAMError(
+                    f"expected sizes of at most {MOST_FEATURES} and {MOST_EXPERTS} experts, found "
+                    f"{dict(found)} in layer {layer}: check the model's config.json"
+                )
+    except LoRAMError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise LoRAMError(
+            f"expected config fields of a {family.model_type} model, found one of another type "
+            f"({error}): check the model's config.json"
+        ) from None
 
 
 def _canonical(fields: Config) -> dict[str, Any]:
@@ -125,8 +162,8 @@ def layer_fields(config: Config, layer: int | None) -> dict[str, Any]:
     """The config as layer `layer` sees it: global fields, then its `per_layer_config`."""
     family = family_of(config)
     section = section_of(config, family)
-    overrides = section.get("per_layer_config") or {}
-    own: Config = next((fields for key, fields in overrides.items() if int(key) == layer), {})
+    overrides = {} if layer is None else section.get("per_layer_config") or {}
+    own: Config = overrides.get(str(layer)) or overrides.get(layer) or {}
     return {**config, **_canonical(section), **_canonical(own)}
 
 
@@ -141,7 +178,12 @@ def sizes_of(config: Config, layer: int | None = None) -> Sizes:
 
 def layer_count(config: Config) -> int:
     """Number of decoder layers."""
-    return positive(layer_fields(config, None), "num_hidden_layers")
+    count = positive(layer_fields(config, None), "num_hidden_layers")
+    if count > MOST_LAYERS:
+        raise LoRAMError(
+            f"expected at most {MOST_LAYERS} layers, found {count}: check the model's config.json"
+        )
+    return count
 
 
 def parameters(config: Config) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.untrusted import own_file, read_json
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -115,7 +116,7 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         LoRAMError: Not a whole safetensors file (safetensors itself checks header and size).
     """
     try:
-        with safe_open(file, framework="numpy") as opened:
+        with safe_open(own_file(file), framework="numpy") as opened:
             metadata = opened.metadata() or {}
             slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
             described = [(n, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()]
@@ -158,7 +159,7 @@ class Checkpoint:
         self.tensors: dict[str, StoredTensor] = {}
         self.shards: dict[str, list[str]] = {}
         self.metadata: dict[str, str] = {}
-        for name in _shard_names(folder, file):
+        for name in shard_names(folder, file):
             tensors, metadata = open_safetensors(folder / name)
             self.shards[name] = list(tensors)
             self.tensors |= tensors
@@ -190,7 +191,12 @@ def has_weights(folder: Path) -> bool:
     return (folder / MODEL_FILE).exists() or (folder / f"{MODEL_FILE}.index.json").exists()
 
 
-def _shard_names(folder: Path, file: str) -> list[str]:
+def shard_names(folder: Path, file: str = MODEL_FILE) -> list[str]:
+    """The weight files of a folder, as its index lists them.
+
+    Raises:
+        LoRAMError: There are none, or the index points out of the folder.
+    """
     if (folder / file).exists():
         return [file]
     index = folder / f"{file}.index.json"
@@ -202,31 +208,13 @@ def _shard_names(folder: Path, file: str) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LoRAMError(f"expected a weight_map in {index}, found none: download it again")
-    names = sorted(set(weight_map.values()), key=str)
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
             raise LoRAMError(
                 f"expected {index} to list plain file names, found {name!r}: do not use this "
                 "checkpoint, its index points out of its folder"
             )
-    return names
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        LoRAMError: There is no such file, or it is no JSON object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoRAMError(f"expected the file {file}, found none") from None
-    except (ValueError, OSError) as error:
-        raise LoRAMError(f"expected a JSON object in {file}, found {error}") from None
-    if not isinstance(value, dict):
-        raise LoRAMError(f"expected a JSON object in {file}, found a {type(value).__name__}")
-    return value
+    return sorted(set(weight_map.values()))
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+LONGEST = 1000
+"""Characters of a sentence."""
+
 
 class LoRAMError(ValueError):
     """Wrong input: one sentence that says what was expected, what was found, and what to do.
 
-    Not an ImportError and not an OSError, so no caller up the stack swallows it.
+    Not an ImportError and not an OSError, so no caller up the stack swallows it. Values from files
+    may be part of it: line breaks become spaces, and what is very long is shortened in the middle.
     """
+
+    def __init__(self, sentence: str) -> None:
+        line = " ".join(sentence.split())
+        super().__init__(line if len(line) < LONGEST else f"{line[:600]} … {line[-200:]}")
 
 
 def not_finite(name: str) -> LoRAMError:

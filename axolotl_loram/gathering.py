@@ -19,7 +19,6 @@ from axolotl_loram.checkpoint import (
     StoredTensor,
     ahead,
     open_safetensors,
-    read_json,
     sync,
     write_json,
     write_safetensors,
@@ -27,6 +26,7 @@ from axolotl_loram.checkpoint import (
 from axolotl_loram.pairing import untouched_prefixes
 from axolotl_loram.plan import Features, PruningPlan, gather
 from axolotl_loram.progress import Progress, no_progress
+from axolotl_loram.untrusted import read_json
 
 FINISHED = "finished.json"
 """Lists the files of a folder that are whole, while others are missing."""

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture import Tensor, embedding_module, family_of, parameters
-from axolotl_loram.checkpoint import Checkpoint, StoredTensor, read_json
+from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import PruningPlan, gather, scatter
 from axolotl_loram.spaces import EXPERTS, Dim
+from axolotl_loram.untrusted import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."

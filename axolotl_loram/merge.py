@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.recover import read_adapter_config
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.streaming import TORCH_DTYPES
+from axolotl_loram.untrusted import copy_files
 
 LOG = logging.getLogger(__name__)
 COPIED = (
@@ -89,9 +89,7 @@ def merge_masked(
     merger = _Merger(Checkpoint(folder), Checkpoint(pruned), plan, settings, parts)
     with new_folder(output, overwrite) as scratch:
         files = merger.write(scratch, progress)
-        for pattern in COPIED:
-            for file in folder.glob(pattern):
-                shutil.copyfile(file, scratch / file.name)
+        copy_files(folder, scratch, COPIED)
         record = {
             "schema_version": SCHEMA_VERSION,
             "kind": "recovered-model",

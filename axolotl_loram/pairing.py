@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_loram.architecture import Config, family_of, tensors
-from axolotl_loram.checkpoint import Checkpoint, read_json
+from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, PruningPlan
+from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.prequantized import logical_shapes
 from axolotl_loram.sources import commit_of, find_folder, find_local_weights, load_config
+from axolotl_loram.untrusted import check_types, read_json
+
+NESTED = (dict, type(None))
+RECORD_TYPES: dict[str, type | tuple] = {
+    "kind": str,
+    "plan": str,
+    "base": dict,
+    "pruning": NESTED,
+    "parameters": NESTED,
+    "refit": NESTED,
+    "training": NESTED,
+    "trained": NESTED,
+    "files": NESTED,
+}
+"""What `loram.json` holds, where it has it."""
 
 LOG = logging.getLogger(__name__)
 
@@ -31,6 +46,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"expected schema version {SCHEMA_VERSION} in {file}, found {version}: upgrade "
             "axolotl-loram"
         )
+    check_types(record, RECORD_TYPES, file)
+    if "base" in record:
+        Base.from_json(record["base"], file)
     return record
 
 

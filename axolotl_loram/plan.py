@@ -17,6 +17,7 @@ from axolotl_loram.architecture import (
     Config,
     Tensor,
     changed,
+    check_config,
     config_changes,
     family_of,
     layer_count,
@@ -30,11 +31,14 @@ from axolotl_loram.args import check_ratio
 from axolotl_loram.checkpoint import open_safetensors, write_safetensors
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.spaces import Dim, Group, Kept, Sizes, kept_features
+from axolotl_loram.untrusted import check_types, parse_json
 
 LOG = logging.getLogger(__name__)
 PLAN_FILE = "loram_plan.safetensors"
 RECORD_FILE = "loram.json"
 SCHEMA_VERSION = 1
+MOST_BYTES = 2**26
+"""Of one list of a plan: 16 million units."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,19 @@ class Base:
     id: str
     revision: str | None = None
     fingerprint: str | None = None
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], where: object) -> Base:
+        """Read what a plan or record says of its base.
+
+        Raises:
+            LoRAMError: It says something else.
+        """
+        optional = (str, type(None))
+        check_types(value, {"id": str, "revision": optional, "fingerprint": optional}, where)
+        if "id" not in value:
+            raise LoRAMError(f"expected {where} to name its base, found no id: the file is damaged")
+        return cls(value["id"], value.get("revision"), value.get("fingerprint"))
 
 
 @dataclass(frozen=True)
@@ -185,19 +202,23 @@ class PruningPlan:
                 "`axolotl-loram prune` wrote"
             )
         stored, metadata = open_safetensors(file)
-        try:
-            about = json.loads(metadata.get("loram", ""))
-            version, base = about["schema_version"], Base(**about["base"])
-            config, masks = dict(about["base_config"]), dict(about.get("masks", {}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise LoRAMError(f"expected a LoRAM plan in {file}, found none ({error!r})") from None
+        about = parse_json(metadata.get("loram", ""), file)
+        version = about.get("schema_version")
         if version != SCHEMA_VERSION:
             raise LoRAMError(
                 f"expected a plan of schema version {SCHEMA_VERSION}, found {version} in {file}: "
                 "upgrade axolotl-loram"
             )
+        check_types(about, {"base": dict, "base_config": dict, "masks": dict}, file)
+        config, masks = about.get("base_config", {}), about.get("masks", {})
+        base = Base.from_json(about.get("base", {}), file)
+        check_config(config)
         for tensor in stored.values():
-            if tensor.dtype != "I32" or len(tensor.shape) not in (1, 2):
+            if (
+                tensor.dtype != "I32"
+                or len(tensor.shape) not in (1, 2)
+                or tensor.nbytes > MOST_BYTES
+            ):
                 raise LoRAMError(
                     f"expected lists of I32 in {file}, found {tensor.name} of {tensor.dtype} "
                     f"{list(tensor.shape)}"

@@ -59,10 +59,10 @@ def packed_weights(stored: Iterable[str]) -> set[str]:
 
 def _packed_shape(stored: Mapping[str, StoredTensor], weight: str) -> tuple[int, ...]:
     try:
-        state = json.loads(stored[weight + STATE].read().tobytes())
+        state = json.loads(stored[weight + STATE].read().tobytes()[:4096])
         shape = tuple(int(size) for size in state["shape"])
         expected = dict(packed_sizes(shape, int(state["blocksize"])))
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError, RecursionError):
         raise LoRAMError(
             f"expected the 4-bit state of {weight} as bitsandbytes writes it, found none: the "
             "checkpoint is damaged, so make or download it again"

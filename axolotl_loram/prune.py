@@ -19,7 +19,6 @@ from axolotl_loram.checkpoint import (
     Checkpoint,
     StoredTensor,
     check_vacant,
-    read_json,
     write_json,
 )
 from axolotl_loram.criteria import CRITERIA
@@ -42,6 +41,7 @@ from axolotl_loram.records import versions
 from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
 from axolotl_loram.sparsity import by_magnitude, load_sparse, sparse_layers, sparse_summary
+from axolotl_loram.untrusted import copy_files, read_json
 from axolotl_loram.work import Work, resumable, work_folder
 
 if TYPE_CHECKING:
@@ -366,10 +366,7 @@ def _write_rest(
     raw = read_json(base_folder / "config.json")
     quantized = {"quantization_config": job.packing.settings} if job.packing else {}
     write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
-    for pattern in (*TOKENIZER_PATTERNS, "generation_config.json"):
-        for file in base_folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    copy_files(base_folder, folder, (*TOKENIZER_PATTERNS, "generation_config.json"))
     plan.save(folder)
     for file in sorted(folder.iterdir()):
         if file.name not in files:  # the weights' are known, and large

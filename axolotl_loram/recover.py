@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from axolotl_loram.checkpoint import (
     ADAPTER_FILE,
     Checkpoint,
     new_folder,
-    read_json,
     updated_folder,
     write_json,
     write_safetensors,
@@ -35,6 +33,7 @@ from axolotl_loram.plan import (
     PruningPlan,
 )
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
+from axolotl_loram.untrusted import copy_files, read_json
 
 LOG = logging.getLogger(__name__)
 DEFAULT_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -88,10 +87,7 @@ def recover(
         }
         write_json(scratch / RECORD_FILE, record)
         (scratch / "README.md").write_text(model_card(base, card), encoding="utf-8")
-        for pattern in TOKENIZER_PATTERNS:
-            for file in adapter.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, scratch / file.name)
+        copy_files(adapter, scratch, TOKENIZER_PATTERNS)
     return {**record, "output": str(output)}
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_loram.architecture import with_defaults
-from axolotl_loram.checkpoint import has_weights, read_json
+from axolotl_loram.checkpoint import MODEL_FILE, has_weights, shard_names
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.untrusted import read_json
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -68,12 +69,12 @@ def find_local_weights(model: str, revision: str | None = None) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("model.safetensors", "model.safetensors.index.json"):
+    for name in (MODEL_FILE, f"{MODEL_FILE}.index.json"):
         found = try_to_load_from_cache(model, name, revision=revision)
         if isinstance(found, str):
             folder = Path(found).parent
-            shards = set(read_json(Path(found))["weight_map"].values()) if "index" in name else {}
-            return folder if all((folder / shard).exists() for shard in shards) else None
+            whole = name == MODEL_FILE or all((folder / n).exists() for n in shard_names(folder))
+            return folder if whole else None
     return None
 
 

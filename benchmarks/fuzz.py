@@ -1,0 +1,110 @@
+"""Artefacts of strangers, mutated at random: whatever is in them, they open or are refused.
+
+Each door (what reads a base, a pruned model, a plan, a record, an adapter) meets mutations of
+whole files: JSON with values replaced, removed or swapped, headers that claim other sizes, flipped
+and cut bytes, links out of the folder. A case passes if the door opens, or refuses in one sentence
+(LoRAMError), in time, and nothing was written beside the result.
+
+    python benchmarks/fuzz.py                     # 40,000 cases for each door and model: a million
+    python benchmarks/fuzz.py --cases 100 --json  # what the tests run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from measure import ROOT, append_row, surroundings
+from tqdm import tqdm
+
+sys.path.insert(0, str(ROOT / "tests"))
+import hostile
+
+from axolotl_loram.errors import LONGEST, LoRAMError
+
+ROWS = Path(__file__).with_suffix(".csv")
+SLOW = 5.0
+"""Seconds that no case may take."""
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--cases", type=int, default=40_000, help="for each door and model")
+    options.add_argument("--seed", type=int, default=0, help="the first of the cases' seeds")
+    options.add_argument("--json", action="store_true", help="print, and add no row")
+    given = options.parse_args()
+    logging.disable(logging.WARNING)
+    ram = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=ram if ram.is_dir() else None) as scratch:
+        result = campaign(Path(scratch), given.cases, given.seed)
+    if given.json:
+        print(json.dumps(result))
+    else:
+        failures = result.pop("failures")
+        print(*failures, sep="\n", file=sys.stderr)
+        append_row(ROWS, {**result, "first_seed": given.seed, **surroundings()})
+
+
+def campaign(scratch: Path, cases: int, first: int) -> dict:
+    """Counts of outcomes over all doors and models, the slowest case and the peak memory."""
+    outcomes: Counter[str] = Counter()
+    failures: dict[str, str] = {}
+    slowest, start = 0.0, time.perf_counter()
+    for model_type in hostile.CONFIGS:
+        whole = hostile.Artefacts.make(scratch / model_type, model_type)
+        for number, (name, door) in enumerate(hostile.DOORS.items()):
+            around = scratch / f"{model_type}-{number}"
+            suspect = hostile.Suspect(door, whole, around / "suspect")
+            where = f"{model_type}, {name}"
+            for seed in tqdm(range(first, first + cases), where, disable=None):
+                began = time.perf_counter()
+                outcome = attempt(suspect, seed)
+                took = time.perf_counter() - began
+                if took > SLOW:
+                    outcome = f"took more than {SLOW} s"
+                if {file.name for file in around.iterdir()} - {"suspect", "recovered"}:
+                    outcome = "left something beside"
+                if outcome not in ("opened", "refused"):
+                    failures.setdefault(f"{where}: {outcome}", f"{where}, seed {seed}: {outcome}")
+                    outcome = "failed"
+                outcomes[outcome] += 1
+                slowest = max(slowest, took)
+    return {
+        "cases": outcomes.total(),
+        **{name: outcomes[name] for name in ("opened", "refused", "failed")},
+        "slowest_seconds": round(slowest, 3),
+        "peak_bytes": peak_bytes(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "failures": list(failures.values()),
+    }
+
+
+def attempt(suspect: hostile.Suspect, seed: int) -> str:
+    """What came of one case."""
+    try:
+        suspect.attempt(seed)
+    except LoRAMError as error:
+        return "refused" if len(str(error)) < LONGEST and "\n" not in str(error) else "talked long"
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "axolotl_loram" in frame.filename] or frames
+        return f"{type(error).__name__} in {Path(ours[-1].filename).name}:{ours[-1].lineno}"
+    return "opened"
+
+
+def peak_bytes() -> int:
+    """Resident, of this process alone: ru_maxrss would count who started it, before the exec."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
