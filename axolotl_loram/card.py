@@ -136,14 +136,13 @@ class Card:
     def pruned(self) -> str:
         """How units were chosen, and how many are left in each layer."""
         pruning = self.record.get("pruning") or {}
-        first, last = pruning.get("protect_first"), pruning.get("protect_last")
         how = {
             "base": f"`{self.base_name}`" + self._at_revision(),
             "fingerprint of the base": f"`{self.plan.base.fingerprint}`",
             **{name: pruning.get(name) for name in ("method", "ratio", "sparsity", "allocation")},
             "index files of the reference code": "yes" if pruning.get("indices") else None,
             "stored in": pruning.get("quantize"),
-            "layers left whole": None if first is None else f"first {first}, last {last}",
+            "layers pruned": f"{self.counted['pruned_layers']} of {self.counted['layers']}",
             "seed": pruning.get("seed"),
             "plan": f"`{self.plan.digest}`",
         }
@@ -274,7 +273,7 @@ class Card:
         """How users verify it."""
         revision = f" --revision {self.revision}" if self.revision else ""
         return (
-            f"    axolotl-loram inspect {self.repository}{revision} --verify\n\n"
+            f"```sh\naxolotl-loram inspect {self.repository}{revision} --verify\n```\n\n"
             "holds every file against its SHA-256 in `loram.json`, the plan against config and "
             "weights, and the base\nagainst its fingerprint, where its weights are on the machine."
         )

@@ -300,11 +300,9 @@ def publish(folder: Path, repository: str, dry_run: bool, as_json: bool, **optio
     on; nothing is visible on the hub before all of it is there.
     """
     from axolotl_loram import publish as publishing
-    from axolotl_loram.progress import progress_bar
 
-    with progress_bar("verifying") as progress:
-        job = publishing.Publication(folder, repository, progress=progress, **options)
-        done = job.rehearse() if dry_run else job.publish()
+    job = publishing.Publication(folder, repository, **options)
+    done = job.rehearse() if dry_run else job.publish()
     for notice in done["notices"]:
         click.echo(f"note: {notice}", err=True)
     click.echo(json.dumps(done) if as_json else publishing.report(done))

@@ -175,7 +175,7 @@ def telling(what: str) -> Iterator[None]:
         raise
     except (*hub_errors(), RuntimeError, ValueError) as error:
         told = reason(error)
-        if error.__cause__ is not None:  # huggingface_hub wraps what went wrong with a file
+        if isinstance(error, RuntimeError) and error.__cause__:  # it names the file, this the cause
             told += f" ({reason(error.__cause__)})"
         raise LoRAMError(
             f"expected to {what}, found: {told}: check the connection and `hf auth whoami`, then "

@@ -20,7 +20,7 @@ from axolotl_loram.verify import as_dicts, failures, verify
 EVALUATION_FILE = "evaluation.json"
 SMALL_PATTERNS = ("config.json", "loram*", ADAPTER_CONFIG, EVALUATION_FILE)
 ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.bin", "*.py")
-STRUCTURED = ("alignments", "calibration", "memory", "checks")
+STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions")
 """Entries with parts of their own, which people see on lines of their own."""
 
 
@@ -102,7 +102,7 @@ def _told(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def report(found: Mapping[str, Any]) -> str:
     """What `inspect` returns, for people."""
-    shown = {name: value for name, value in found.items() if name not in (*STRUCTURED, "versions")}
+    shown = {name: value for name, value in found.items() if name not in STRUCTURED}
     if found.get("calibration"):
         shown["calibration"] = calibration_line(found["calibration"])
     for index, alignment in enumerate(found.get("alignments") or [], start=1):

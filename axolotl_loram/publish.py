@@ -22,7 +22,7 @@ from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.pairing import read_record
 from axolotl_loram.plan import RECORD_FILE, Base, PruningPlan
 from axolotl_loram.plotting import plot_kept
-from axolotl_loram.progress import Progress, no_progress
+from axolotl_loram.progress import progress_bar
 from axolotl_loram.recover import model_card
 from axolotl_loram.sources import MODEL_PATTERNS, TOKENIZER_PATTERNS, is_hub_id
 from axolotl_loram.tables import lines
@@ -74,7 +74,6 @@ class Publication:
         card: A README.md to use as it is.
         output: Folder for a rehearsal, by default ``…-card`` beside `folder`.
         overwrite: Replace another model in the repository, or what `output` holds.
-        progress: Shows the bytes checked.
     """
 
     folder: Path
@@ -85,7 +84,6 @@ class Publication:
     card: Path | None = None
     output: Path | None = None
     overwrite: bool = False
-    progress: Progress = no_progress
 
     def rehearse(self) -> dict[str, Any]:
         """Write card, plot and list of files to a folder; no network, no token.
@@ -178,7 +176,8 @@ class Publication:
 
     def _package(self, scratch: Path, online: bool) -> Package:
         """Check everything, and write card and plot into `scratch`."""
-        made = verify(self.folder, progress=self.progress)
+        with progress_bar("verifying") as progress:
+            made = verify(self.folder, progress=progress)
         require_whole(made, self.folder)
         notices = [f"not checked: {c.name}: {c.detail}" for c in made if c.outcome != "ok"]
         files = self._own_files()
@@ -201,7 +200,8 @@ class Publication:
                 f"the card names no base_model: it was pruned from the folder {plan.base.id}, "
                 f"which {RECORD_FILE} names; pass --base org/name"
             )
-        licence = licence_of(base or plan.base.id, plan.base.revision, online)
+        licence = licence_of(plan.base.id, plan.base.revision, online)
+        licence = licence or licence_of(base or plan.base.id, None, online)
         if "license" not in licence:
             notices.append(f"the card names no licence: none is known of {base or plan.base.id}")
         plotted = bool(plan.kept) and self._plot(plan, scratch / PLOT_FILE, notices)
@@ -262,9 +262,13 @@ def publish_adapter(folder: Path, repository: str) -> dict[str, Any]:
 
 def report(done: Mapping[str, Any]) -> str:
     """What `Publication` returns, for people."""
-    hidden = ("files", "notices", "revision" if done["revision"] is None else "")
-    shown = {name: value for name, value in done.items() if name not in hidden}
-    return f"{lines(shown)}\n\n{lines(done['files'])}"
+    shown = {
+        name: ("yes" if value else "no") if isinstance(value, bool) else value
+        for name, value in done.items()
+        if name not in ("files", "notices") and value is not None
+    }
+    listed = "\n".join(f"{size:>16,}  {name}" for name, size in done["files"].items())
+    return f"{lines(shown)}\n\n{listed}"
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -68,9 +68,9 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line: what the hub answered, without the address and the identifiers."""
-    told = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return told[0].rstrip(".") if told else type(error).__name__
+    """An error in one line: what it is and, of several lines, the first that explains it."""
+    told = [line.strip(" -.") for line in str(error).splitlines() if line.strip()]
+    return ": ".join(told[:2]) or type(error).__name__
 
 
 def find_local_weights(model: str, revision: str | None = None) -> Path | None:

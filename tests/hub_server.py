@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_" + "x" * 8
-PART = 64 * 1024
+PART = 32 * 1024
 """Blobs above this are uploaded in parts of it."""
 LARGE = (".safetensors", ".png")
 
@@ -136,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body())
         name = f"{asked['organization'] or 'me'}/{asked['name']}"
         if name in self.server.repos:
-            return self.answer({"error": "You already created this model repo"}, 409)
+            told = {"error": "You already created this model repo"}
+            return self.answer(told | {"url": f"{self.server.url}/{name}"}, 409)
         repo = self.server.repos[name] = Repo(asked.get("visibility") == "private")
         repo.commit("main", {".gitattributes": (self.server.keep(b"*.safetensors lfs\n"), False)})
         return self.answer({"url": f"{self.server.url}/{name}", "name": name})
@@ -153,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate_card(self):
         """The hub refuses a base_model that is none of its ids."""
-        named = re.search(r"^base_model: (.*)$", json.loads(self.body())["content"], re.MULTILINE)
+        front = json.loads(self.body())["content"].split("---")[1]
+        named = re.search(r"^base_model: (.*)$", front, re.MULTILINE)
         if named and not re.fullmatch(r"[\w.-]+/[\w.-]+", named[1].strip('"')):
             error = {"message": f'"base_model" with value {named[1]} is not valid.'}
             return self.answer({"errors": [error], "warnings": []}, 400)
