@@ -25,7 +25,7 @@ from axolotl_loram.sources import MODEL_PATTERNS, find_local_weights, load_confi
 
 Outcome = Literal["ok", "failed", "not checked"]
 Finding = tuple[Outcome, str]
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_model*")
 STRAYS = {
     "pruned-model": (*MODEL_PATTERNS, *WEIGHTS, "adapter_*", "*.py"),
     "recovered-model": (*WEIGHTS, "adapter_*", "*.py"),

@@ -8,6 +8,8 @@ huggingface_hub resumes too, but in several commits: a cut would leave part of a
 from __future__ import annotations
 
 import fnmatch
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +23,10 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.sources import hub_errors, reason
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+TRIES = 4
 NOT_OURS = (".gitattributes", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.png", "*.svg")
 """Files that may differ or be there without making it another model."""
 
@@ -142,7 +145,7 @@ class Repository:
                 self.api.create_branch(self.name, branch=self.revision, exist_ok=True)
             parent = self.api.model_info(self.name, revision=self.revision)
             for operation in adding:
-                self.api.preupload_lfs_files(self.name, [operation], revision=self.revision)
+                self._upload(operation)
             commit = self.api.create_commit(
                 self.name,
                 [*adding, *(CommitOperationDelete(name) for name in removed)],
@@ -152,6 +155,23 @@ class Repository:
             )
         url = f"{self.api.endpoint}/{self.name}"
         return {"commit": commit.oid, "url": url, "private": bool(parent.private)}
+
+    def _upload(self, operation: CommitOperationAdd) -> None:
+        """Upload a file, if it is a large one that the hub has not; small ones go in the commit.
+
+        huggingface_hub tries again itself, but not where the server hangs up without an answer.
+        """
+        from httpx import RemoteProtocolError
+
+        for tried in range(TRIES):
+            try:
+                self.api.preupload_lfs_files(self.name, [operation], revision=self.revision)
+                return
+            except RuntimeError as error:
+                sys.stderr.write("\n")  # huggingface_hub leaves the line with its bar open
+                if tried + 1 == TRIES or not isinstance(error.__cause__, RemoteProtocolError):
+                    raise
+                time.sleep(2**tried)
 
 
 def full_name(repository: str) -> str:

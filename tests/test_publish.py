@@ -111,6 +111,7 @@ def test_users_inspect_verify_and_train_on_it(pruned, hub, monkeypatch):
     check_pruned(folder, PruningPlan.load(folder))
     downloaded = contents(folder)
     assert downloaded == {name: hub.files(REPO, "v1")[name] for name in downloaded}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "empty"))
     monkeypatch.delenv("HF_TOKEN")  # a stranger sees nothing of a private repository
     with pytest.raises(LoRAMError, match="Repository Not Found"):
         find_folder(REPO, "v1", ["README.md"])
