@@ -189,11 +189,12 @@ def telling(what: str) -> Iterator[None]:
     Raises:
         LoRAMError: It failed.
     """
+    failed: tuple[type[Exception], ...] = (*hub_errors(), RuntimeError, ValueError)
     try:
         yield
     except LoRAMError:
         raise
-    except (*hub_errors(), RuntimeError, ValueError) as error:
+    except failed as error:
         told = reason(error)
         if isinstance(error, RuntimeError) and error.__cause__:  # it names the file, this the cause
             told += f" ({reason(error.__cause__)})"

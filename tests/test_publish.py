@@ -288,7 +288,7 @@ def test_damaged_and_telltale_folders_stay_here(pruned, hub, tmp_path):
     folder = Path(shutil.copytree(pruned, tmp_path / "copy"))
     shard = folder / "model-00002-of-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(LoRAMError, match="model-00002-of-00004.safetensors has SHA-256"):
+    with pytest.raises(LoRAMError, match=r"model-00002\S+ has SHA-256"):
         Publication(folder, REPO).publish()
     shard.write_bytes((pruned / shard.name).read_bytes())
     card = tmp_path / "mine.md"
