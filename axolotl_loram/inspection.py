@@ -19,7 +19,7 @@ from axolotl_loram.verify import as_dicts, failures, verify
 
 EVALUATION_FILE = "evaluation.json"
 SMALL_PATTERNS = ("config.json", "loram*", ADAPTER_CONFIG, EVALUATION_FILE)
-ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.bin", "*.py")
+ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.py")
 STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions")
 """Entries with parts of their own, which people see on lines of their own."""
 
