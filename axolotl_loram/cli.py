@@ -215,42 +215,97 @@ def recover(
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("model")
+@click.option(
+    "--verify",
+    "verifying",
+    is_flag=True,
+    help="Check every file against its recorded SHA-256, the plan, config, weights and base "
+    "against one another; of a hub id, download all of it.",
+)
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Folder or hub id of the base model for --verify; by default the recorded one, where it "
+    "is on this machine.",
+)
 @click.option(
     "--propose",
     "proposing",
     is_flag=True,
-    help="Draft the declaration of a model family that has none, and try it out. FOLDER may be a "
-    "config.json or a hub id too.",
+    help="Draft the declaration of a model family that has none, and try it out. MODEL may be a "
+    "config.json too.",
 )
+@revision_option
 @json_option
-def inspect(folder: Path, proposing: bool, as_json: bool) -> None:
-    """Tell what FOLDER is: a pruned model, or an adapter trained on one or recovered from one."""
+def inspect(
+    model: str,
+    verifying: bool,
+    base: str | None,
+    proposing: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Tell what MODEL is: a pruned model, or an adapter trained on one or recovered from one.
+
+    MODEL is a folder or a hub id. With --verify, exit status 1 says that a check failed.
+    """
     if proposing:
         with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
             from axolotl_loram.propose import propose
             from axolotl_loram.sources import stored_config
 
-            proposal = propose(stored_config(str(folder)))
+            proposal = propose(stored_config(model, revision))
         click.echo(json.dumps(proposal.summary()) if as_json else proposal.text())
         return
-    from axolotl_loram.pairing import check_pruned, read_record
-    from axolotl_loram.plan import PLAN_FILE, PruningPlan, summary
-    from axolotl_loram.records import refit_summary
+    from axolotl_loram import inspection
+    from axolotl_loram.progress import progress_bar
+    from axolotl_loram.verify import Check, require_whole
 
-    record = read_record(folder)
-    if not record:
-        raise LoRAMError(f"expected a folder with loram.json, found none in {folder}")
-    shown = {"kind": record["kind"], "base": record["base"]["id"], "plan": record["plan"]}
-    if (folder / PLAN_FILE).exists():
-        found = PruningPlan.load(folder)
-        check_pruned(folder, found)
-        shown |= {**record.get("parameters", {}), **summary(found.config, found.counts)}
-        shown |= refit_summary(record.get("refit") or {})
-        kept = {"quantize": record.get("pruning", {}).get("quantize")}
-        kept["weight_bytes"] = record.get("weight_bytes")
-        shown |= {name: value for name, value in kept.items() if value is not None}
-    show(shown, as_json)
+    with progress_bar("verifying") as progress:
+        found = inspection.inspect(model, revision, verifying, base, progress)
+    click.echo(json.dumps(found) if as_json else inspection.report(found))
+    require_whole((Check(**check) for check in found.get("checks", ())), model)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repository")
+@click.option("--dry-run", is_flag=True, help="Write card, plot and list of files to a folder.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder that --dry-run writes, by default …-card beside FOLDER.",
+)
+@click.option("--public", is_flag=True, help="Make the repository public; it is private if not.")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Hub id of the base model for the card, where it was pruned from a folder.",
+)
+@click.option(
+    "--card",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Your own README.md, instead of the model card that is written.",
+)
+@click.option("--revision", help="Branch to publish on; made if there is none.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace another model that is in the repository (or OUTPUT)."
+)
+@json_option
+def publish(folder: Path, repository: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Check FOLDER, write its model card and put both on the hub as REPOSITORY (org/name).
+
+    FOLDER is a pruned model or a recovered adapter. Cut off or interrupted, the same command goes
+    on; nothing is visible on the hub before all of it is there.
+    """
+    from axolotl_loram import publish as publishing
+
+    job = publishing.Publication(folder, repository, **options)
+    done = job.rehearse() if dry_run else job.publish()
+    for notice in done["notices"]:
+        click.echo(f"note: {notice}", err=True)
+    click.echo(json.dumps(done) if as_json else publishing.report(done))
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:

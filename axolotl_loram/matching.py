@@ -128,6 +128,7 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
         module, part = split_name(stored.name)
         adapted = declared.get(module, [])
         if part in LORA_AXES and adapted:
+            _check_dimensions(stored, part)
             if adapted[0].role == EXPERTS:
                 adapted = _targeted(adapted, module, targets, depths[module])
                 adapted = adapted[depths[module] - depth_of(stored.name) :]
@@ -135,6 +136,15 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
         else:
             moved.append(_match_whole(stored, module, adapted[0] if adapted else None, plan))
     return moved
+
+
+def _check_dimensions(stored: StoredTensor, part: str) -> None:
+    """Refuse what is no matrix (or vector, of a bias): ZeRO-3 leaves tensors of shape (0,)."""
+    if len(stored.shape) != (1 if part == "lora_B.bias" else 2):
+        raise LoRAMError(
+            f"expected {stored.name} to be a whole matrix, found shape {list(stored.shape)}: the "
+            "adapter was not gathered when it was saved"
+        )
 
 
 def read_targets(adapter: Path) -> tuple[str, ...]:

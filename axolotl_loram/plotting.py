@@ -1,8 +1,8 @@
-"""The plot of a memory plan: stacked parts of each method, and the GPUs' memory as lines."""
+"""Plots: a memory plan's stacked parts with GPUs as lines; the share of each layer that is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,7 @@ def plot_memory(methods: Mapping[str, Mapping[str, Any]], file: Path, title: str
     Raises:
         LoRAMError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure  # draws without a display, and without pyplot's state
-    except ImportError:
-        raise LoRAMError(
-            "expected matplotlib for --plot, found none: pip install 'axolotl-loram[plot]'"
-        ) from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = _figure(8, 5)
     axes = figure.subplots()
     rows = memory_rows(methods)
     peaks, height = rows["peak"], [0.0] * len(methods)
@@ -45,6 +39,45 @@ def plot_memory(methods: Mapping[str, Mapping[str, Any]], file: Path, title: str
             axes.annotate(name, (1, memory), xycoords=("axes fraction", "data"), fontsize=7)
     axes.set(ylabel="GiB on the device (predicted)", title=title)
     axes.legend(fontsize=7)
+    _save(figure, file)
+
+
+def plot_kept(shares: Mapping[str, Sequence[float | None]], file: Path, title: str) -> None:
+    """Write a picture of how much of each layer pruning keeps.
+
+    Args:
+        shares: Kind of unit → for each layer, the share kept (0 to 1), None where it has no such.
+        file: Where; its ending says the format, such as .png or .svg.
+        title: What is shown.
+
+    Raises:
+        LoRAMError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = _figure(8, 3)
+    axes = figure.subplots()
+    width = 0.8 / max(1, len(shares))
+    for place, (kind, column) in enumerate(shares.items()):
+        layers = [layer for layer, share in enumerate(column) if share is not None]
+        positions = [layer + (place + 0.5) * width - 0.4 for layer in layers]
+        heights = [share for share in column if share is not None]
+        axes.bar(positions, heights, width, label=kind.replace("_", " "))
+    axes.set(xlabel="layer", ylabel="share kept", ylim=(0, 1.05), title=title)
+    axes.legend(fontsize=7, loc="upper center")
+    _save(figure, file)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty picture, in inches."""
+    try:
+        from matplotlib.figure import Figure  # draws without a display, and without pyplot's state
+    except ImportError:
+        raise LoRAMError(
+            "expected matplotlib for plots, found none: pip install 'axolotl-loram[plot]'"
+        ) from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, file: Path) -> None:
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:

@@ -27,20 +27,18 @@ from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
-from axolotl_loram.checkpoint import ADAPTER_FILE
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
-from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.merge import merge_masked
-from axolotl_loram.plan import RECORD_FILE, summary
+from axolotl_loram.plan import summary
 from axolotl_loram.progress import progress_bar
+from axolotl_loram.publish import publish_adapter
 from axolotl_loram.quantized import prepare_packed, store_small_once_sized
 from axolotl_loram.recover import (
     recover,
 )
-from axolotl_loram.runs import PRUNED_FOLDER, Run, begin_training, use_recovered_adapter
-from axolotl_loram.sources import TOKENIZER_PATTERNS
+from axolotl_loram.runs import Run, begin_training, use_recovered_adapter
 from axolotl_loram.support import (
     ADAPTERS,
     check_router_losses,
@@ -120,7 +118,8 @@ class LoRAMPlugin(BasePlugin):
         )
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:
-            upload(self.run.output, self.run.hub_model_id)
+            sent = publish_adapter(self.run.output, self.run.hub_model_id)
+            LOG.info("uploaded the adapter to %s", sent["url"])
         if self.run.merges:
             merge_after_training(self.run)
 
@@ -211,24 +210,3 @@ def _yaml_details(cfg: Any) -> str:
         return ""
     text = file.read_text(encoding="utf-8")
     return f"<details><summary>Axolotl config</summary>\n\n```yaml\n{text}\n```\n\n</details>\n"
-
-
-def upload(folder: Path, repository: str) -> None:
-    """Upload the recovered adapter, private unless the repository says otherwise."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repository, private=True, exist_ok=True)
-    api.upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        allow_patterns=[
-            ADAPTER_CONFIG,
-            ADAPTER_FILE,
-            RECORD_FILE,
-            "README.md",
-            *TOKENIZER_PATTERNS,
-        ],
-        ignore_patterns=[f"{PRUNED_FOLDER}/*", f"{MERGED_FOLDER}/*"],
-    )
-    LOG.info("uploaded the adapter to %s", repository)

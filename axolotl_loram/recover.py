@@ -6,6 +6,7 @@ features and zeros elsewhere, so that h = x (W₀ + BᴿAᴿ) on the base (arXiv
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from axolotl_loram.plan import (
     Base,
     PruningPlan,
 )
-from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
+from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder, is_hub_id
 from axolotl_loram.untrusted import copy_files, read_json
 
 LOG = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def recover(
     LOG.info("recovering %d tensors of %s to %s", len(moved), adapter, output)
     manager = updated_folder(output, ADAPTER_CONFIG) if update else new_folder(output, overwrite)
     with manager as scratch:
-        _write_adapter(scratch, moved, Moved.scatter, settings, base)
+        files = _write_adapter(scratch, moved, Moved.scatter, settings, base)
         record = {
             "schema_version": SCHEMA_VERSION,
             "kind": "recovered-adapter",
@@ -84,6 +85,7 @@ def recover(
             "plan": plan.digest,
             "trained": recorded.get("training"),
             "masked": bool(recorded.get("masked")),
+            "files": files,
         }
         write_json(scratch / RECORD_FILE, record)
         (scratch / "README.md").write_text(model_card(base, card), encoding="utf-8")
@@ -169,17 +171,21 @@ def _write_adapter(
     move: Callable[[Moved], np.ndarray],
     settings: Mapping[str, Any],
     base: Base,
-) -> None:
+) -> dict[str, str]:
+    """Write weights and config; returns file → SHA-256."""
     described = [(m.stored.name, m.stored.dtype, m.shape) for m in moved]
-    write_safetensors(folder / ADAPTER_FILE, described, (move(m) for m in moved))
+    digest = write_safetensors(folder / ADAPTER_FILE, described, (move(m) for m in moved))
     named = {"base_model_name_or_path": base.id, "revision": base.revision}
     write_json(folder / ADAPTER_CONFIG, {**settings, **named})
+    config = hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes()).hexdigest()
+    return {ADAPTER_FILE: digest, ADAPTER_CONFIG: config}
 
 
 def model_card(base: Base, details: str = "") -> str:
     """A model card whose metadata names the base, for the hub and for people."""
     revision = f" at revision `{base.revision}`" if base.revision else ""
-    front = {"base_model": base.id, "library_name": "peft", "tags": ["axolotl", "lora", "loram"]}
+    named = {"base_model": base.id} if is_hub_id(base.id) else {}  # the hub refuses a folder here
+    front = {**named, "library_name": "peft", "tags": ["axolotl", "lora", "loram"]}
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
     return "\n".join(
         [

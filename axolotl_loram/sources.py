@@ -49,33 +49,68 @@ def find_folder(
     if _looks_local(model):
         raise LoRAMError(f"no such model: expected a folder or a hub id, found {model!r}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except hub_errors() as error:
         raise LoRAMError(
             f"no such model: expected a folder or a model that the hub gives out, found {model!r} "
-            f"({reason}): check the name, the connection, and `hf auth whoami` for gated models"
+            f"({reason(error)}): check the name, the connection, and `hf auth whoami` for gated "
+            "models; what was downloaded so far is kept"
         ) from None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What calls to the hub fail with: its answers, names it refuses, connections, disks."""
+    from httpx import HTTPError
+    from huggingface_hub.errors import HFValidationError
+
+    return (HTTPError, HFValidationError, OSError)  # HfHubHTTPError is one, offline mode too
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line: what it is and, of several lines, the first that explains it."""
+    told = [line.strip(" -.") for line in str(error).splitlines() if line.strip()]
+    return ": ".join(told[:2]) or type(error).__name__
 
 
 def find_local_weights(model: str, revision: str | None = None) -> Path | None:
     """The folder that holds a model's weights on this machine, or None: downloads nothing."""
     if Path(model).is_dir():
         return Path(model) if has_weights(Path(model)) else None
-    if _looks_local(model):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
     for name in (MODEL_FILE, f"{MODEL_FILE}.index.json"):
-        found = try_to_load_from_cache(model, name, revision=revision)
-        if isinstance(found, str):
-            folder = Path(found).parent
+        found = find_local_file(model, name, revision)
+        if found is not None:
+            folder = found.parent
             whole = name == MODEL_FILE or all((folder / n).exists() for n in shard_names(folder))
             return folder if whole else None
     return None
+
+
+def find_local_file(model: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a folder, or of a model in the hub's cache, or None: downloads nothing."""
+    if Path(model).is_dir() or _looks_local(model):
+        return Path(model, name) if Path(model, name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, name, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name is a hub id and not a folder or file of this machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return not _looks_local(model) and not Path(model).exists()
 
 
 def commit_of(folder: Path, revision: str | None) -> str | None:
