@@ -253,6 +253,41 @@ def inspect(folder: Path, proposing: bool, as_json: bool) -> None:
     show(shown, as_json)
 
 
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN…")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page to write.",
+)
+@click.option(
+    "--png-dir",
+    type=click.Path(path_type=Path),
+    help="Write the charts as PNGs to this folder too.",
+)
+@json_option
+def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: bool) -> None:
+    """Show in one HTML page what RUNs came to, from the JSON that they left.
+
+    A RUN is an output_dir of `axolotl train` (LoRAM or plain LoRA), a pruned model, an
+    evaluation.json, or a file with what `plan --json` printed. The page needs nothing else, no
+    network and no script.
+    """
+    from axolotl_loram import page
+    from axolotl_loram.report import build
+
+    built = build(runs)
+    page.write(built, output)
+    shown: dict[str, Any] = {"report": str(output), "headline": built.headline}
+    if png_dir is not None:
+        from axolotl_loram.pictures import draw_pictures
+
+        shown["pictures"] = [str(file) for file in draw_pictures(built.charts, png_dir)]
+    show({**shown, "missing": built.missing}, as_json)
+
+
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print a result as one JSON object, or as lines of name and value for people."""
     click.echo(json.dumps(result) if as_json else lines(result))

@@ -144,16 +144,18 @@ class LoRAMCallback(TrainerCallback):
             run.write_record(Path(args.output_dir))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add to the record what memory training took."""
+        """Add to the record the losses, and what memory training took."""
         run = self.current_run()
         if run is not None and state.is_world_process_zero:
             run.memory["measured"] |= measure_run()
+            run.keep_history(state.log_history)
             run.write_record(Path(args.output_dir))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the plan in the checkpoint that was just saved."""
         run, folder = self.current_run(), Path(args.output_dir, f"checkpoint-{state.global_step}")
         if run is not None and state.is_world_process_zero and folder.is_dir():
+            run.keep_history(state.log_history)
             run.write_record(folder)
 
 
