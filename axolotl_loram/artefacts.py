@@ -37,7 +37,7 @@ class Loss(BaseModel):
 class Paired(BaseModel):
     """A model's loss (or score) minus that of another on the same documents."""
 
-    against: str
+    against: str = ""
     difference: float
     standard_error: float | None = None
 
@@ -51,6 +51,7 @@ class TextSet(BaseModel):
     documents: int | None = None
     models: dict[str, Loss]
     paired: dict[str, Paired] = {}
+    recovered_against: dict[str, Paired] = {}
 
 
 class Score(BaseModel):
@@ -267,7 +268,10 @@ def _json(file: Path) -> dict[str, Any]:
 def _labels(paths: Sequence[Path]) -> list[str]:
     """For each path its last parts, as few as tell the paths apart."""
     named = [path.parent if path.name == RECORD_FILE else path for path in paths]
-    parts = [path.resolve().parts for path in named]
+    parts = [
+        path.resolve().with_suffix("" if path.suffix == ".json" else path.suffix).parts
+        for path in named
+    ]
     for count in range(1, max(map(len, parts), default=1) + 1):
         labels = ["/".join(each[-count:]) for each in parts]
         if len(set(labels)) == len(labels):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import singledispatch
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-WIDE, NARROW = 720, 342  # pixels: a page's column, and a phone's
+WIDE, NARROW = 814, 342  # pixels: a page's column, and a phone's
 MOST_POINTS = 500  # of a line: more are not told apart
 
 
@@ -68,7 +68,7 @@ class Bars:
     @property
     def legend(self) -> list[tuple[str, str]]:
         """(class, label) of each part."""
-        shown = [(f"box part{i}", f"{part} (predicted)") for i, part in enumerate(self.parts)]
+        shown = [(f"box part{i}", part) for i, part in enumerate(self.parts)]
         measured = any(bar.measured for bar in self.bars)
         return shown + [("box measured", "measured")] * measured
 
@@ -296,6 +296,8 @@ def _(chart: Dots, width: int) -> str:
     known = [v for v in ends if v is not None and math.isfinite(v) and (v > 0 or not chart.log)]
     low, high = min(known, default=1.0), max(known, default=1.0)
     reach = (scaled(low), scaled(high)) if high > low else (scaled(low) - 0.5, scaled(low) + 0.5)
+    margin = 0.03 * (reach[1] - reach[0])
+    reach = (reach[0] - margin, reach[1] + margin)
 
     def place(value: float) -> float:
         if chart.log and value <= 0:
@@ -341,4 +343,4 @@ def _log_ticks(low: float, high: float) -> list[float]:
     """Of 1, 2 and 5 times powers of ten those within low…high, or a few round numbers."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [f * 10.0**p for p in powers for f in (1, 2, 5) if low <= f * 10.0**p <= high]
-    return found if len(found) > 1 else ticks(low, high, 4)
+    return found if len(found) > 2 else ticks(low, high, 4)

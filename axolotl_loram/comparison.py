@@ -17,7 +17,7 @@ NAMES = {
     BASE: "base model",
     "pruned": "pruned model",
     "pruned+adapter": "pruned model + its LoRA",
-    RECOVERED: "base + recovered LoRA (LoRAM)",
+    RECOVERED: "base + recovered LoRA",
 }
 COLORS = {BASE: "grey", "pruned": "green", "pruned+adapter": "purple", RECOVERED: "blue"}
 OTHERS = ("orange", "red", "brown")
@@ -94,29 +94,27 @@ def color_of(key: str, evaluation: Evaluation) -> str:
     return OTHERS[others.index(key) % len(OTHERS)] if key in others else OTHERS[0]
 
 
-def perplexity_parts(label: str, evaluation: Evaluation) -> tuple[list[Chart], list[Table]]:
-    """The chart and the tables of perplexities."""
-    groups, tables = {}, []
+def perplexity_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
+    """A chart and tables for each set of text."""
+    parts: list[Chart | Table] = []
     for name, text in evaluation.perplexity.items():
+        if not text.models:  # not measured yet
+            continue
         title = f"{name} ({KINDS.get(text.kind, text.kind)})"
-        groups[title] = [_perplexity_dot(key, text, evaluation) for key in text.models]
-        tables.append(_perplexity_table(f"{title}{_size(text)}", text, evaluation))
+        dots = [_perplexity_dot(key, text, evaluation) for key in text.models]
+        axis = "perplexity, lower is better (logarithmic)"
+        name = f"perplexity-{label}-{name}"
+        parts.append(Dots(name, f"Perplexity, {title}", {"": dots}, axis, log=True))
+        parts.append(_perplexity_table(f"{title}{_size(text)}", text, evaluation))
         if len(text.models) > 1:
-            tables.append(_difference_table(title, text, evaluation))
-    chart = Dots(
-        f"perplexity-{label}",
-        f"Perplexity on held-out text, {label}",
-        groups,
-        "perplexity, lower is better (logarithmic)",
-        log=True,
-    )
-    return ([chart] if groups else []), tables
+            parts.append(_difference_table(title, text, evaluation))
+    return parts
 
 
-def task_parts(label: str, evaluation: Evaluation) -> tuple[list[Chart], list[Table]]:
+def task_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
     """The chart and the tables of task scores."""
     if not evaluation.tasks:
-        return [], []
+        return []
     groups = {
         _task_title(name, task): [_score_dot(key, task, evaluation) for key in task.models]
         for name, task in evaluation.tasks.items()
@@ -134,10 +132,10 @@ def task_parts(label: str, evaluation: Evaluation) -> tuple[list[Chart], list[Ta
         for key, other in _pairs(task)
     ]
     if differing:
-        columns = ["task", "models", "difference", "95 % interval", "samples"]
-        tables.append(Table("Differences of scores", columns, differing))
+        columns = ["task", "model", "against", "difference", "95 % interval", "samples"]
+        tables.append(Table("Differences of scores", columns, differing, texts=3))
     chart = Dots(f"tasks-{label}", f"Task scores, {label}", groups, "score, higher is better")
-    return [chart], tables
+    return [chart, *tables]
 
 
 def _size(text: TextSet) -> str:
@@ -170,7 +168,12 @@ def _difference(measured: TextSet | Task, key: str, other: str) -> tuple[Interva
     """Ours minus theirs, and whether samples were paired."""
     for ours, theirs, sign in ((key, other, 1), (other, key, -1)):
         found: Paired | None = measured.paired.get(ours)
-        if found and found.against == theirs:
+        if found and found.against != theirs:
+            found = None
+        if ours == RECOVERED and isinstance(measured, TextSet):
+            found = found or measured.recovered_against.get(theirs)
+        # Where no answer differs, there is no spread to go by.
+        if found and (found.standard_error or isinstance(measured, TextSet)):
             return intervals.normal(sign * found.difference, found.standard_error), "paired"
     of = _loss if isinstance(measured, TextSet) else _score
     return intervals.difference(of(measured, key), of(measured, other)), "unpaired"  # type: ignore[arg-type]
@@ -189,7 +192,7 @@ def _perplexity_table(title: str, text: TextSet, evaluation: Evaluation) -> Tabl
     others = [key for key in text.models if key.startswith(ALSO)] if BASE in text.models else []
     others = others if RECOVERED in text.models else []
     columns = ["model", "perplexity", "95 % interval", "loss, nats per token"]
-    columns += [f"share of the gain of {model_name(key, evaluation)}" for key in others]
+    columns += [f"share of the gain of {key.removeprefix(ALSO)}" for key in others]
     rows = []
     for key in text.models:
         loss = _loss(text, key)
@@ -218,16 +221,16 @@ def _difference_table(title: str, text: TextSet, evaluation: Evaluation) -> Tabl
         )
         rows.append(
             [
-                f"{model_name(key, evaluation)}, against {model_name(other, evaluation)}",
+                model_name(key, evaluation),
+                model_name(other, evaluation),
                 percent(changes.value, signed=True),
                 bounds(changes, lambda value: percent(value, signed=True)),
                 change(found.value),
-                bounds(found, change),
                 how,
             ]
         )
-    columns = ["models", "perplexity", "95 % interval", "loss", "95 % interval", "samples"]
-    return Table(f"Differences, {title}", columns, rows)
+    columns = ["model", "against", "perplexity", "95 % interval", "loss", "samples"]
+    return Table(f"Differences, {title}", columns, rows, texts=2)
 
 
 def _task_title(name: str, task: Task) -> str:
@@ -243,12 +246,12 @@ def _score_text(task: Task, key: str) -> str:
     if key not in task.models:
         return "not measured"
     found, write = _score(task, key), percent if _is_rate(task) else number
-    return write(found.value) + ("" if found.low is None else f" ({bounds(found, write)})")
+    between = bounds(found, write).replace(" to ", "–").replace("\N{NO-BREAK SPACE}%–", "–")
+    return write(found.value) + ("" if found.low is None else f" ({between})")
 
 
 def _score_dot(key: str, task: Task, evaluation: Evaluation) -> Dot:
-    found, text = _score(task, key), _score_text(task, key).replace(" to ", "–")
-    text = text.replace(" %–", "–")
+    found, text = _score(task, key), _score_text(task, key)
     name = model_name(key, evaluation)
     return Dot(name, color_of(key, evaluation), found.value, found.low, found.high, text)
 
@@ -260,5 +263,5 @@ def _difference_row(task: Task, key: str, other: str, evaluation: Evaluation) ->
         return change(100 * value, 1) if _is_rate(task) else change(value)
 
     unit = " points" if _is_rate(task) else ""
-    models = f"{model_name(key, evaluation)}, against {model_name(other, evaluation)}"
-    return [models, points(found.value) + unit, bounds(found, points), how]
+    models = [model_name(key, evaluation), model_name(other, evaluation)]
+    return [*models, points(found.value) + unit, bounds(found, points), how]

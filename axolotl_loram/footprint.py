@@ -9,7 +9,7 @@ from typing import Any
 from axolotl_loram.artefacts import Artefact, training_of
 from axolotl_loram.charts import Bar, Bars
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.sections import KeyFigure, Section, Table
+from axolotl_loram.sections import KeyFigure, Section, Table, arrow
 from axolotl_loram.tables import GIB, memory_rows
 
 TITLES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}
@@ -23,11 +23,13 @@ class Footprint:
 
     Attributes:
         label: The run or plan.
+        method: What was run; None for a plan.
         methods: Method → what is predicted.
         measured: (method, run) → bytes allocated on a GPU at most.
     """
 
     label: str
+    method: str | None
     methods: dict[str, Mapping[str, Any]]
     measured: dict[tuple[str, str], float] = field(default_factory=dict)
 
@@ -37,8 +39,7 @@ def memory_section(runs: Sequence[Artefact]) -> Section:
     section, prints = Section("memory", "Memory"), footprints(runs)
     for found in prints:
         unit, size = ("GiB", GIB) if _largest(found) >= GIB else ("MiB", 2**20)
-        section.charts.append(_chart(found, unit, size))
-        section.tables.append(_table(found, unit, size))
+        section.items += [_chart(found, unit, size), _table(found, unit, size)]
     if prints:
         section.text.append(
             "Predicted is what is allocated on one GPU at the worst moment, calculated from the "
@@ -66,15 +67,16 @@ def memory_section(runs: Sequence[Artefact]) -> Section:
 
 
 def memory_figure(runs: Sequence[Artefact]) -> list[KeyFigure]:
-    """The peak of a method on the pruned model against the same on the base, if predicted."""
+    """The peak of a run against its counterpart on the base, of a plan QLoRAM's against LoRA's."""
     for found in footprints(runs):
-        for pruned, base in (("qloram", "lora"), ("loram", "lora")):
-            if pruned in found.methods and base in found.methods:
-                peaks = [found.methods[name]["allocated_bytes"] for name in (base, pruned)]
-                unit, size = ("GiB", GIB) if max(peaks) >= GIB else ("MiB", 2**20)
-                value = " → ".join(f"{peak / size:.1f}" for peak in peaks) + f" {unit}"
-                note = f"{TITLES[base]} → {TITLES[pruned]}, allocated on one GPU"
-                return [KeyFigure("Training memory", value, note, "predicted")]
+        pruned = found.method or "qloram"
+        base = pruned.replace("loram", "lora") if found.method else "lora"
+        if base != pruned and {base, pruned} <= found.methods.keys():
+            peaks = [found.methods[name]["allocated_bytes"] for name in (base, pruned)]
+            unit, size = ("GiB", GIB) if max(peaks) >= GIB else ("MiB", 2**20)
+            value = arrow(*(f"{peak / size:.1f}" for peak in peaks)) + f"\N{NO-BREAK SPACE}{unit}"
+            note = f"{TITLES[base]} → {TITLES[pruned]}, allocated on one GPU"
+            return [KeyFigure("Memory", value, note, "predicted")]
     return []
 
 
@@ -92,9 +94,10 @@ def footprints(runs: Sequence[Artefact]) -> list[Footprint]:
             methods = {predicted.get("method", "loram"): predicted}
         if methods:
             _check(methods, run)
-            found.append(Footprint(run.label, dict(methods)))
+            method = None if run.kind == "plan" else _method(run)
+            found.append(Footprint(run.label, method, dict(methods)))
         elif run.kind in ("loram", "lora") and _allocated(run):
-            found.append(Footprint(run.label, {}))
+            found.append(Footprint(run.label, _method(run), {}))
     for run in runs:
         if allocated := _allocated(run):
             own = next((each for each in found if each.label == run.label), found[0])
@@ -152,7 +155,8 @@ def _chart(found: Footprint, unit: str, size: int) -> Bars:
         }
         scaled = {part: value / size for part, value in parts.items() if value > 0}
         bars.append(Bar(TITLES.get(name, name), scaled, measured))
-    title = f"Memory allocated on the GPU, {found.label}"
+    title = f"Memory on one GPU, {found.label}: " + "predicted by part" * bool(found.methods)
+    title += " and " * bool(found.methods and found.measured) + "measured" * bool(found.measured)
     return Bars(f"memory-{found.label}", title, bars, unit)
 
 

@@ -21,7 +21,7 @@ COLORS = {
     "red": "#ad2440",
     "brown": "#6d5335",
 }
-PARTS = ("#1f5f99", "#5fa3d9", "#a7b4c2", "#d98a2b", "#f0c566", "#b9a3cf")
+PARTS = ("#1f5f99", "#4a94cf", "#7d8b9a", "#c4651a", "#1f9384", "#8d6fb0")
 
 
 def draw_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from axolotl_loram.charts import Lines, Series, Strip, Strips
 from axolotl_loram.comparison import Outcome, outcomes, perplexity_parts, task_parts
 from axolotl_loram.footprint import memory_figure, memory_section
 from axolotl_loram.records import refit_summary
-from axolotl_loram.sections import KeyFigure, Report, Section, Table, count, number, percent
+from axolotl_loram.sections import KeyFigure, Report, Section, Table, arrow, count, number, percent
 
 LORAM_COLORS, LORA_COLORS = ("blue", "green", "purple", "grey"), ("orange", "red", "brown")
 HELDOUT = {
-    "eval_loss": "held-out loss of the model in training",
-    "eval_loram_recovered_loss": "held-out loss of base + recovered LoRA",
+    "eval_loss": "model in training",
+    "eval_loram_recovered_loss": "base + recovered LoRA",
 }
 
 
@@ -82,7 +81,7 @@ def _lead(runs: Sequence[Artefact], found: Sequence[Outcome]) -> str:
         return about + "Held-out perplexity and tasks were not measured."
     first = found[0]
     before, after = (number(loss.exp().value) for loss in (first.before, first.after))
-    said = f"{about}Held-out perplexity on {first.set_name} ({first.kind}): {before} before, "
+    said = f"{about}Perplexity on {first.set_name} ({first.kind}): {before} before, "
     said += f"{after} with the adapter that was trained on the pruned model and recovered."
     if first.shares:
         said += " The share is of the gain in loss (log perplexity)."
@@ -103,12 +102,12 @@ def _figures(runs: Sequence[Artefact], found: Sequence[Outcome]) -> list[KeyFigu
             figures.append(KeyFigure("Gain kept", value, f"{note}, {first.kind}", "measured"))
         before, after = (number(loss.exp().value) for loss in (first.before, first.after))
         note = f"base → base + recovered LoRA, {first.set_name}"
-        figures.append(KeyFigure("Perplexity", f"{before} → {after}", note, "measured"))
+        figures.append(KeyFigure("Perplexity", arrow(before, after), note, "measured"))
     counts = next((c for c in map(_counts, runs) if c), None)
     if counts:
         base, pruned = counts["base_parameters"], counts["pruned_parameters"]
         note = f"base → pruned, ×{base / pruned:.2f} fewer"
-        value = f"{count(base)} → {count(pruned)}"
+        value = arrow(count(base), count(pruned))
         figures.append(KeyFigure("Parameters", value, note, "counted"))
     return figures + memory_figure(runs)
 
@@ -129,10 +128,8 @@ def _counts(run: Artefact) -> dict[str, Any] | None:
 def _perplexities(evaluations: Sequence[tuple[str, Evaluation]]) -> Section:
     section = Section("perplexity", "Perplexity")
     for label, evaluation in evaluations:
-        charts, tables = perplexity_parts(label, evaluation)
-        section.charts += charts
-        section.tables += tables
-    if not section.charts:
+        section.items += perplexity_parts(label, evaluation)
+    if not section.items:
         section.missing.append(
             "Perplexity was not measured: run `axolotl-loram evaluate` and give its evaluation.json"
         )
@@ -152,10 +149,8 @@ def _perplexities(evaluations: Sequence[tuple[str, Evaluation]]) -> Section:
 def _tasks(evaluations: Sequence[tuple[str, Evaluation]]) -> Section:
     section = Section("tasks", "Tasks")
     for label, evaluation in evaluations:
-        charts, tables = task_parts(label, evaluation)
-        section.charts += charts
-        section.tables += tables
-    if not section.charts:
+        section.items += task_parts(label, evaluation)
+    if not section.items:
         section.missing.append("Tasks were not measured: `axolotl-loram evaluate --suite paper`")
     else:
         section.text.append(
@@ -184,7 +179,7 @@ def _curves(runs: Sequence[Artefact]) -> Section:
         if (curve := run.curve(key))
     ]
     if training:
-        section.charts.append(Lines("training-loss", "Training loss", training))
+        section.items.append(Lines("training-loss", "Training loss", training))
         pruned = any(run.kind == "loram" for run in trained)
         section.text.append(
             "Loss on the training batches, each run on its own model"
@@ -192,7 +187,7 @@ def _curves(runs: Sequence[Artefact]) -> Section:
             + ("." * (not pruned))
         )
     if heldout:
-        section.charts.append(Lines("heldout-loss", "Held-out loss during training", heldout))
+        section.items.append(Lines("heldout-loss", "Held-out loss during training", heldout))
     elif trained:
         section.missing.append("Held-out loss was not measured during training")
     if len(training) < len(trained):
@@ -233,8 +228,8 @@ def _widths(runs: Sequence[Artefact]) -> Section:
                 for width in run.widths
             ]
             title = f"Kept width of each layer, {run.label}"
-            section.charts.append(Strips(f"widths-{run.label}", title, strips))
-            section.tables.append(_width_table(run))
+            section.items.append(Strips(f"widths-{run.label}", title, strips))
+            section.items.append(_width_table(run))
         elif run.pruned and not run.widths:
             section.text.append(f"{run.label}: every layer keeps its width; weights were zeroed.")
         elif run.kind == "loram" and not run.widths:
@@ -243,7 +238,7 @@ def _widths(runs: Sequence[Artefact]) -> Section:
                 f"The kept width is not known for {run.label}: {named} is not here, or is not the "
                 "one it was trained on"
             )
-    if not (section.charts or section.text or section.missing):
+    if not (section.items or section.text or section.missing):
         section.missing.append("No pruned model was given, nor a run that names one")
     return section
 
@@ -268,12 +263,12 @@ def _provenance(runs: Sequence[Artefact]) -> Section:
     section = Section("provenance", "What was run")
     for run in runs:
         rows = [[name, text] for name, text in _facts(run).items() if text]
-        section.tables.append(Table(f"{run.label}: {_kind_name(run)}", ["", ""], rows, False))
+        section.items.append(Table(f"{run.label}: {_kind_name(run)}", ["", ""], rows, texts=2))
         files = run.pruned.get("files")
         if isinstance(files, Mapping):
             hashes = [[name, str(digest)] for name, digest in files.items()]
             title = f"SHA-256 of the pruned model’s files, {run.label}"
-            section.tables.append(Table(title, ["file", "SHA-256"], hashes, False, hidden=True))
+            section.items.append(Table(title, ["file", "SHA-256"], hashes, 2, hidden=True))
     return section
 
 
@@ -305,7 +300,7 @@ def _facts(run: Artefact) -> dict[str, str]:
         "refit": _said(refit_summary(run.pruned.get("refit") or {})),
         "alignment": "; ".join(_said(each) for each in run.pruned.get("alignments") or [])
         or ("none" if run.pruned else ""),
-        "parameters": _said(_counts(run) or {}),
+        "parameters": _parameters(_counts(run) or {}),
         "adapter": _said(run.settings, _ADAPTER),
         "steps": str(run.history[-1].get("step", "")) if run.history else "",
         "warm start": str(training.get("warm_start") or ""),
@@ -340,12 +335,32 @@ def _device(run: Artefact, training: Mapping[str, Any]) -> str:
     return str(measured.get("device") or "")
 
 
+def _parameters(counts: Mapping[str, Any]) -> str:
+    if not counts:
+        return ""
+    said = f"{counts['pruned_parameters']:,} of {counts['base_parameters']:,}"
+    kept = counts.get("kept_per_pruned_layer")
+    if kept and "pruned_layers" in counts and "layers" in counts:
+        said += f"; {counts['pruned_layers']} of {counts['layers']} layers pruned, the last of them"
+        said += f" to {_said(kept)}"
+    if "sparsity" in counts:
+        said += f"; {counts['zeros']:,} of them zeros"
+    return said
+
+
 def _said(values: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
-    """Names and values in a line, without what is empty."""
-    write: Callable[[Any], str] = lambda v: v if isinstance(v, str) else json.dumps(v)  # noqa: E731
+    """Names and values in a line, without what is empty or off."""
     chosen = values if names is None else {n: values[n] for n in names if n in values}
     return ", ".join(
-        f"{name.replace('_', ' ')} {write(value)}"
+        f"{name.replace('_', ' ')} {_written(value)}"
         for name, value in chosen.items()
-        if value not in (None, [], {}, False, "")
+        if value is not None and value is not False and value not in ([], {}, "")
     )
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({_said(value)})"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_written, value))
+    return str(value) if not isinstance(value, bool) else "yes"

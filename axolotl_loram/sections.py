@@ -20,14 +20,14 @@ class Table:
         caption: What it shows.
         columns: Headings.
         rows: One text for each column.
-        numeric: Whether all but the first column are numbers, which are set to the right.
+        texts: How many columns are text; what follows are numbers, which are set to the right.
         hidden: Whether it is folded until asked for.
     """
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    numeric: bool = True
+    texts: int = 1
     hidden: bool = False
 
 
@@ -43,13 +43,15 @@ class KeyFigure:
 
 @dataclass
 class Section:
-    """A part of the page. `missing` names what was not measured, and how to."""
+    """A part of the page: text, then charts and tables in order.
+
+    `missing` names what was not measured, and how to.
+    """
 
     name: str
     title: str
     text: list[str] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    items: list[Chart | Table] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
 
@@ -70,7 +72,8 @@ class Report:
     @property
     def charts(self) -> list[Chart]:
         """All charts, in the order of the page."""
-        return [chart for section in self.sections for chart in section.charts]
+        items = (item for section in self.sections for item in section.items)
+        return [item for item in items if not isinstance(item, Table)]
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -86,7 +89,7 @@ def number(value: float, digits: int = 4) -> str:
 
 def percent(value: float, signed: bool = False) -> str:
     """A share as a percentage with one decimal."""
-    return minus(f"{value:{'+' if signed else ''}.1%}").replace("%", " %")
+    return minus(f"{value:{'+' if signed else ''}.1%}").replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def minus(text: str) -> str:
@@ -108,9 +111,14 @@ def bounds(interval: Interval, write: Callable[[float], str] = number) -> str:
     return f"{write(interval.low)} to {write(interval.high)}"
 
 
+def arrow(before: str, after: str) -> str:
+    """From the one to the other; breaks, if it must, before the arrow."""
+    return f"{before} →\N{NO-BREAK SPACE}{after}"
+
+
 def count(value: int) -> str:
     """2,702,464 → 2.70 M."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if abs(value) >= size:
-            return f"{value / size:.2f} {unit}"
+            return f"{value / size:.2f}\N{NO-BREAK SPACE}{unit}"
     return str(value)
