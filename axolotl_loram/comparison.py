@@ -20,6 +20,7 @@ NAMES = {
     RECOVERED: "base + recovered LoRA",
 }
 COLORS = {BASE: "grey", "pruned": "green", "pruned+adapter": "purple", RECOVERED: "blue"}
+MOST_ROWS = 12  # of a table that is not folded
 OTHERS = ("orange", "red", "brown")
 KINDS = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 
@@ -95,12 +96,12 @@ def color_of(key: str, evaluation: Evaluation) -> str:
 
 
 def perplexity_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
-    """A chart and tables for each set of text."""
+    """A chart and tables for each set of text; `label` tells one evaluation from others."""
     parts: list[Chart | Table] = []
     for name, text in evaluation.perplexity.items():
         if not text.models:  # not measured yet
             continue
-        title = f"{name} ({KINDS.get(text.kind, text.kind)})"
+        title = f"{name} ({KINDS.get(text.kind, text.kind)})" + f", {label}" * bool(label)
         dots = [_perplexity_dot(key, text, evaluation) for key in text.models]
         axis = "perplexity, lower is better (logarithmic)"
         name = f"perplexity-{label}-{name}"
@@ -112,7 +113,8 @@ def perplexity_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
 
 
 def task_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
-    """The chart and the tables of task scores."""
+    """The chart and the tables of task scores; `label` tells one evaluation from others."""
+    of = f", {label}" * bool(label)
     if not evaluation.tasks:
         return []
     groups = {
@@ -125,16 +127,18 @@ def task_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
         for name, task in evaluation.tasks.items()
     ]
     names = [model_name(key, evaluation) for key in keys]
-    tables = [Table("Scores with 95 % intervals", ["task", *names], rows)]
+    tables = [Table(f"Scores with 95 % intervals{of}", ["task", *names], rows)]
     differing = [
         [_task_title(name, task), *_difference_row(task, key, other, evaluation)]
         for name, task in evaluation.tasks.items()
         for key, other in _pairs(task)
+        if not key.startswith("pruned")
     ]
     if differing:
         columns = ["task", "model", "against", "difference", "95 % interval", "samples"]
-        tables.append(Table("Differences of scores", columns, differing, texts=3))
-    chart = Dots(f"tasks-{label}", f"Task scores, {label}", groups, "score, higher is better")
+        title, folded = f"Differences of scores{of}", len(differing) > MOST_ROWS
+        tables.append(Table(title, columns, differing, texts=3, hidden=folded))
+    chart = Dots(f"tasks-{label}", f"Task scores{of}", groups, "score, higher is better")
     return [chart, *tables]
 
 

@@ -183,23 +183,19 @@ def _parts(method: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _table(found: Footprint, unit: str, size: int) -> Table:
-    rows = []
-    if found.methods:
-        rows = [
-            [name, *(f"{value * GIB / size:,.2f}" for value in row)]
-            for name, row in memory_rows(found.methods).items()
-        ]
-        allocated = [m["allocated_bytes"] / size for m in found.methods.values()]
-        at = next((i for i, row in enumerate(rows) if row[0].startswith("CUDA")), len(rows))
-        rows.insert(at, ["peak, allocated", *(f"{value:,.2f}" for value in allocated)])
-        for row in rows:
-            if row[0] == "peak":
-                row[0] = "peak with what is assumed"
-    columns = [f"{TITLES.get(name, name)}, predicted" for name in found.methods]
+    """Parts as rows, methods as columns; then what was measured, a row for each run."""
+    rows: list[list[str]] = []
+    names = list(dict.fromkeys([*found.methods, *(method for method, _ in found.measured)]))
+    for name, values in memory_rows(found.methods).items() if found.methods else ():
+        name = "peak with what is assumed" if name == "peak" else name
+        if name.startswith("CUDA"):
+            peaks = [method["allocated_bytes"] / size for method in found.methods.values()]
+            rows.append(["peak, allocated", *(f"{peak:,.2f}" for peak in peaks)])
+        rows.append([name, *(f"{value * GIB / size:,.2f}" for value in values)])
+    for row in rows:
+        row += ["not predicted"] * (len(names) - len(found.methods))
     for (method, run), value in found.measured.items():
-        columns.append(f"{TITLES.get(method, method)}, measured ({run})")
-        for row in rows:
-            row.append(f"{value / size:,.2f}" if row[0] == "peak, allocated" else "not measured")
-        if not found.methods:
-            rows = [["peak, allocated", f"{value / size:,.2f}"]]
-    return Table(f"{unit} on one GPU, {found.label}", ["part", *columns], rows)
+        cells = [f"{value / size:,.2f}" if name == method else "not measured" for name in names]
+        rows.append([f"peak, allocated, measured in {run}", *cells])
+    title = f"{unit} on one GPU, {found.label}" + ": predicted" * bool(found.methods)
+    return Table(title, ["part", *(TITLES.get(name, name) for name in names)], rows)

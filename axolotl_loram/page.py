@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from axolotl_loram import __version__
 from axolotl_loram.charts import NARROW, WIDE, Chart, draw
@@ -22,6 +22,7 @@ def html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = _code
     return environment.get_template("page.html").render(
         report=report, svg=_svg, wide=WIDE, narrow=NARROW, version=__version__
     )
@@ -38,6 +39,15 @@ def write(report: Report, file: Path) -> None:
         file.write_bytes(html(report).encode("utf-8", "replace"))  # of half a surrogate, "?"
     except OSError as error:
         raise LoRAMError(f"expected to be able to write {file}, found: {error}") from None
+
+
+def _code(text: str) -> Markup:
+    """Text with what stands between backticks as code, all of it escaped."""
+    parts = [
+        Markup("<code>{}</code>").format(part) if index % 2 else escape(part)
+        for index, part in enumerate(text.split("`"))
+    ]
+    return Markup("").join(parts)
 
 
 def _svg(chart: Chart, width: int) -> Markup:

@@ -28,6 +28,8 @@ def build(paths: Sequence[Path]) -> Report:
     """
     runs = read(list({path.resolve(): path for path in paths}.values()))
     evaluations = [(run.label, run.evaluation) for run in runs if run.evaluation is not None]
+    if len(evaluations) == 1:
+        evaluations = [("", evaluations[0][1])]  # nothing to tell it from
     found = [each for label, evaluation in evaluations for each in outcomes(label, evaluation)]
     sections = [
         _perplexities(evaluations),
@@ -96,12 +98,13 @@ def _figures(runs: Sequence[Artefact], found: Sequence[Outcome]) -> list[KeyFigu
     figures = []
     if found:
         first = found[0]
+        of = f", {first.label}" * bool(first.label)
         for other, share in first.shares.items():
             value = "–" if share is None else percent(share)
             note = f"of the gain of {other}" if share is not None else f"{other} gained nothing"
-            figures.append(KeyFigure("Gain kept", value, f"{note}, {first.kind}", "measured"))
+            figures.append(KeyFigure("Gain kept", value, f"{note}, {first.kind}{of}", "measured"))
         before, after = (number(loss.exp().value) for loss in (first.before, first.after))
-        note = f"base → base + recovered LoRA, {first.set_name}"
+        note = f"base → base + recovered LoRA, {first.set_name}{of}"
         figures.append(KeyFigure("Perplexity", arrow(before, after), note, "measured"))
     counts = next((c for c in map(_counts, runs) if c), None)
     if counts:

@@ -36,7 +36,7 @@ def look(chromium: str, file: Path, views: list[dict], script: str) -> list[Seen
         views: Each of `width`, `height`, `dark`, and `screenshot`, a file to write, if any.
         script: A JavaScript expression; its value is returned by value.
     """
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [chromium, *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
