@@ -7,6 +7,7 @@ import shutil
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from browser import look
 from click.testing import CliRunner
@@ -14,12 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axolotl_loram import intervals
+from axolotl_loram.architecture import tensors, with_defaults
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.charts import NARROW, WIDE, Bar, Bars, Dot, Dots, Lines, Series, draw, ticks
+from axolotl_loram.checkpoint import write_safetensors
 from axolotl_loram.cli import main
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.intervals import Interval
 from axolotl_loram.page import html
+from axolotl_loram.plan import PruningPlan
+from axolotl_loram.planning import plan
 from axolotl_loram.prune import prune
 from axolotl_loram.records import losses_of
 from axolotl_loram.report import build
@@ -66,14 +71,26 @@ def evaluation(losses=LOSSES, **changes):
     }
 
 
+def write_base(folder):
+    """A Llama with random weights, written without torch, which takes long to import."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
+    config = with_defaults({"model_type": "llama", **sizes, **heads})
+    save(folder / "config.json", config)
+    described = [(tensor.name, "F32", tensor.shape) for tensor in tensors(config)]
+    random = np.random.default_rng(0)
+    weights = (random.random(shape, np.float32).view("<u4") for _, _, shape in described)
+    write_safetensors(folder / "model.safetensors", described, weights)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
-def runs(make_model, tmp_path_factory):
+def runs(tmp_path_factory):
     """Folders as runs leave them: a real pruned model and plan of memory, histories by hand."""
     folder = tmp_path_factory.mktemp("runs")
-    record = prune(str(make_model()), folder / "pruned", PruningArgs(ratio=0.5))
-    from axolotl_loram.planning import plan
-
-    asked = request(str(make_model()), None, {"ratio": 0.5, "sequence_len": 128}, None, None)
+    base = write_base(folder / "base")
+    record = prune(base, folder / "pruned", PruningArgs(ratio=0.5))
+    asked = request(base, None, {"ratio": 0.5, "sequence_len": 128}, None, None)
     planned = save(folder / "plan.json", plan(asked))
     methods = json.loads(planned.read_text())["methods"]
     measured = {"device": "cpu", "max_resident_process_bytes": 2**30}
@@ -186,15 +203,13 @@ def test_what_was_not_measured_is_said(runs):
 
 
 def test_widths_are_those_of_the_plan(runs):
-    from axolotl_loram.plan import PruningPlan
-
-    plan = PruningPlan.load(runs / "pruned")
+    kept = PruningPlan.load(runs / "pruned")
     chart = next(chart for chart in build([runs / "pruned"]).charts if "widths" in chart.name)
     drawn = dict(zip([strip.label for strip in chart.strips], chart.strips, strict=True))
-    for layer, counts in plan.counts.items():
+    for layer, counts in kept.counts.items():
         assert drawn["MLP neurons"].layers[layer][0] == counts["neurons"]
         assert drawn["KV groups"].layers[layer][0] == counts["kv_groups"]
-    whole = set(range(len(drawn["KV groups"].layers))) - plan.counts.keys()
+    whole = set(range(len(drawn["KV groups"].layers))) - kept.counts.keys()
     assert whole and all(len(set(drawn["KV groups"].layers[layer])) == 1 for layer in whole)
 
 
@@ -266,6 +281,7 @@ def test_other_input_gets_one_sentence(name, text, message, tmp_path):
 
 
 def test_the_command_writes_page_and_pictures(all_runs, tmp_path):
+    all_runs = all_runs[:3]
     arguments = ["report", *map(str, all_runs), "--output", str(tmp_path / "a/report.html")]
     arguments += ["--png-dir", str(tmp_path / "png"), "--json"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
