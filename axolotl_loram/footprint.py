@@ -14,7 +14,7 @@ from axolotl_loram.tables import GIB, memory_rows
 
 TITLES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}
 LOGGED = "memory/max_allocated (GiB)"  # what Axolotl logs of each step
-GPU = "max_allocated_bytes"
+GPU = ("max_allocated_bytes", "max_allocated_before_training_bytes")
 
 
 @dataclass
@@ -126,9 +126,10 @@ def _method(run: Artefact) -> str:
 
 
 def _allocated(run: Artefact) -> float:
-    """Bytes allocated on a GPU at most; 0 where that was not measured."""
+    """Bytes allocated on a GPU at most, loading included; 0 where that was not measured."""
     measured = (training_of(run.record).get("memory") or {}).get("measured") or {}
-    return float(measured.get(GPU) or GIB * max((v for _, v in run.curve(LOGGED)), default=0.0))
+    peak = max(measured.get(name) or 0 for name in GPU)
+    return float(peak or GIB * max((v for _, v in run.curve(LOGGED)), default=0.0))
 
 
 def _processes(runs: Sequence[Artefact]) -> Iterator[tuple[str, float]]:

@@ -165,6 +165,20 @@ def test_memory_parts_add_up_and_measurements_are_apart(runs, all_runs):
     assert "Memory on a GPU was not measured for loram" in report.missing
 
 
+def test_a_measurement_stands_beside_its_prediction(runs, tmp_path):
+    shutil.copytree(runs / "loram", tmp_path / "gpu")
+    record = json.loads((tmp_path / "gpu/loram.json").read_text())
+    measured = {"max_allocated_bytes": 2**20, "max_allocated_before_training_bytes": 3 * 2**20}
+    record["trained"]["memory"]["measured"] = {"device": "some GPU", **measured}
+    save(tmp_path / "gpu/loram.json", record)
+    report = build([tmp_path / "gpu"])
+    [chart] = [chart for chart in report.charts if isinstance(chart, Bars)]
+    assert [bar.measured for bar in chart.bars] == [{}, {}, {"run gpu": 3.0}, {}]
+    table = tables_of(report)["MiB on one GPU, gpu: predicted"]
+    assert row(table, "peak, allocated, measured in gpu")[2:4] == ["not measured", "3.00"]
+    assert not any("Memory" in sentence for sentence in report.missing)
+
+
 def test_a_rate_of_zero_has_an_interval(all_runs):
     tables = tables_of(build(all_runs))
     scores = row(tables["Scores with 95 % intervals"], "gsm8k, 8-shot (exact_match)")
