@@ -78,8 +78,16 @@ def check_report(output, record):
     [loram] = read([output])
     assert loram.kind == "loram" and [loss for _, loss in loram.curve("loss")] == losses != []
     shown = {chart.name: chart for chart in build([output]).charts}
-    assert [bar.label for bar in shown["memory-out"].bars] == ["LoRA", "QLoRA", "LoRAM", "QLoRAM"]
-    assert [strip.label for strip in shown["widths-out"].strips] == ["MLP neurons", "KV groups"]
+    assert [bar.label for bar in shown[f"memory-{output.name}"].bars] == [
+        "LoRA",
+        "QLoRA",
+        "LoRAM",
+        "QLoRAM",
+    ]
+    assert [strip.label for strip in shown[f"widths-{output.name}"].strips] == [
+        "MLP neurons",
+        "KV groups",
+    ]
 
 
 def check_inference_and_evaluate(yaml_file, output):
