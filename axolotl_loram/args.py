@@ -303,6 +303,23 @@ class LoRAMConfig(Section):
         "cpu (native in the CPU's memory; the rows that a batch needs are sent over). With "
         "load_in_4bit cpu by default, where nothing needs it native; otherwise native.",
     )
+    evaluate_recovered_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Every so many training steps, log loss and perplexity of base_model with the "
+        "adapter recovered. The base must fit into memory beside the pruned model; off by default.",
+    )
+    evaluate_recovered_on: str | None = Field(
+        default=None,
+        description="Held-out text for that: a .txt or .jsonl file, an Axolotl YAML, or a data set "
+        "on the hub. By default what the run holds out (test_datasets, val_set_size).",
+    )
+    evaluate_recovered_documents: int = Field(
+        default=64, ge=1, description="Most documents of that text."
+    )
+    evaluate_recovered_device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="Where the base is held for that."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> LoRAMConfig:

@@ -113,28 +113,65 @@ def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
         yield (ids if mask is None else ids[np.asarray(mask) != 0]).tolist()
 
 
+def heldout_rows(cfg: Any) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of the rows that training does not see, in Axolotl's order.
+
+    They are the run's `test_datasets`, or else its share `val_set_size` of the data, split off with
+    its seed as in training. A label of -100 does not count.
+
+    Args:
+        cfg: Validated, as from `load_yaml`; left as it is.
+
+    Raises:
+        LoRAMError: The run holds no data out, or Axolotl cannot load it.
+    """
+    with _loading():
+        data = _load(cfg).eval_dataset
+    if not data:
+        raise LoRAMError(
+            "expected held-out data in the YAML, found neither test_datasets nor val_set_size: add "
+            "one of them, or name a file with --in-domain"
+        )
+    return [(row["input_ids"], row["labels"]) for row in data]
+
+
 def _rows(cfg: Any, seed: int) -> Iterator[dict[str, Any]]:
     """The rows of the training split as Axolotl prepares them."""
-    if cfg.rl:
-        raise LoRAMError(
-            "expected training data that Axolotl tokenizes, found rl: "
-            f"{getattr(cfg.rl, 'value', cfg.rl)}, where the trainer does it: name a text file as "
-            "calibration"
-        )
-    cfg = copy.deepcopy(cfg)  # Axolotl notes totals in it, and streaming changes the batch size
-    cfg.accelerator_config = None  # with dispatch_batches, other ranks get a placeholder text
-    try:
-        with _as_a_library():
-            from axolotl.common.datasets import load_datasets
-            from datasets import IterableDataset
+    from datasets import IterableDataset
 
-            data = load_datasets(cfg=cfg).train_dataset
+    with _loading():
+        data = _load(cfg).train_dataset
         if isinstance(data, IterableDataset):
             yield from data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         else:  # not data.shuffle, which would leave a file among the prepared data
             for index in np.random.default_rng(seed).permutation(len(data)):
                 yield data[int(index)]
-    except Exception as error:  # whatever the user's data makes a prompt strategy raise
+
+
+def _load(cfg: Any) -> Any:
+    """The training and the held-out rows as Axolotl prepares them."""
+    if cfg.rl:
+        raise LoRAMError(
+            "expected training data that Axolotl tokenizes, found rl: "
+            f"{getattr(cfg.rl, 'value', cfg.rl)}, where the trainer does it: name a text file as "
+            "calibration or held-out text"
+        )
+    cfg = copy.deepcopy(cfg)  # Axolotl notes totals in it, and streaming changes the batch size
+    cfg.accelerator_config = None  # with dispatch_batches, other ranks get a placeholder text
+    with _as_a_library():
+        from axolotl.common.datasets import load_datasets
+
+        return load_datasets(cfg=cfg)
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Turn whatever the user's data makes a prompt strategy raise into one sentence."""
+    try:
+        yield
+    except LoRAMError:
+        raise
+    except Exception as error:
         raise LoRAMError(
             "expected datasets that Axolotl can load, found it failing "
             f"({type(error).__name__}: {one_line(error)}): try `axolotl preprocess`"

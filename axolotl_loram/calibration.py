@@ -71,8 +71,8 @@ def load_calibration(settings: PruningArgs, model_folder: Path) -> Calibration:
     if not source:
         raise LoRAMError("expected calibration text, found none: name some with --calibration")
     path = Path(source).expanduser()
-    suffix = _suffix(path, source)
-    tokenizer = _load_tokenizer(model_folder)
+    suffix = suffix_of(path, source)
+    tokenizer = load_tokenizer(model_folder)
     if suffix in YAML:
         cfg = load_yaml(path)
         if not tokenizer.get_vocab().items() <= vocabulary(cfg).items():
@@ -83,12 +83,12 @@ def load_calibration(settings: PruningArgs, model_folder: Path) -> Calibration:
         return from_rows(token_rows(cfg, settings.seed), settings, model_folder, source)
     if suffix in TEXT:
         size = WINDOWS_PER_DOCUMENT * settings.calibration_length * CHARACTERS_PER_TOKEN
-        texts = _blocks_of(path, size, settings.seed)
+        texts = blocks_of(path, size, settings.seed)
     elif suffix in ROWS:
-        rows = _rows_of(path, settings.seed)
-        texts = (_text_of(row, tokenizer, where) for row, where in rows)
+        rows = rows_of(path, settings.seed)
+        texts = (text_of(row, tokenizer, where) for row, where in rows)
     else:
-        texts = (_text_of(row, tokenizer, source) for row in _hub_rows(source, settings.seed))
+        texts = (text_of(row, tokenizer, source) for row in hub_rows(source, settings.seed))
     ids = (tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts)
     return from_rows(ids, settings, model_folder, source, tokenizer.eos_token_id)
 
@@ -181,8 +181,12 @@ def pack(
     return Calibration(windows[drawn.permutation(found)[:samples]], source, seed)
 
 
-def _suffix(path: Path, source: str) -> str | None:
-    """The suffix of a file that can be read, or None for what may be a data set on the hub."""
+def suffix_of(path: Path, source: str) -> str | None:
+    """The suffix of a file that can be read, or None for what may be a data set on the hub.
+
+    Raises:
+        LoRAMError: There is no such file, or it is of another kind.
+    """
     suffix = path.suffix.lower()
     kinds = "a .txt, .jsonl or .yml file, or a data set on the hub (org/name)"
     if path.is_dir():
@@ -200,7 +204,12 @@ def _suffix(path: Path, source: str) -> str | None:
     return None
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of the model in a folder.
+
+    Raises:
+        LoRAMError: There is none that transformers loads.
+    """
     # For some families transformers makes up an empty tokenizer where a folder has none.
     reason = "no file of a vocabulary"
     if any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern)):
@@ -216,7 +225,7 @@ def _load_tokenizer(folder: Path) -> Any:
     )
 
 
-def _blocks_of(path: Path, size: int, seed: int) -> Iterator[str]:
+def blocks_of(path: Path, size: int, seed: int) -> Iterator[str]:
     """A text file in blocks of whole lines, about `size` characters each, in a drawn order."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -233,7 +242,7 @@ def _blocks_of(path: Path, size: int, seed: int) -> Iterator[str]:
         yield text[cuts[block] : cuts[block + 1]]
 
 
-def _rows_of(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
+def rows_of(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
     """Rows of a file of JSON lines in a drawn order, and where each stands.
 
     Only where lines begin is held in memory, and only the lines that are asked for are parsed.
@@ -259,23 +268,26 @@ def _rows_of(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
                 ) from None
 
 
-def _hub_rows(source: str, seed: int) -> Iterator[Any]:
-    """Rows of a data set on the hub, streamed: all are never downloaded."""
+def hub_rows(source: str, seed: int) -> Iterator[Any]:
+    """Rows of a data set on the hub (name, name:subset or name:subset:split), streamed.
+
+    All are never downloaded. The split is train, where none is named.
+    """
     from datasets import load_dataset
 
-    name, _, subset = source.partition(":")
+    name, subset, split = [*source.split(":", 2), "", ""][:3]
     try:
-        rows = load_dataset(name, subset or None, split="train", streaming=True)
+        rows = load_dataset(name, subset or None, split=split or "train", streaming=True)
         yield from rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     except (OSError, ValueError, RuntimeError) as error:
         raise LoRAMError(
-            "expected calibration text: a file, or a data set with a train split that the hub "
+            f"expected text: a file, or a data set with a {split or 'train'} split that the hub "
             f"gives out, found {source!r} ({one_line(error)}): check the name, the subset and the "
             "connection"
         ) from None
 
 
-def _text_of(row: Any, tokenizer: Any, where: str) -> str:
+def text_of(row: Any, tokenizer: Any, where: str) -> str:
     """The text of a row: `text`, the joined `segments`, or the `messages` in their template."""
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]

@@ -22,6 +22,8 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.tables import lines
 from axolotl_loram.training import TrainingArgs
 
+EVALUATED = ("base", "pruned", "pruned+adapter", "base+recovered")
+
 
 class OneLineErrors(click.Group):
     """Ends in one line and exit status 1 where the input is wrong, unless --debug."""
@@ -306,6 +308,140 @@ def publish(folder: Path, repository: str, dry_run: bool, as_json: bool, **optio
     for notice in done["notices"]:
         click.echo(f"note: {notice}", err=True)
     click.echo(json.dumps(done) if as_json else publishing.report(done))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--models",
+    default="base,pruned,pruned+adapter,base+recovered",
+    show_default=True,
+    help="What to evaluate, separated by commas.",
+)
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="A further adapter for the base, or a whole model. With one called lora, the share of its "
+    "gain that the recovered adapter keeps is shown.",
+)
+@click.option(
+    "--in-domain",
+    multiple=True,
+    metavar="TEXT",
+    help="Text like the training data: a .txt, .jsonl or Axolotl .yml file, or a data set on the "
+    "hub (name, name:subset, name:subset:split). By default what CONFIG holds out "
+    "(test_datasets, val_set_size).",
+)
+@click.option("--out-of-domain", multiple=True, metavar="TEXT", help="Other text, named alike.")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="TASK[:SHOTS]",
+    help="Tasks or groups of lm-eval, or YAML files that declare one; commas or several times.",
+)
+@click.option("--suite", type=click.Choice(["paper"]), help="The tasks of the LoRAM paper.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Most documents of a set, and questions of a task."
+)
+@click.option("--length", type=click.IntRange(min=2), help="Most tokens that are read at once.")
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    help="To start with; halved where memory does not suffice.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The JSON to write; by default evaluation.json in output_dir.",
+)
+@click.option("--device", help="cpu, cuda, cuda:1 …, or auto (all GPUs, then CPU memory).")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]))
+@click.option("--load-in-4bit", is_flag=True, help="Hold the linear layers in 4 bits (NF4).")
+@click.option(
+    "--backend",
+    type=click.Choice(["peft", "vllm"]),
+    default="peft",
+    show_default=True,
+    help="What runs the tasks on the base and its adapters.",
+)
+@click.option(
+    "--allow-code-execution", "allow_code", is_flag=True, help="Run programs the model writes."
+)
+@click.option("--seed", default=1234, show_default=True, help="Of whatever is drawn.")
+@json_option
+def evaluate(config: Path, as_json: bool, **options: Any) -> None:
+    """Measure what the run of the Axolotl YAML CONFIG gained: perplexities and task scores.
+
+    Run again, it goes on where it was, and adds what is newly asked for.
+    """
+    options = parse_evaluation(**options)
+    from axolotl_loram.evaluate import Request
+    from axolotl_loram.evaluate import evaluate as run_evaluation
+    from axolotl_loram.progress import progress_bar
+    from axolotl_loram.tables import evaluation_table
+
+    with redirect_stdout(sys.stderr), progress_bar("evaluating") as progress:
+        result = run_evaluation(Request(config, **options), progress)
+    click.echo(json.dumps(result) if as_json else evaluation_table(result))
+
+
+def parse_evaluation(
+    models: str, also: tuple[str, ...], tasks: tuple[str, ...], batch_size: str, **options: Any
+) -> dict[str, Any]:
+    """Options of `evaluate` as fields of `Request`; what is not allowed is wrong use."""
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    for name in names:
+        if name not in EVALUATED:
+            raise click.UsageError(f"expected --models out of {', '.join(EVALUATED)}, found {name}")
+    folders = [each.rpartition("=")[::2] for each in also]
+    if len({name or Path(folder).name for name, folder in folders}) < len(folders):
+        raise click.UsageError(f"expected different names in --also, found {', '.join(also)}")
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise click.UsageError(f"expected --batch-size auto or a number, found {batch_size}")
+    return {
+        **options,
+        "models": names,
+        "also": {name or Path(folder).name: Path(folder) for name, folder in folders},
+        "tasks": [task for each in tasks for task in each.split(",")],
+        "batch_size": None if batch_size == "auto" else int(batch_size),
+    }
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN…")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page to write.",
+)
+@click.option(
+    "--png-dir",
+    type=click.Path(path_type=Path),
+    help="Write the charts as PNGs to this folder too.",
+)
+@json_option
+def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: bool) -> None:
+    """Show in one HTML page what RUNs came to, from the JSON that they left.
+
+    A RUN is an output_dir of `axolotl train` (LoRAM or plain LoRA), a pruned model, an
+    evaluation.json, or a file with what `plan --json` printed. The page needs nothing else, no
+    network and no script.
+    """
+    from axolotl_loram import page
+    from axolotl_loram.report import build
+
+    built = build(runs)
+    page.write(built, output)
+    shown: dict[str, Any] = {"report": str(output), "headline": built.headline}
+    if png_dir is not None:
+        from axolotl_loram.pictures import draw_pictures
+
+        shown["pictures"] = [str(file) for file in draw_pictures(built.charts, png_dir)]
+    show({**shown, "missing": built.missing}, as_json)
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:

@@ -10,7 +10,8 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 * `post_model_build` sees the model as loaded: there it is held against its config. Embedding and
   lm_head are put into fewer bits as soon as Axolotl has settled the vocabulary's size.
 * `post_trainer_create` sees the model with its LoRA, which preference trainers add themselves,
-  before the first step: there a sparse model's update is confined.
+  before the first step: there a sparse model's update is confined. After it, callbacks that need
+  the trainer are asked for.
 * `post_train_unload` comes after the trainer has saved everything, with the process group gone:
   there global rank 0 recovers the adapter from the files.
 """
@@ -21,16 +22,19 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
+from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
 from axolotl_loram.merge import merge_masked
+from axolotl_loram.monitor import RecoveredEvaluation, check_can_evaluate
 from axolotl_loram.plan import summary
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.publish import publish_adapter
@@ -73,6 +77,7 @@ class LoRAMPlugin(BasePlugin):
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Put the pruned model in the base's place: of all commands, only `train` comes here."""
         if not preprocess:
+            check_can_evaluate(cfg)
             self.run = begin_training(cfg)
 
     def pre_model_load(self, cfg: Any) -> None:
@@ -103,6 +108,13 @@ class LoRAMPlugin(BasePlugin):
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""
         return [LoRAMCallback(lambda: self.run)]
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        """Evaluate the recovered adapter during training, where the YAML wants that."""
+        section = LoRAMConfig.model_validate(dict(cfg.loram))
+        if self.run is None or not section.evaluate_recovered_every:
+            return []
+        return [RecoveredEvaluation(trainer, self.run, section, plain_projections)]
 
     def post_train_unload(self, cfg: Any) -> None:
         """Recover the trained adapter into output_dir, on one rank of all."""
@@ -143,16 +155,18 @@ class LoRAMCallback(TrainerCallback):
             run.write_record(Path(args.output_dir))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add to the record what memory training took."""
+        """Add to the record the losses, and what memory training took."""
         run = self.current_run()
         if run is not None and state.is_world_process_zero:
             run.memory["measured"] |= measure_run()
+            run.keep_history(state.log_history)
             run.write_record(Path(args.output_dir))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the plan in the checkpoint that was just saved."""
         run, folder = self.current_run(), Path(args.output_dir, f"checkpoint-{state.global_step}")
         if run is not None and state.is_world_process_zero and folder.is_dir():
+            run.keep_history(state.log_history)
             run.write_record(folder)
 
 
@@ -160,6 +174,23 @@ def _log_as_axolotl_does() -> None:
     """Let this package's log lines appear where, and as, Axolotl's do."""
     ours, axolotl = logging.getLogger("axolotl_loram"), logging.getLogger("axolotl")
     ours.handlers, ours.level, ours.propagate = axolotl.handlers, axolotl.level, False
+
+
+def plain_projections(model: Any) -> None:
+    """Give a model that is not trained the projections that Axolotl's patched attention calls.
+
+    `lora_qkv_kernel` and `lora_o_kernel` patch the class, but give only the trained model these.
+    """
+    from axolotl.monkeypatch.lora_kernels import (
+        find_self_attn_in_layer,
+        original_apply_o,
+        original_apply_qkv_optional_v,
+    )
+
+    for layer in model.modules():
+        for attention in find_self_attn_in_layer(layer):
+            attention.apply_qkv = MethodType(original_apply_qkv_optional_v, attention)
+            attention.apply_o = MethodType(original_apply_o, attention)
 
 
 def confine_update(run: Run, model: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from axolotl_loram import __version__
+
+LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
 def refit_summary(refit: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -21,6 +24,24 @@ def refit_summary(refit: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     accepted = sum(found["accepted"] for found in refit.values())
     return {"refits_accepted": accepted, "refits_tried": len(refit), **means}
+
+
+def losses_of(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What of a trainer's log makes curves: losses, perplexities and learning rates, by step."""
+    kept = [
+        {
+            name: value
+            for name, value in entry.items()
+            if (
+                name in LOGGED
+                or (name.startswith("eval_") and name.endswith(("loss", "perplexity")))
+            )
+            and isinstance(value, int | float)
+            and math.isfinite(value)
+        }
+        for entry in log_history
+    ]
+    return [entry for entry in kept if any(name.endswith("loss") for name in entry)]
 
 
 def versions() -> dict[str, str]:

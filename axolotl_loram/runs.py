@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from axolotl_loram.formats import Formats
 from axolotl_loram.pairing import check_base, check_pruned, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.quantized import decide_formats
+from axolotl_loram.records import losses_of, versions
 from axolotl_loram.recover import gather_adapter, read_adapter_config
 from axolotl_loram.sources import find_folder
 from axolotl_loram.support import switch_off_kernels, trains_masked
@@ -43,6 +45,7 @@ class Run:
         masked: Whether the update is confined to the weights that sparse pruning left.
         merges: Whether the result is wanted as a model too, with the masked update added.
         memory: What was predicted, and in the end measured.
+        history: What the trainer has logged so far, of losses.
     """
 
     base: Base
@@ -55,11 +58,16 @@ class Run:
     masked: bool = False
     merges: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def trained(self) -> Path:
         """Folder of the adapter as trained, and of the checkpoints."""
         return self.output / PRUNED_FOLDER
+
+    def keep_history(self, log_history: Iterable[Mapping[str, Any]]) -> None:
+        """Keep the losses of the trainer's log, which it leaves in its checkpoints only."""
+        self.history[:] = losses_of(log_history)
 
     def write_record(self, folder: Path) -> None:
         """Write down in a folder under which plan its adapter is trained."""
@@ -67,6 +75,8 @@ class Run:
             "pruned_model": str(self.pruned),
             "warm_start": self.warm_start,
             "memory": self.memory,
+            "versions": versions(),
+            "history": self.history,
         }
         record = {
             "schema_version": SCHEMA_VERSION,

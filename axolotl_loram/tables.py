@@ -64,6 +64,33 @@ def memory_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{_columns(shown)}\n\n{note}"
 
 
+def evaluation_table(result: Mapping[str, Any]) -> str:
+    """Models as rows; perplexities and task scores, with standard errors, as columns."""
+    rows: dict[str, list[str]] = {"": [*result["perplexity"], *result["tasks"]]}
+    rows |= {name: [] for name in result["models"]}
+    for name in result["models"]:
+        for held in result["perplexity"].values():
+            found = held["models"].get(name)
+            error = found and found["perplexity"] and found["standard_error"]
+            spread = found["perplexity"] * error if error else None
+            rows[name].append(_measured(found and found["perplexity"], spread, 2))
+        for task in result["tasks"].values():
+            found = task["models"].get(name) or {}
+            rows[name].append(_measured(found.get("value"), found.get("standard_error"), 4))
+    shares = [
+        f"{name}: base+recovered keeps {share:.1%} of {other}'s gain (log perplexity)"
+        for name, held in result["perplexity"].items()
+        for other, share in held.get("share_of_gain", {}).items()
+    ]
+    return "\n".join([_columns(rows), "", "perplexity or score, ± standard error", *shares])
+
+
+def _measured(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + (f" ±{error:.{digits}f}" if error is not None else "")
+
+
 def _columns(rows: Mapping[str, Sequence[str]]) -> str:
     left = max(map(len, rows))
     width = max(len(cell) for row in rows.values() for cell in row) + 2

@@ -10,7 +10,7 @@ from typing import Any
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.formats import Formats
 from axolotl_loram.layout import Layout
-from axolotl_loram.memory import GIB, Prediction, predict
+from axolotl_loram.memory import GIB, Prediction, compare, predict
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.training import TrainingArgs, settings_of
 
@@ -26,19 +26,23 @@ def predict_run(cfg: Mapping[str, Any], plan: PruningPlan, formats: Formats) -> 
         formats: What its lm_head and embedding are kept in.
 
     Returns:
-        For the run's record: the method, and `Prediction` as a dict; empty where a setting is not
-        known to the planner, which is said too.
+        For the run's record: the method, `Prediction` as a dict, and that of all four methods for
+        the same settings; empty where a setting is not known to the planner, which is said too.
     """
     method = "qloram" if cfg.get("load_in_4bit") else "loram"
     try:
         kept = {"lm_head_format": formats.lm_head, "embedding_format": formats.embedding}
         run = TrainingArgs.parse(**(settings_of(cfg) | kept))
         prediction = predict(Layout.of(plan.pruned_config), run, method)
+        # The other methods take their own default formats: this run's would not be theirs.
+        others = compare(plan.config, plan.pruned_config, TrainingArgs.parse(**settings_of(cfg)))
     except LoRAMError as error:
         LOG.warning("the memory of this run is not predicted: %s", error)
         return {}
     LOG.info("memory predicted for %s on a GPU: %s", method, _said(prediction))
-    return {"method": method, **prediction.as_dict()}
+    methods = {name: other.as_dict() for name, other in others.items()}
+    methods[method] = prediction.as_dict()
+    return {"method": method, **methods[method], "methods": methods}
 
 
 def _said(prediction: Prediction) -> str:

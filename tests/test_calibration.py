@@ -190,7 +190,7 @@ def test_a_text_file_is_cut_at_line_ends_without_losing_anything(tmp_path):
     file = tmp_path / "text.txt"
     text = "short\n" * 50 + "a line longer than any block " * 9 + "\nlast"
     file.write_text("\ufeff" + text, encoding="utf-8")
-    blocks = list(calibration._blocks_of(file, 64, 0))
+    blocks = list(calibration.blocks_of(file, 64, 0))
     assert sorted("".join(blocks)) == sorted(text)
     assert all(block in text and len(block) <= 64 for block in blocks)
     assert sum(block.endswith("\n") for block in blocks) >= 5

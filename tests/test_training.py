@@ -17,9 +17,11 @@ from test_recover import train_on
 from transformers import AutoModelForCausalLM
 
 from axolotl_loram.args import PruningArgs
+from axolotl_loram.artefacts import read
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.prune import prune
 from axolotl_loram.recover import recover
+from axolotl_loram.report import build
 
 pytestmark = pytest.mark.slow
 TOKENS = torch.arange(3, 60)[None]
@@ -63,10 +65,29 @@ def check_output(output, base):
     memory = record["trained"]["memory"]
     assert memory["predicted"]["peak_bytes"] > memory["predicted"]["weights_device_bytes"] > 0
     assert memory["measured"]["device"] and len(memory["measured"]) > 1
+    check_report(output, record)
     for name, weight in adapter_weights(output / "pruned").items():
         full = adapter_weights(output)[name]
         assert torch.equal(full[full != 0].sort()[0], weight[weight != 0].sort()[0])
     assert not torch.allclose(logits_of(base), logits_of(base, output), atol=0.01)
+
+
+def check_report(output, record):
+    """The record has what `report` draws: the curve, all four methods' memory, the kept widths."""
+    losses = [entry["loss"] for entry in record["trained"]["history"] if "loss" in entry]
+    [loram] = read([output])
+    assert loram.kind == "loram" and [loss for _, loss in loram.curve("loss")] == losses != []
+    shown = {chart.name: chart for chart in build([output]).charts}
+    assert [bar.label for bar in shown[f"memory-{output.name}"].bars] == [
+        "LoRA",
+        "QLoRA",
+        "LoRAM",
+        "QLoRAM",
+    ]
+    assert [strip.label for strip in shown[f"widths-{output.name}"].strips] == [
+        "MLP neurons",
+        "KV groups",
+    ]
 
 
 def check_inference_and_evaluate(yaml_file, output):

@@ -2,9 +2,9 @@
 
 A small Llama is trained on the Python standard library's source and stands in for the large model.
 Then, with the commands that a user types: prune it, train a LoRA on the pruned model with Axolotl,
-recover the adapter for the original, merge. The task is to write a function's docstring from its
-signature; whole modules are held out. A plain LoRA on the original is trained beside, on the same
-data for the same steps.
+recover the adapter for the original, merge, evaluate, report. The task is to write a function's
+docstring from its signature; whole modules are held out. A plain LoRA on the original is trained
+beside, on the same data for the same steps.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ HERE = Path(__file__).resolve().parent
 BUILD = Path("build/quickstart")
 PROGRAMS = Path(sys.executable).parent
 GOAL = 0.85
+MEASURED = {
+    "base": "base",
+    "lora": "also:lora",
+    "pruned_lora": "pruned+adapter",
+    "recovered": "base+recovered",
+}
 LABELS = {
     "base": "original model",
     "lora": "original + LoRA trained on it",
@@ -62,11 +68,18 @@ def main() -> None:
         ),
     }
     run("Merging", "axolotl", "merge-lora", HERE / "loram.yml")
-    say("Measuring on held-out modules")
+    evaluate = ["axolotl-loram", "evaluate", HERE / "loram.yml", "--also", f"lora={BUILD / 'lora'}"]
+    texts = [BUILD / f"data/{name}.jsonl" for name in ("heldout", "heldout_source")]
+    evaluate += ["--in-domain", texts[0], "--out-of-domain", texts[1]]
+    evaluation, report = BUILD / "evaluation.json", BUILD / "report.html"
+    run("Measuring on held-out modules", *evaluate, "--output", evaluation)
     results = {**measure(), "adapter_seconds": seconds}
     results["total_seconds"] = round(time.monotonic() - started, 1)
     (BUILD / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     show(results)
+    folders = [BUILD / "loram", BUILD / "lora", evaluation]
+    run("Report", "axolotl-loram", "report", *folders, "--output", report)
+    print(f"the same in pictures: {report.resolve().as_uri()}")
     if not results["recovered"] < results["base"] or results["share"] < GOAL:
         sys.exit(f"expected the recovered adapter to keep {GOAL} of what LoRA gains")
 
@@ -109,23 +122,19 @@ def show_progress(log: Path, seconds: float) -> None:
 
 
 def measure() -> dict:
-    """Held-out perplexities, parameter counts and samples of the four models."""
+    """Held-out perplexities, parameter counts and samples of the models."""
     torch.set_grad_enabled(False)
+    evaluation = json.loads((BUILD / "evaluation.json").read_text(encoding="utf-8"))
+    measured = evaluation["perplexity"]["heldout"]["models"]
+    results = {name: measured[key]["perplexity"] for name, key in MEASURED.items()}
     heldout, tokenizer = BUILD / "data/heldout.jsonl", AutoTokenizer.from_pretrained(BUILD / "base")
     original = AutoModelForCausalLM.from_pretrained(BUILD / "base")
     pruned = AutoModelForCausalLM.from_pretrained(BUILD / "pruned")
-    counts = {"base": original.num_parameters(), "pruned": pruned.num_parameters()}
-    results = {"base": heldout_perplexity(original, tokenizer, heldout)}
-    before = generate_samples(original, tokenizer, heldout)
-    pruned = PeftModel.from_pretrained(pruned, BUILD / "loram/pruned")
-    lora = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(BUILD / "base"), BUILD / "lora"
-    )
-    recovered = PeftModel.from_pretrained(original, BUILD / "loram")
     merged = AutoModelForCausalLM.from_pretrained(BUILD / "loram/merged")
-    models = {"lora": lora, "pruned_lora": pruned, "recovered": recovered, "merged": merged}
-    for name, model in models.items():
-        results[name] = heldout_perplexity(model, tokenizer, heldout)
+    counts = {"base": original.num_parameters(), "pruned": pruned.num_parameters()}
+    results["merged"] = heldout_perplexity(merged, tokenizer, heldout)
+    before = generate_samples(original, tokenizer, heldout)
+    recovered = PeftModel.from_pretrained(original, BUILD / "loram")
     after = generate_samples(recovered, tokenizer, heldout)
     gain, kept = (math.log(results["base"] / results[name]) for name in ("lora", "recovered"))
     samples = [
