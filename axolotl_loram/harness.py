@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +49,7 @@ class Task:
     Attributes:
         name: What lm-eval calls it.
         shots: Examples shown before each question; None for the task's own number.
-        file: The YAML that declares it, where lm-eval does not.
+        file: The YAML that declares it; None for lm-eval's groups and classes.
     """
 
     name: str
@@ -104,11 +106,11 @@ def resolve_tasks(
         Task(name, shots, OWN.get(name)) for name, shots in SUITES.get(suite or "", {}).items()
     ]
     asked += [_parse(name) for name in names]
-    declared: dict[str, Path | None] = {task.name: task.file for task in asked if task.file}
-    unknown = [task for task in asked if task.file is None]
     with _quiet():
-        if unknown:
-            declared |= _known([task.name for task in unknown])
+        unknown = [task.name for task in asked if task.file is None]
+        known = _known(unknown) if unknown else {}
+        asked = [replace(task, file=task.file or known[task.name]) for task in asked]
+        declared = {task.name: task.file for task in asked}
         unsafe = [
             name
             for name, file in declared.items()
@@ -140,21 +142,37 @@ def _parse(name: str) -> Task:
 
 
 def _known(names: Sequence[str]) -> dict[str, Path | None]:
-    """Task → the file in lm-eval that declares it, None for groups of tasks."""
-    index = _manager().task_index
-    for name in names:
+    """Task → the file in lm-eval that declares it, None for groups and what is a class.
+
+    Looks for the line that names the task: lm-eval's own index parses ten thousand files, so it is
+    made only where that finds nothing.
+    """
+    import lm_eval.tasks
+
+    wanted = re.compile(
+        rf"^task: *['\"]?({'|'.join(map(re.escape, names))})['\"]? *$", re.MULTILINE
+    )
+    found: dict[str, Path | None] = {}
+    for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
+        named = wanted.search(file.read_text(encoding="utf-8"))
+        if named and "class" not in _declaration(file):
+            found.setdefault(named[1], file)
+    for name in set(names) - found.keys():
+        index = _manager().task_index
         if name not in index:
             near = difflib.get_close_matches(name, [*index, *OWN], n=3)
             meant = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"
             raise LoRAMError(f"expected a task of lm-eval, found {name!r}: {meant}")
-    paths = {name: index[name]["yaml_path"] for name in names}
-    return {name: None if path == -1 else Path(path) for name, path in paths.items()}
+        found[name] = None
+    return found
 
 
-def _manager() -> Any:
+@functools.cache
+def _manager(indexed: bool = True) -> Any:
+    """lm-eval's index of its tasks, or an empty one for tasks from files."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_defaults=indexed)
 
 
 def check_backend(backend: str) -> None:
@@ -204,6 +222,7 @@ def score(
             return simple_evaluate(
                 **_language_model(candidate, model, tokenizer, size, seed),
                 tasks=[_loaded(task)],
+                task_manager=_manager(indexed=task.file is None),
                 num_fewshot=task.shots,
                 limit=limit,
                 random_seed=seed,
