@@ -168,11 +168,22 @@ def _known(names: Sequence[str]) -> dict[str, Path | None]:
 
 
 @functools.cache
-def _manager(indexed: bool = True) -> Any:
-    """lm-eval's index of its tasks, or an empty one for tasks from files."""
+def _manager() -> Any:
+    """lm-eval's index of its tasks."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=indexed)
+    return TaskManager()
+
+
+def _manager_for(task: Task) -> Any:
+    """An index that has the task."""
+    if task.file is None:
+        return _manager()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False)
+    manager.task_index[task.name] = {"type": "task", "yaml_path": str(task.file)}
+    return manager
 
 
 def check_backend(backend: str) -> None:
@@ -222,7 +233,7 @@ def score(
             return simple_evaluate(
                 **_language_model(candidate, model, tokenizer, size, seed),
                 tasks=[_loaded(task)],
-                task_manager=_manager(indexed=task.file is None),
+                task_manager=_manager_for(task),
                 num_fewshot=task.shots,
                 limit=limit,
                 random_seed=seed,
@@ -257,15 +268,28 @@ def _language_model(
     candidate: Candidate, model: Any, tokenizer: Any, batch_size: int, seed: int
 ) -> dict[str, Any]:
     if model is not None:
-        from lm_eval.models.huggingface import HFLM
-
-        return {"model": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)}
+        return {"model": wrap(model, tokenizer, batch_size)}
     arguments = {"pretrained": candidate.model, "revision": candidate.revision, "seed": seed}
     if candidate.adapter is not None:
         arguments["lora_local_path"] = str(candidate.adapter)
         rank = int(read_json(candidate.adapter / ADAPTER_CONFIG)["r"])
         arguments["max_lora_rank"] = max(16, 1 << (rank - 1).bit_length())
     return {"model": "vllm", "model_args": arguments, "batch_size": "auto"}
+
+
+def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """A model in memory as lm-eval takes it.
+
+    lm-eval ties weights anew, which they are already, and which transformers 5.16 cannot do where
+    LoRA is on a tied lm_head: kept from it.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    model.tie_weights = lambda *_, **__: None
+    try:
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    finally:
+        del model.tie_weights
 
 
 def _summary(name: str, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
-from conftest import run_command, write_yaml
+from conftest import write_yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_recover import train_on
 from test_training import adapter_weights, train
@@ -16,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_loram import evaluate as evaluation
+from axolotl_loram import monitor
 from axolotl_loram.args import PruningArgs
-from axolotl_loram.axolotl_data import heldout_rows, load_yaml
 from axolotl_loram.candidates import load_model, put_on, with_adapter
 from axolotl_loram.cli import main
 from axolotl_loram.errors import LoRAMError
@@ -44,7 +46,7 @@ def rows(count=7, seed=0):
 
 
 def dense_loss(model, ids, labels):
-    """Cross entropy summed over the labelled tokens of one row by itself, in transformers' shift."""
+    """Cross entropy summed over the labelled tokens of one row by itself, and their number."""
     ids, labels = (torch.as_tensor(part)[None] for part in (ids, labels))
     with torch.no_grad():
         logits = model(ids).logits[0, :-1]
@@ -54,7 +56,7 @@ def dense_loss(model, ids, labels):
 
 @pytest.fixture(scope="module")
 def run(make_model, tmp_path_factory):
-    """What a training run leaves: base, pruned model, adapter as trained and recovered; its YAML."""
+    """What a training run leaves: base, pruned model, adapter trained and recovered; its YAML."""
     folder = tmp_path_factory.mktemp("run")
     base, pruned, output = make_model(), folder / "pruned-model", folder / "out"
     record = prune(str(base), pruned, PruningArgs(ratio=0.5))
@@ -312,3 +314,61 @@ def test_training_evaluates_the_recovered_adapter_and_is_not_disturbed(
     assert result["perplexity"]["validation"]["models"]["base+recovered"]["loss"] == pytest.approx(
         last, rel=1e-4
     )
+
+
+def test_a_base_beside_patched_attention_computes_as_before(make_model, monkeypatch):
+    """`lora_qkv_kernel` patches the class: the base, which is not trained, must still run."""
+    from axolotl.monkeypatch.lora_kernels import patch_self_attn_lora
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    from axolotl_loram.plugin import plain_projections
+
+    model = load_model(str(make_model()))
+    expected = model(TOKENS).logits
+    monkeypatch.setattr(LlamaAttention, "forward", LlamaAttention.forward)  # put back afterwards
+    patch_self_attn_lora(DictDefault({"base_model": str(make_model())}))
+    try:
+        with pytest.raises(AttributeError, match="apply_qkv"):
+            model(TOKENS)
+        plain_projections(model)
+        assert torch.equal(model(TOKENS).logits, expected)
+    finally:
+        del LlamaAttention._original_forward
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_config": {"fsdp_version": 2}}, "found FSDP or ZeRO-3"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "found FSDP or ZeRO-3"),
+        ({"val_set_size": 0}, "expected held-out text"),
+        ({"base_model": "some-org/not-here"}, "expected the weights of some-org/not-here"),
+        ({}, "expected room for the base's .* found 0.00 GiB free"),
+    ],
+)
+def test_evaluation_in_training_is_refused_before_it_begins(
+    changes, message, make_model, monkeypatch
+):
+    class Full:
+        available = 1000
+
+    monkeypatch.setattr(monitor.psutil, "virtual_memory", Full)
+    section = {"evaluate_recovered_every": 10}
+    common = {"base_model": str(make_model()), "val_set_size": 0.1, "loram": section}
+    with pytest.raises(LoRAMError, match=message):
+        monitor.check_can_evaluate(DictDefault({**common, **changes}))
+    zero2 = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    monkeypatch.setattr(Full, "available", 10**9)
+    monitor.check_can_evaluate(DictDefault({**common, **zero2}))
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_drawn():
+    def draw():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = draw()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    with monitor.random_state_kept():
+        draw()
+    assert draw() == expected

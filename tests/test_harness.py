@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_yaml
-from test_evaluate import run  # noqa: F401  (a fixture)
+from conftest import build_model, byte_tokenizer, write_yaml
+from peft import LoraConfig, get_peft_model
+from test_evaluate import TOKENS, run  # noqa: F401  (run is a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_loram.candidates import Candidate, load_model, put_on
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.evaluate import Request, evaluate
-from axolotl_loram.harness import OWN, SUITES, Task, resolve_tasks, score
+from axolotl_loram.harness import OWN, SUITES, Task, resolve_tasks, score, wrap
 
 CHOICES = ["red", "green", "blue"]
 PROMPTS = [f"Question {i}: what is {i} + {i + 1}?\nAnswer:" for i in range(8)]
@@ -105,6 +106,18 @@ def test_a_limit_and_another_question_set_are_other_results(run, tasks):  # noqa
     assert task.identity() != before and task.shots == 0
 
 
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_a_tied_lm_head_with_an_adapter_is_wrapped_as_it_is(saved):
+    model = build_model(tie_word_embeddings=True)
+    targets = ["q_proj"] if saved else ["q_proj", "lm_head"]
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=saved)
+    config.init_lora_weights = False
+    adapted = get_peft_model(model, config).eval()
+    before = adapted(TOKENS).logits
+    assert torch.equal(wrap(adapted, byte_tokenizer(), 2).model(TOKENS).logits, before)
+    assert "tie_weights" not in vars(adapted)
+
+
 def test_the_papers_suite_is_in_the_installed_lm_eval():
     """Each name resolves to a declaration, whose answers are scored as the paper does."""
     tasks = {task.name: task for task in resolve_tasks([], "paper", allow_code=True)}
@@ -154,6 +167,6 @@ def test_unknown_and_unsafe_tasks_are_refused(name, message, monkeypatch):
     class Index:
         task_index = {"arc_easy": {}, "hellaswag": {}}  # lm-eval's own takes ten seconds to make
 
-    monkeypatch.setattr(harness, "_manager", lambda indexed=True: Index)
+    monkeypatch.setattr(harness, "_manager", lambda: Index)
     with pytest.raises(LoRAMError, match=message):
         resolve_tasks([name])
