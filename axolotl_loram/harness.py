@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +49,7 @@ class Task:
     Attributes:
         name: What lm-eval calls it.
         shots: Examples shown before each question; None for the task's own number.
-        file: The YAML that declares it, where lm-eval does not.
+        file: The YAML that declares it; None for lm-eval's groups and classes.
     """
 
     name: str
@@ -104,11 +106,11 @@ def resolve_tasks(
         Task(name, shots, OWN.get(name)) for name, shots in SUITES.get(suite or "", {}).items()
     ]
     asked += [_parse(name) for name in names]
-    declared: dict[str, Path | None] = {task.name: task.file for task in asked if task.file}
-    unknown = [task for task in asked if task.file is None]
     with _quiet():
-        if unknown:
-            declared |= _known([task.name for task in unknown])
+        unknown = [task.name for task in asked if task.file is None]
+        known = _known(unknown) if unknown else {}
+        asked = [replace(task, file=task.file or known[task.name]) for task in asked]
+        declared = {task.name: task.file for task in asked}
         unsafe = [
             name
             for name, file in declared.items()
@@ -140,21 +142,48 @@ def _parse(name: str) -> Task:
 
 
 def _known(names: Sequence[str]) -> dict[str, Path | None]:
-    """Task → the file in lm-eval that declares it, None for groups of tasks."""
-    index = _manager().task_index
-    for name in names:
+    """Task → the file in lm-eval that declares it, None for groups and what is a class.
+
+    Looks for the line that names the task: lm-eval's own index parses ten thousand files, so it is
+    made only where that finds nothing.
+    """
+    import lm_eval.tasks
+
+    wanted = re.compile(
+        rf"^task: *['\"]?({'|'.join(map(re.escape, names))})['\"]? *$", re.MULTILINE
+    )
+    found: dict[str, Path | None] = {}
+    for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
+        named = wanted.search(file.read_text(encoding="utf-8"))
+        if named and "class" not in _declaration(file):
+            found.setdefault(named[1], file)
+    for name in set(names) - found.keys():
+        index = _manager().task_index
         if name not in index:
             near = difflib.get_close_matches(name, [*index, *OWN], n=3)
             meant = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"
             raise LoRAMError(f"expected a task of lm-eval, found {name!r}: {meant}")
-    paths = {name: index[name]["yaml_path"] for name in names}
-    return {name: None if path == -1 else Path(path) for name, path in paths.items()}
+        found[name] = None
+    return found
 
 
+@functools.cache
 def _manager() -> Any:
+    """lm-eval's index of its tasks."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+def _manager_for(task: Task) -> Any:
+    """An index that has the task."""
+    if task.file is None:
+        return _manager()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False)
+    manager.task_index[task.name] = {"type": "task", "yaml_path": str(task.file)}
+    return manager
 
 
 def check_backend(backend: str) -> None:
@@ -204,6 +233,7 @@ def score(
             return simple_evaluate(
                 **_language_model(candidate, model, tokenizer, size, seed),
                 tasks=[_loaded(task)],
+                task_manager=_manager_for(task),
                 num_fewshot=task.shots,
                 limit=limit,
                 random_seed=seed,
@@ -238,15 +268,28 @@ def _language_model(
     candidate: Candidate, model: Any, tokenizer: Any, batch_size: int, seed: int
 ) -> dict[str, Any]:
     if model is not None:
-        from lm_eval.models.huggingface import HFLM
-
-        return {"model": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)}
+        return {"model": wrap(model, tokenizer, batch_size)}
     arguments = {"pretrained": candidate.model, "revision": candidate.revision, "seed": seed}
     if candidate.adapter is not None:
         arguments["lora_local_path"] = str(candidate.adapter)
         rank = int(read_json(candidate.adapter / ADAPTER_CONFIG)["r"])
         arguments["max_lora_rank"] = max(16, 1 << (rank - 1).bit_length())
     return {"model": "vllm", "model_args": arguments, "batch_size": "auto"}
+
+
+def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """A model in memory as lm-eval takes it.
+
+    lm-eval ties weights anew, which they are already, and which transformers 5.16 cannot do where
+    LoRA is on a tied lm_head: kept from it.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    model.tie_weights = lambda *_, **__: None
+    try:
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    finally:
+        del model.tie_weights
 
 
 def _summary(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
