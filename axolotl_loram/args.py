@@ -281,15 +281,6 @@ TRAIN_KEYS = (
 class LoRAMConfig(Section):
     """The `loram:` section."""
 
-    stage: Literal["train", "align"] = Field(
-        default="train",
-        description="train: LoRA on the pruned model, recovered for base_model. align: continual "
-        "pre-training of the pruned model that base_model names, all of its weights.",
-    )
-    train_lm_head: bool = Field(
-        default=False,
-        description="In the align stage, train the lm_head too; the paper freezes it.",
-    )
     pruned_model_path: str | None = Field(
         default=None, description="Pruned model to train on: a folder or a hub id."
     )
@@ -325,6 +316,15 @@ class LoRAMConfig(Section):
         description="What the frozen embedding is kept in during training: native, int8, nf4, or "
         "cpu (native in the CPU's memory; the rows that a batch needs are sent over). With "
         "load_in_4bit cpu by default, where nothing needs it native; otherwise native.",
+    )
+    stage: Literal["train", "align"] = Field(
+        default="train",
+        description="train: LoRA on the pruned model, recovered for base_model. align: continual "
+        "pre-training of the pruned model that base_model names, all of its weights.",
+    )
+    train_lm_head: bool = Field(
+        default=False,
+        description="In the align stage, train the lm_head too; the paper freezes it.",
     )
 
     @model_validator(mode="after")
