@@ -134,7 +134,7 @@ class LoRAMPlugin(BasePlugin):
         return [LoRAMCallback(lambda: self.run)]
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Recover the trained adapter into output_dir, on one rank of all; or put the model there."""
+        """Recover the adapter, or make the aligned checkpoint, in output_dir: one rank of all."""
         if self.alignment is not None and is_first_rank():
             finish_alignment(self.alignment)
         if self.run is None or not is_first_rank():

@@ -94,8 +94,7 @@ def check_alignment(cfg: Any) -> None:
         "qat": "the pruned checkpoint's weights are not quantized",
         "reinit_weights": "it would throw the pruned model's weights away",
         "load_best_model_at_end": "the aligned checkpoint is the last step's",
-        "hub_model_id": "it would receive the trainer's folder; `axolotl-loram publish` uploads the "
-        "aligned checkpoint",
+        "hub_model_id": "the trainer would upload its own folder; use `axolotl-loram publish` then",
     }
     _refuse(cfg, refused, "`stage: align`")
     for key in ("tensor_parallel_size", "expert_parallel_size"):
