@@ -520,5 +520,7 @@ def test_streams_are_mixed_in_equal_shares(text_file, make_model, tmp_path):
     assert all(150 < first.count(text) < 250 for text in set(first))
     assert first == [tuple(row["input_ids"][:-1]) for row in islice(data.train_dataset, 400)]
     assert label_tokens(data.eval_dataset) > 1000
-    assert not cfg.accelerator_config.dispatch_batches  # ranks read rows of any length themselves
+    assert (
+        cfg.accelerator_config.dispatch_batches is False
+    )  # ranks read rows of any length themselves
     assert cfg.streaming and len(cfg.datasets) == 2
