@@ -165,7 +165,7 @@ def from_half_a_checkpoint(run, make_model, folder):
 
 def from_anothers_checkpoint(run, make_model, folder):
     from_half_a_checkpoint(run, make_model, folder)
-    (folder / "checkpoint-2/trainer_state.json").touch()
+    (folder / "checkpoint-2/trainer_state.json").write_text("{}")
     (folder / "checkpoint-2/loram.json").write_text('{"fingerprint": "sha256:0"}')
 
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed_from(run, tmp_path):
     assert run.resume_from_checkpoint is None and not run.auto_resume_from_checkpoints
     run.output_dir, run.auto_resume_from_checkpoints = str(tmp_path / "out"), True
     for step in (2, 10):
-        (folder / f"checkpoint-{step}/trainer_state.json").touch()
+        (folder / f"checkpoint-{step}/trainer_state.json").write_text("{}")
         Alignment(**vars(with_record)).write_record(folder / f"checkpoint-{step}", 1.5)
     begin_alignment(run)
     assert run.resume_from_checkpoint == str(folder / "checkpoint-10")
