@@ -258,6 +258,7 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed_from(run, tmp_path):
     folder = tmp_path / "out/training"
     for step in (2, 10, 12):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
+    (folder / "checkpoint-12/model.safetensors").touch()
     with_record = SimpleNamespace(**vars(begin_alignment(run)))
     assert run.resume_from_checkpoint is None and not run.auto_resume_from_checkpoints
     run.output_dir, run.auto_resume_from_checkpoints = str(tmp_path / "out"), True
