@@ -217,6 +217,7 @@ def test_ordinary_data_packed_into_a_checkpoint_in_16_bits(work):
         "sequence_len": 2 * ROW + 10,
         "max_steps": 2,
         "save_strategy": "no",
+        "save_steps": None,
         "test_datasets": None,
         "val_set_size": 0.1,
         "eval_sample_packing": False,
