@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture import layer_fields
-from axolotl_loram.args import PruningArgs
+from axolotl_loram.args import LayerwiseArgs, PruningArgs
 from axolotl_loram.axolotl_data import (
     SHUFFLE_BUFFER,
     load_yaml,
@@ -60,7 +60,7 @@ class Calibration:
         }
 
 
-def load_calibration(settings: PruningArgs, model_folder: Path) -> Calibration:
+def load_calibration(settings: PruningArgs | LayerwiseArgs, model_folder: Path) -> Calibration:
     """The calibration sequences that the settings name, for the model in a folder.
 
     Raises:
@@ -95,7 +95,7 @@ def load_calibration(settings: PruningArgs, model_folder: Path) -> Calibration:
 
 def from_rows(
     rows: Iterable[Sequence[int]],
-    settings: PruningArgs,
+    settings: PruningArgs | LayerwiseArgs,
     model_folder: Path,
     source: str,
     separator: int | None = None,
