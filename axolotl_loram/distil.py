@@ -42,9 +42,7 @@ class Targets:
 
     def flat(self) -> Targets:
         """(tokens, k) and (tokens,)."""
-        return Targets(
-            self.ids.flatten(0, -2), self.logprobs.flatten(0, -2), self.rest.flatten()
-        )
+        return Targets(self.ids.flatten(0, -2), self.logprobs.flatten(0, -2), self.rest.flatten())
 
 
 def distillation_loss(
