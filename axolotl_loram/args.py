@@ -232,28 +232,6 @@ class PruningArgs(Section):
         return first, last if self.protect_last is None else self.protect_last
 
 
-class LayerwiseArgs(Section):
-    """How to align layer by layer: options of `axolotl-loram align`."""
-
-    calibration: str = Field(
-        description="Text to align on: a .txt or .jsonl file, an Axolotl YAML (its datasets), or a "
-        "data set on the hub (org/name or org/name:subset). Best what the base was trained on.",
-    )
-    calibration_samples: int = Field(
-        default=512, ge=2, description="Sequences of it; an eighth is held out."
-    )
-    calibration_length: int = Field(default=512, ge=2, description="Tokens in each sequence.")
-    steps: int = Field(default=200, ge=1, description="Steps of AdamW for each pruned layer.")
-    batch_size: int = Field(default=8, ge=1, description="Sequences in each step.")
-    learning_rate: float = Field(
-        default=1e-4, gt=0, description="Its highest value; warmup and a cosine follow it."
-    )
-    device: Literal["cpu", "cuda"] | None = Field(
-        default=None, description="Where to compute; the GPU by default where there is one."
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of the samples and of their order.")
-
-
 def check_ratio(ratio: float) -> float:
     """Refuse a pruning ratio outside (0, 1)."""
     if not 0 < ratio < 1:
@@ -286,13 +264,13 @@ def check_sparsity(sparsity: Any) -> float | str:
     return share
 
 
-ALIGN_KEYS = ("train_lm_head",)
+TEACHER_KEYS = ("teacher", "teacher_revision", "teacher_top_k", "next_token_share")
+ALIGN_KEYS = ("train_lm_head", "objective")
 """Keys of the `loram:` section that only `stage: align` has; TRAIN_KEYS, those it has not."""
 TRAIN_KEYS = (
     "pruned_model_path",
     "pruned_model_revision",
     "pruning",
-    "cache_dir",
     "masked",
     "recovery",
     "lm_head_format",
@@ -314,8 +292,8 @@ class LoRAMConfig(Section):
     )
     cache_dir: str | None = Field(
         default=None,
-        description="Where `pruning:` keeps pruned models; $AXOLOTL_LORAM_CACHE or "
-        "~/.cache/axolotl-loram by default.",
+        description="Where pruned models, and a teacher's outputs, are kept; $AXOLOTL_LORAM_CACHE "
+        "or ~/.cache/axolotl-loram by default.",
     )
     masked: bool | None = Field(
         default=None,
@@ -348,17 +326,36 @@ class LoRAMConfig(Section):
         default=False,
         description="In the align stage, train the lm_head too; the paper freezes it.",
     )
+    objective: Literal["next-token", "distillation"] = Field(
+        default="next-token",
+        description="What alignment minimizes: the loss on the data (as the paper), or the "
+        "divergence from what the base says on it, computed once and kept on disk.",
+    )
+    teacher: str | None = Field(
+        default=None,
+        description="Where the base is, for distillation: a folder or hub id; by default what the "
+        "pruned model's plan names.",
+    )
+    teacher_revision: str | None = Field(default=None, description="Its revision on the hub.")
+    teacher_top_k: int = Field(
+        default=32, ge=1, description="Most likely tokens kept of each place; the rest is one."
+    )
+    next_token_share: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the next-token loss in distillation's."
+    )
 
     @model_validator(mode="after")
     def _keys_of_the_stage(self) -> LoRAMConfig:
-        other = ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS
+        other = {"stage": ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS}
+        other["objective"] = TEACHER_KEYS if self.objective == "next-token" else ()
         fields = type(self).model_fields
-        found = [name for name in other if getattr(self, name) != fields[name].default]
-        if found:
-            raise LoRAMError(
-                f"expected no {found[0]} with `stage: {self.stage}` in loram:, found "
-                f"{getattr(self, found[0])!r}: take it out, or choose the other stage"
-            )
+        for key, names in other.items():
+            found = [name for name in names if getattr(self, name) != fields[name].default]
+            if found:
+                raise LoRAMError(
+                    f"expected no {found[0]} with `{key}: {getattr(self, key)}` in loram:, found "
+                    f"{getattr(self, found[0])!r}: take it out, or choose the other {key}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture import layer_fields
-from axolotl_loram.args import LayerwiseArgs, PruningArgs
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.axolotl_data import (
     SHUFFLE_BUFFER,
     load_yaml,
@@ -23,6 +23,7 @@ from axolotl_loram.axolotl_data import (
     vocabulary,
 )
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.sources import load_config
 
 LOG = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ seen, after they are rounded to what they are stored in.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import shutil
 import time
@@ -28,13 +27,14 @@ from transformers import get_cosine_schedule_with_warmup
 import axolotl_loram.heterogeneous  # noqa: F401  (builds the pruned layers)
 from axolotl_loram import __version__
 from axolotl_loram.architecture import layer_pieces, with_defaults
-from axolotl_loram.args import LayerwiseArgs
+from axolotl_loram.assemble import CARRIED, aligned_record
 from axolotl_loram.calibration import Calibration, load_calibration
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor, read_json, write_json
 from axolotl_loram.compensate import split
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.gathering import write_weights
-from axolotl_loram.pairing import check_base, check_pruned, read_record
+from axolotl_loram.layerwise_args import LayerwiseArgs
+from axolotl_loram.pairing import check_base, check_pruned
 from axolotl_loram.plan import RECORD_FILE, PruningPlan
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.records import versions
@@ -207,7 +207,7 @@ class LayerTrainer:
                 schedule.step()
                 optimizer.zero_grad()
                 done(1)
-        for name, dtype, values in self._pieces():
+        for _, dtype, values in self._pieces():
             values.copy_(values.to(TORCH_DTYPES[dtype]))
         after = self.error()
         if not after < before:
@@ -245,7 +245,7 @@ class LayerTrainer:
             yield batch
 
     def _pieces(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """Each trained tensor as checkpoints store it: its name, dtype, and a view of its values."""
+        """Each weight as checkpoints store it: name, dtype, and a view of its values."""
         stream, parameters = self.walk.stream, dict(self.layer.named_parameters())
         prefix = f"{stream.family.layers}.{self.index}."
         for name, pieces in layer_pieces(stream.config, self.index).items():
@@ -293,23 +293,29 @@ def _described(
     }
 
 
+def layer_summary(alignment: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer-wise alignment gained: means over the layers of the held-out errors."""
+    layers = alignment["layers"].values()
+    kept = [f"heldout_error_{'after' if f['accepted'] else 'before'}" for f in layers]
+    before = [facts["heldout_error_before"] for facts in layers]
+    after = [facts[name] for facts, name in zip(layers, kept, strict=True)]
+    return {
+        "layers_accepted": sum(facts["accepted"] for facts in layers),
+        "layers_tried": len(layers),
+        "heldout_error_before": round(sum(before) / len(before), 6),
+        "heldout_error_after": round(sum(after) / len(after), 6),
+        "tokens": alignment["tokens"],
+        "seconds": alignment["seconds"],
+    }
+
+
 def _write_rest(
     pair: Pair, folder: Path, files: dict[str, str], alignment: dict[str, Any]
 ) -> dict[str, Any]:
     """Copy what is not weights, and add the alignment to the record."""
-    record = read_record(pair.pruned)
-    weights = {*Checkpoint(pair.pruned).shards, "model.safetensors.index.json"}
-    for name in sorted(set(record["files"]) - weights):
-        if (pair.pruned / name).is_file():
-            shutil.copyfile(pair.pruned / name, folder / name)
-    for file in sorted(folder.iterdir()):
-        if file.name not in files:  # the weights' are known, and large
-            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    record.pop("alignment", None)
-    record |= {
-        "alignments": [*(record.get("alignments") or []), alignment],
-        "versions": versions(),
-        "files": dict(sorted(files.items())),
-    }
+    for pattern in CARRIED:
+        for file in pair.pruned.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    record = aligned_record(pair.pruned, folder, files, alignment)
     write_json(folder / RECORD_FILE, record)
     return record

@@ -42,6 +42,7 @@ from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
 from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.merge import merge_masked
+from axolotl_loram.objective import prepare_objective
 from axolotl_loram.plan import RECORD_FILE, summary
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.quantized import prepare_packed, store_small_once_sized
@@ -124,6 +125,7 @@ class LoRAMPlugin(BasePlugin):
         """Confine the update to the weights that sparse pruning left; prepare an alignment."""
         if self.alignment is not None:
             prepare_trainer(self.alignment, cfg, trainer)
+            prepare_objective(self.alignment, trainer)
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
 

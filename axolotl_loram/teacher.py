@@ -11,6 +11,7 @@ the padding, and also when a run is resumed.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ class Teacher:
 
 def make_teacher(
     model: Path,
-    rows: Iterable[Sequence[int]],
+    rows: Iterable[Sequence[int] | np.ndarray],
     output: Path,
     top_k: int = 32,
     device: str = "cpu",
@@ -156,7 +157,7 @@ def make_teacher(
         LoRAMError: There are no sequences, or tokens that the teacher lacks.
     """
     config, checkpoint = load_config(str(model)), Checkpoint(model)
-    sequences = _distinct(rows)
+    sequences = distinct(rows)
     parts = list(_parts(sequences))
     stream = LayerStream(checkpoint, config, device)
     vocabulary = stream.model.get_output_embeddings().weight.shape[0]
@@ -169,9 +170,10 @@ def make_teacher(
         "computed_in": str(stream.dtype),
         "sequences": len(sequences),
         "tokens": sum(map(len, sequences)),
-        "sha256": hashlib.sha256(b"".join(map(digest_of, sequences))).hexdigest(),
+        "sha256": data_digest(sequences),
         "files": [f"teacher-{number:05}.safetensors" for number in range(len(parts))],
     }
+    _check_room(output, record, parts, stream)
     with resumable(output, record) as work:
         for part, name in zip(parts, record["files"], strict=True):
             if not (work.result / name).exists():
@@ -180,7 +182,12 @@ def make_teacher(
     return record
 
 
-def _distinct(rows: Iterable[Sequence[int]]) -> list[np.ndarray]:
+def data_digest(sequences: Sequence[np.ndarray]) -> str:
+    """SHA-256 of what `distinct` gives."""
+    return hashlib.sha256(b"".join(map(digest_of, sequences))).hexdigest()
+
+
+def distinct(rows: Iterable[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
     """Each sequence once, the shortest first."""
     arrays = (np.asarray(row, dtype=np.int32) for row in rows)
     found = {digest_of(array): array for array in arrays if len(array)}
@@ -210,6 +217,22 @@ def _parts(sequences: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         part.append(sequence)
     if part:
         yield part
+
+
+def _check_room(
+    output: Path, record: dict[str, Any], parts: Sequence[list[np.ndarray]], stream: LayerStream
+) -> None:
+    padded = max(len(part) * len(part[-1]) for part in parts)
+    states = 2 * padded * stream.hidden_size * stream.dtype.itemsize
+    needed = states + record["tokens"] * (6 * record["top_k"] + 4)
+    existing = next(path for path in output.resolve().parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise LoRAMError(
+            f"expected {needed / 2**30:.3g} GiB free for the teacher's outputs on "
+            f"{record['tokens']:,} tokens, found {free / 2**30:.3g} GiB in {existing}: give fewer "
+            "tokens, a smaller teacher_top_k, or another disk"
+        )
 
 
 @torch.no_grad()

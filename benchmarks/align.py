@@ -1,10 +1,10 @@
 """Alignment before LoRA: what each objective makes of the pruned model and the recovered adapter.
 
 On the quickstart's base, pruned at random, with and without refit, and aligned on the base's own
-pretraining text: by next-token loss and by distillation from the base's stored outputs (all weights
-but the lm_head), or layer by layer. Then the same LoRA as in criteria.py is trained on it, recovered,
-and the base measured with it: perplexity of held-out docstrings (task, what LoRA is trained for) and
-of held-out source (text, what the base was trained for).
+pretraining text: by next-token loss, by distillation from the base's stored outputs (both: all
+weights but the lm_head), or layer by layer. Then the same LoRA as in criteria.py is trained on it,
+recovered, and the base measured with it: perplexity of held-out docstrings (task, what LoRA is
+trained for) and of held-out source (text, what the base was trained for).
 
 All alignments of a seed see the same sequences in the same order: a step is of 2 × 128 tokens
 (for a layer, in layer-wise alignment). Each number of steps has its own warmup and cosine.
@@ -35,10 +35,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from axolotl_loram.args import LayerwiseArgs, PruningArgs
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.calibration import Calibration, load_calibration
-from axolotl_loram.distil import IGNORED, Targets, distillation_loss
+from axolotl_loram.distil import IGNORED, distillation_loss
 from axolotl_loram.layerwise import align_layers
+from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.prune import prune
 from axolotl_loram.recover import recover
 from axolotl_loram.teacher import Teacher, make_teacher
