@@ -346,8 +346,10 @@ class LoRAMConfig(Section):
 
     @model_validator(mode="after")
     def _keys_of_the_stage(self) -> LoRAMConfig:
-        other = {"stage": ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS}
-        other["objective"] = TEACHER_KEYS if self.objective == "next-token" else ()
+        other: dict[str, tuple[str, ...]] = {
+            "stage": ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS,
+            "objective": TEACHER_KEYS if self.objective == "next-token" else (),
+        }
         fields = type(self).model_fields
         for key, names in other.items():
             found = [name for name in names if getattr(self, name) != fields[name].default]

@@ -63,7 +63,7 @@ def distillation_loss(
         A scalar in float32; its derivative by the logits is in their dtype.
     """
     flat, labels = targets.to(logits.device).flat(), labels.to(logits.device).flatten()
-    return _Distillation.apply(  # type: ignore[no-untyped-call]
+    return _Distillation.apply(
         logits.flatten(0, -2), flat.ids, flat.logprobs, flat.rest, labels, next_token
     )
 

@@ -235,7 +235,6 @@ def _check_room(
         )
 
 
-@torch.no_grad()
 def _write_part(
     stream: LayerStream,
     work: Work,
@@ -244,22 +243,12 @@ def _write_part(
     top_k: int,
     progress: Progress,
 ) -> None:
-    """Take a part's sequences, padded to its longest, through the layers, and keep the outputs."""
-    tokens = np.zeros((len(part), len(part[-1])), np.int64)  # padding after them is not looked at
-    for row, sequence in zip(tokens, part, strict=True):
-        row[: len(sequence)] = sequence
-    last = layer_count(stream.config)
-    walk = Walk(stream, work, tokens, file.stem, last, progress)
-    for index, layer in walk:
-        with walk.advanced(index, layer):
-            pass
-    found: list[tuple[torch.Tensor, ...]] = []
-    for batch in walk.batches():
-        logits = stream.logits(walk.inputs(last).read(batch).to(stream.device))
-        for row, own in zip(batch, logits, strict=True):
-            found.append(most_likely(own[: len(part[row])], top_k))
-    stream.drop_head()
-    ids, logprobs, rest = (torch.cat(column) for column in zip(*found, strict=True))
+    """Keep the outputs on a part's sequences in a file that is whole once it has its name."""
+    padded = np.zeros((len(part), len(part[-1])), np.int64)  # what comes later is not looked at
+    for tokens, sequence in zip(padded, part, strict=True):
+        tokens[: len(sequence)] = sequence
+    walk = Walk(stream, work, padded, file.stem, layer_count(stream.config), progress)
+    ids, logprobs, rest = _outputs_of(walk, list(map(len, part)), top_k)
     arrays: dict[str, tuple[str, np.ndarray]] = {
         "ids": ("I32", ids.numpy()),
         "logprobs": ("F16", to_bits(logprobs, "F16")),
@@ -272,7 +261,22 @@ def _write_part(
     write_safetensors(partial, described, (bits for _, bits in arrays.values()))
     sync(partial)
     partial.replace(file)
-    walk.inputs(last).file.unlink()
+    walk.inputs(walk.stop).file.unlink()
+
+
+@torch.no_grad()
+def _outputs_of(walk: Walk, lengths: Sequence[int], top_k: int) -> list[torch.Tensor]:
+    """Take sequences through the layers; `most_likely` of all their tokens, end to end."""
+    for index, layer in walk:
+        with walk.advanced(index, layer):
+            pass
+    found: list[tuple[torch.Tensor, ...]] = []
+    for batch in walk.batches():
+        logits = walk.stream.logits(walk.inputs(walk.stop).read(batch).to(walk.stream.device))
+        for row, own in zip(batch, logits, strict=True):
+            found.append(most_likely(own[: lengths[row]], top_k))
+    walk.stream.drop_head()
+    return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
 def most_likely(

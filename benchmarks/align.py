@@ -52,12 +52,10 @@ LEARNING_RATES = {"none": 0.0, "next-token": 5e-4, "distillation": 1e-3, "layerw
 1e-3 for distillation; 3e-4 and 1e-3 alike for next-token loss."""
 WAYS = (
     (
-        ("", "none", 0),
-        ("refit", "none", 0),
-        ("refit", "distillation", 200),
-        ("", "next-token", 1600),
+        *(("", "none", 0), ("refit", "none", 0), ("refit", "distillation", 200)),
+        *(("", "next-token", 1600), ("", "distillation", 200), ("", "next-token", 200)),
+        ("", "layerwise", 200),
     ),
-    (("", "distillation", 200), ("", "layerwise", 200), ("", "next-token", 200)),
     (("refit", "layerwise", 200), ("refit", "distillation", 50), ("refit", "next-token", 200)),
 )
 """Start, objective and steps, what matters most first."""

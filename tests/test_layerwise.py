@@ -117,7 +117,7 @@ def test_models_that_do_not_belong_together_are_refused(make_model, pruned, tmp_
     _, before, _ = pruned()
     with pytest.raises(LoRAMError, match="it is another model, such as a fine-tuned one"):
         align_layers(str(before), tmp_path / "out", ARGS, str(make_model(seed=1)), calibration=TEXT)
-    with pytest.raises(LoRAMError, match="expected loram_plan.safetensors in .*, found none"):
+    with pytest.raises(LoRAMError, match=r"expected loram_plan.safetensors in .*, found none"):
         align_layers(str(make_model()), tmp_path / "out", ARGS, calibration=TEXT)
     sparse = tmp_path / "sparse"
     prune(str(make_model()), sparse, PruningArgs(sparsity=0.5))
