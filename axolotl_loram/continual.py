@@ -89,12 +89,15 @@ class AlignmentCallback(TrainerCallback):
         return self.before + time.monotonic() - self.start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the loss on the held-out data measured, unless training goes on."""
+        """Have the loss on the held-out data measured, unless training goes on.
+
+        A run that ended between its last checkpoint and the aligned one has no step left: resumed,
+        the trainer would do one too many.
+        """
         if state.global_step >= state.max_steps:
-            raise LoRAMError(
-                f"expected steps that are left to train, found {state.global_step} of "
-                f"{state.max_steps} done: raise max_steps, or resume from an earlier checkpoint"
-            )
+            LOG.info("all %d steps are done", state.global_step)
+            self.trainer._run_epoch = lambda **epoch: None
+            control.should_training_stop = True
         args.eval_on_start = self.trainer.eval_dataset is not None and not state.global_step
         start_measuring()
         self.start = time.monotonic()
