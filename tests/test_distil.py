@@ -135,6 +135,24 @@ def test_interrupted_the_teacher_goes_on(make_model, tmp_path, monkeypatch):
     assert files[0] == files[1] and len(files[0]) == parts + 1
 
 
+def test_in_a_run_under_zero3_the_teacher_is_not_dealt_out_to_the_ranks(make_model, tmp_path):
+    from transformers.integrations import deepspeed
+
+    class Zero3:
+        config: dict = {}
+
+        def is_zero3(self):
+            raise AssertionError("a model is built under ZeRO-3")
+
+    running = Zero3()
+    deepspeed.set_hf_deepspeed_config(running)
+    try:
+        make_teacher(make_model(), ROWS, tmp_path / "out", 4)
+        assert deepspeed._hf_deepspeed_config_weak_ref() is running
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
 def test_tokens_that_the_teacher_lacks_are_said(make_model, tmp_path):
     with pytest.raises(LoRAMError, match="vocabulary of 264, found 264: use the teacher's own"):
         make_teacher(make_model(), [[1, 264]], tmp_path / "out")
