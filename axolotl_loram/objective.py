@@ -99,7 +99,7 @@ class Distillation:
 def _outputs(run: Alignment, base: Path, trainer: Any) -> Path:
     """The folder of the base's outputs on the training data, made by whichever rank comes first."""
     section = run.section
-    sequences = distinct(_seen(trainer))
+    sequences = distinct(seen(trainer))
     default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
     cache = Path(section.cache_dir or default).expanduser()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,7 +114,7 @@ def _outputs(run: Alignment, base: Path, trainer: Any) -> Path:
     return made_once(cache / "teacher", identity, make)
 
 
-def _seen(trainer: Any) -> Iterator[np.ndarray]:
+def seen(trainer: Any) -> Iterator[np.ndarray]:
     """Token ids of the rows that the run will see, without padding: of a stream, no others."""
     args, data = trainer.args, trainer.train_dataset
     needed = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps

@@ -1,22 +1,28 @@
 """Distillation: the loss against torch's own, the teacher's outputs against the whole model."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from calibrated import load
 from conftest import byte_tokenizer, run_command, write_yaml
+from datasets import Dataset
 from test_resume import Interruption
 from torch.nn.functional import cross_entropy, kl_div
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from axolotl_loram import teacher as teachers
+from axolotl_loram.align import begin_alignment
 from axolotl_loram.args import LoRAMConfig, PruningArgs
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.distil import IGNORED, Targets, distillation_loss
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.objective import Distillation
+from axolotl_loram.objective import prepare_objective, seen
 from axolotl_loram.prune import prune
 from axolotl_loram.support import check_supported
 from axolotl_loram.teacher import Teacher, make_teacher, most_likely
@@ -166,37 +172,112 @@ def test_a_full_disk_is_said_before_the_work(make_model, tmp_path, monkeypatch):
         make_teacher(make_model(), ROWS, tmp_path / "out")
 
 
-def test_the_trainers_loss_is_the_divergence_and_evaluations_stays(make_model, tmp_path):
-    """In training, of the model's own base it is 0; in evaluation it is the loss on the data."""
-    make_teacher(make_model(), ROWS, tmp_path / "out", 264)
-    model = load(make_model())
-    trainer = SimpleNamespace(model=model)
+@pytest.fixture
+def alignment(make_model, tmp_path):
+    """An alignment by distillation that has begun, and a trainer for it."""
+    prune(str(make_model()), tmp_path / "pruned", PruningArgs(ratio=0.5))
+    section = {
+        "stage": "align",
+        "objective": "distillation",
+        "cache_dir": str(tmp_path / "cache"),
+        "teacher_top_k": 264,
+    }
+    settings = {
+        "loram": section,
+        "base_model": str(tmp_path / "pruned"),
+        "output_dir": str(tmp_path / "out"),
+        "datasets": [{"path": "text"}],
+        "learning_rate": 0.01,
+    }
+    run = begin_alignment(DictDefault(settings))
+    rows = [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in ROWS]
+    arguments = TrainingArguments(
+        run.trained,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        max_steps=15,
+        learning_rate=0.01,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    tokenizer = byte_tokenizer()
+    trainer = Trainer(
+        load(run.pruned),
+        arguments,
+        DataCollatorForSeq2Seq(tokenizer),
+        Dataset.from_list(rows),
+        Dataset.from_list(rows[:2]),
+        processing_class=tokenizer,
+    )
+    return run, trainer
 
-    def compute_loss(model, inputs, num_items_in_batch=None):  # as transformers' Trainer does
-        labels = inputs.pop("labels")
-        return trainer.compute_loss_func(model(**inputs), labels, num_items_in_batch)
 
-    trainer.compute_loss = compute_loss
-    Distillation(trainer, Teacher(tmp_path / "out"), 0.0).attach()
-    tokens = torch.tensor([ROWS[1]])
-    mask = torch.ones_like(tokens)
+def test_the_trainer_minimizes_the_divergence(alignment, make_model, monkeypatch):
+    run, trainer = alignment
+    base, start = load(make_model()), divergence(trainer.model, load(make_model()), ROWS)
+    losses = trainer.evaluate()["eval_loss"]
+    prepare_objective(run, trainer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses, rel=1e-5)  # as it was
+    trainer.train()
+    assert divergence(trainer.model, base, ROWS) < 0.5 * start
+    assert run.outcome["objective"] == "distillation"
+    found = {"id": str(make_model()), "revision": None, "top_k": 264, "next_token_share": 0.0}
+    assert run.outcome["teacher"] == found
+    monkeypatch.setattr("axolotl_loram.objective.make_teacher", None)  # it is there already
+    prepare_objective(run, trainer)
+
+
+def test_the_trainers_loss_is_the_mean_divergence(alignment, make_model):
+    """Of the base itself 0; of others the mean over the tokens, however they are batched."""
+    run, trainer = alignment
+    prepare_objective(run, trainer)
+    collate = trainer.data_collator
+    batch = collate([trainer.train_dataset[index] for index in (1, 2)])
 
     def loss(model, **given):
-        return trainer.compute_loss(
-            model, {"input_ids": tokens, "attention_mask": mask, "labels": tokens}, **given
-        )
+        return trainer.compute_loss(model.train(), dict(batch), **given)
 
-    own = model(input_ids=tokens, labels=tokens).loss
-    assert loss(model.train()).abs() < 1e-5
-    torch.testing.assert_close(loss(model.eval()), own)
-    other = load(make_model(seed=1)).train()
-    torch.testing.assert_close(loss(other, num_items_in_batch=16), loss(other) / 2)
-    assert loss(other) > 0.1
+    base, model = load(make_model()), trainer.model
+    assert loss(base).abs() < 1e-4
+    tokens = len(ROWS[1]) + len(ROWS[2]) - 2
+    torch.testing.assert_close(loss(model), loss(model, num_items_in_batch=2 * tokens) * 2)
+    with torch.no_grad():
+        total = torch.zeros(())
+        for row in ROWS[1:3]:
+            logprobs = [
+                m(input_ids=torch.tensor([row])).logits.log_softmax(-1) for m in (model, base)
+            ]
+            total += kl_div(
+                logprobs[0][:, :-1], logprobs[1][:, :-1], log_target=True, reduction="sum"
+            )
+    torch.testing.assert_close(loss(model), total / tokens, atol=1e-3, rtol=1e-3)
+
+
+def test_another_teacher_than_the_base_is_refused(alignment, make_model):
+    run, trainer = alignment
+    section = run.section.model_copy(update={"teacher": str(make_model(seed=1))})
+    with pytest.raises(LoRAMError, match="it is another model, such as a fine-tuned one"):
+        prepare_objective(replace(run, section=section), trainer)
+
+
+def test_of_a_stream_only_what_the_run_will_see_is_read():
+    read = []
+
+    class Stream:
+        def __iter__(self):
+            for number in itertools.count():
+                read.append(number)
+                yield {"input_ids": [5, 6, number, 0], "attention_mask": [1, 1, 1, 0]}
+
+    settings = {"max_steps": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    arguments = SimpleNamespace(**settings, world_size=1)
+    rows = list(seen(SimpleNamespace(args=arguments, train_dataset=Stream())))
+    assert [row.tolist() for row in rows] == [[5, 6, number] for number in range(12)]
+    assert read == list(range(12))
 
 
 def test_what_does_not_go_with_distillation_is_said(monkeypatch):
-    from axolotl.utils.dict import DictDefault
-
     def check(**changes):
         section = {"stage": "align", "objective": "distillation"}
         check_supported(DictDefault({"loram": section, **changes}))
