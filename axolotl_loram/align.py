@@ -195,7 +195,7 @@ def choose_checkpoint(cfg: Any, run: Alignment) -> None:
             f"expected a whole checkpoint to resume from, found {found} without {STATE_FILE}: name "
             f"another in {run.trained}"
         )
-    recorded = read_record(Path(found)).get("fingerprint")
+    recorded = read_record(Path(found)).get("fingerprint", run.fingerprint)
     if recorded != run.fingerprint:
         raise LoRAMError(
             f"expected a checkpoint of an alignment of {run.model}, found {found} of another model:"

@@ -158,7 +158,7 @@ def training_data(cfg: Any) -> Any:
 
     streamed = bool(cfg.streaming or cfg.pretraining_dataset)
     if streamed and cfg.accelerator_config is None:
-        cfg.accelerator_config = {"split_batches": False, "dispatch_batches": False}
+        cfg.accelerator_config = type(cfg)(split_batches=False, dispatch_batches=False)
     if not streamed or cfg.pretraining_dataset or cfg.sample_packing:
         return load_datasets(cfg=cfg)
     meta = load_datasets(cfg=_with(cfg, datasets=cfg.datasets[:1]))

@@ -165,7 +165,7 @@ def from_half_a_checkpoint(run, make_model, folder):
 
 def from_anothers_checkpoint(run, make_model, folder):
     from_half_a_checkpoint(run, make_model, folder)
-    (folder / "checkpoint-2/trainer_state.json").touch()
+    (folder / "checkpoint-2/trainer_state.json").write_text("{}")
     (folder / "checkpoint-2/loram.json").write_text('{"fingerprint": "sha256:0"}')
 
 
@@ -258,11 +258,12 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed_from(run, tmp_path):
     folder = tmp_path / "out/training"
     for step in (2, 10, 12):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
+    (folder / "checkpoint-12/model.safetensors").touch()
     with_record = SimpleNamespace(**vars(begin_alignment(run)))
     assert run.resume_from_checkpoint is None and not run.auto_resume_from_checkpoints
     run.output_dir, run.auto_resume_from_checkpoints = str(tmp_path / "out"), True
     for step in (2, 10):
-        (folder / f"checkpoint-{step}/trainer_state.json").touch()
+        (folder / f"checkpoint-{step}/trainer_state.json").write_text("{}")
         Alignment(**vars(with_record)).write_record(folder / f"checkpoint-{step}", 1.5)
     begin_alignment(run)
     assert run.resume_from_checkpoint == str(folder / "checkpoint-10")
@@ -520,5 +521,7 @@ def test_streams_are_mixed_in_equal_shares(text_file, make_model, tmp_path):
     assert all(150 < first.count(text) < 250 for text in set(first))
     assert first == [tuple(row["input_ids"][:-1]) for row in islice(data.train_dataset, 400)]
     assert label_tokens(data.eval_dataset) > 1000
-    assert not cfg.accelerator_config.dispatch_batches  # ranks read rows of any length themselves
+    assert (
+        cfg.accelerator_config.dispatch_batches is False
+    )  # ranks read rows of any length themselves
     assert cfg.streaming and len(cfg.datasets) == 2

@@ -93,7 +93,8 @@ def test_readme_yaml_is_accepted():
     for block in blocks:
         if "loram" in block:
             LoRAMArgs(loram=block["loram"])
-            check_supported(DictDefault({"adapter": "lora", **block}))
+            aligns = block["loram"].get("stage") == "align"
+            check_supported(DictDefault(block if aligns else {"adapter": "lora", **block}))
 
 
 def test_readme_commands_exist():
