@@ -264,13 +264,13 @@ def check_sparsity(sparsity: Any) -> float | str:
     return share
 
 
-ALIGN_KEYS = ("train_lm_head",)
+TEACHER_KEYS = ("teacher", "teacher_revision", "teacher_top_k", "next_token_share")
+ALIGN_KEYS = ("train_lm_head", "objective")
 """Keys of the `loram:` section that only `stage: align` has; TRAIN_KEYS, those it has not."""
 TRAIN_KEYS = (
     "pruned_model_path",
     "pruned_model_revision",
     "pruning",
-    "cache_dir",
     "masked",
     "recovery",
     "lm_head_format",
@@ -296,8 +296,8 @@ class LoRAMConfig(Section):
     )
     cache_dir: str | None = Field(
         default=None,
-        description="Where `pruning:` keeps pruned models; $AXOLOTL_LORAM_CACHE or "
-        "~/.cache/axolotl-loram by default.",
+        description="Where pruned models, and a teacher's outputs, are kept; $AXOLOTL_LORAM_CACHE "
+        "or ~/.cache/axolotl-loram by default.",
     )
     masked: bool | None = Field(
         default=None,
@@ -347,17 +347,38 @@ class LoRAMConfig(Section):
         default=False,
         description="In the align stage, train the lm_head too; the paper freezes it.",
     )
+    objective: Literal["next-token", "distillation"] = Field(
+        default="next-token",
+        description="What alignment minimizes: the loss on the data (as the paper), or the "
+        "divergence from what the base says on it, computed once and kept on disk.",
+    )
+    teacher: str | None = Field(
+        default=None,
+        description="Where the base is, for distillation: a folder or hub id; by default what the "
+        "pruned model's plan names.",
+    )
+    teacher_revision: str | None = Field(default=None, description="Its revision on the hub.")
+    teacher_top_k: int = Field(
+        default=32, ge=1, description="Most likely tokens kept of each place; the rest is one."
+    )
+    next_token_share: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the next-token loss in distillation's."
+    )
 
     @model_validator(mode="after")
     def _keys_of_the_stage(self) -> LoRAMConfig:
-        other = ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS
+        other: dict[str, tuple[str, ...]] = {
+            "stage": ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS,
+            "objective": TEACHER_KEYS if self.objective == "next-token" else (),
+        }
         fields = type(self).model_fields
-        found = [name for name in other if getattr(self, name) != fields[name].default]
-        if found:
-            raise LoRAMError(
-                f"expected no {found[0]} with `stage: {self.stage}` in loram:, found "
-                f"{getattr(self, found[0])!r}: take it out, or choose the other stage"
-            )
+        for key, names in other.items():
+            found = [name for name in names if getattr(self, name) != fields[name].default]
+            if found:
+                raise LoRAMError(
+                    f"expected no {found[0]} with `{key}: {getattr(self, key)}` in loram:, found "
+                    f"{getattr(self, found[0])!r}: take it out, or choose the other {key}"
+                )
         return self
 
     @model_validator(mode="after")

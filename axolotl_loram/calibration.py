@@ -23,6 +23,7 @@ from axolotl_loram.axolotl_data import (
     vocabulary,
 )
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.sources import load_config
 
 LOG = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Calibration:
         }
 
 
-def load_calibration(settings: PruningArgs, model_folder: Path) -> Calibration:
+def load_calibration(settings: PruningArgs | LayerwiseArgs, model_folder: Path) -> Calibration:
     """The calibration sequences that the settings name, for the model in a folder.
 
     Raises:
@@ -95,7 +96,7 @@ def load_calibration(settings: PruningArgs, model_folder: Path) -> Calibration:
 
 def from_rows(
     rows: Iterable[Sequence[int]],
-    settings: PruningArgs,
+    settings: PruningArgs | LayerwiseArgs,
     model_folder: Path,
     source: str,
     separator: int | None = None,

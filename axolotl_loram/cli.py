@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from axolotl_loram import __version__
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.tables import lines
 from axolotl_loram.training import TrainingArgs
 
@@ -442,6 +443,38 @@ def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: 
 
         shown["pictures"] = [str(file) for file in draw_pictures(built.charts, png_dir)]
     show({**shown, "missing": built.missing}, as_json)
+
+
+@main.command()
+@click.argument("pruned")
+@click.argument("output", type=click.Path(path_type=Path))
+@schema_options(LayerwiseArgs, {})
+@click.option("--base", help="Folder or hub id of the original; by default what the plan names.")
+@overwrite_option
+@json_option
+def align(
+    pruned: str, output: Path, base: str | None, overwrite: bool, as_json: bool, **options: Any
+) -> None:
+    """Align the pruned model PRUNED (a folder or a hub id), layer by layer, into the folder OUTPUT.
+
+    Each layer learns to give what the original's layer gives: one layer of each is in memory. By
+    next-token loss or distillation, `axolotl train` aligns the whole, with `stage: align`.
+    """
+    if options["calibration"] is None:
+        raise click.UsageError("expected text to align on, found none: name it with --calibration")
+    try:
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = LayerwiseArgs.parse(**given)
+    except LoRAMError as error:
+        raise click.UsageError(str(error)) from None
+    with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
+        from axolotl_loram.layerwise import align_layers, layer_summary
+        from axolotl_loram.progress import progress_bar
+
+        with progress_bar("aligning") as progress:
+            record = align_layers(pruned, output, settings, base, overwrite, progress)
+    alignment = record["alignments"][-1]
+    show({"output": str(output), **layer_summary(alignment), "plan": record["plan"]}, as_json)
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:

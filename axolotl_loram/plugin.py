@@ -43,6 +43,7 @@ from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
 from axolotl_loram.merge import merge_masked
 from axolotl_loram.monitor import RecoveredEvaluation, check_can_evaluate
+from axolotl_loram.objective import prepare_objective
 from axolotl_loram.plan import summary
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.publish import publish_adapter
@@ -126,6 +127,7 @@ class LoRAMPlugin(BasePlugin):
         """Confine the update to the weights that sparse pruning left; prepare an alignment."""
         if self.alignment is not None:
             prepare_trainer(self.alignment, cfg, trainer)
+            prepare_objective(self.alignment, trainer)
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
 

@@ -71,15 +71,20 @@ class LayerStream:
 
     Attributes:
         device: Where layers run.
-        dtype: What they run in: float32 on a CPU, bfloat16 on a GPU.
+        dtype: What they run in: by default float32 on a CPU, bfloat16 on a GPU.
         four_bit: Whether linear layers are held in NF4.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: Config, device: str, four_bit: bool = False
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        device: str,
+        four_bit: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.checkpoint, self.device, self.four_bit = checkpoint, torch.device(device), four_bit
-        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         self.config, self.family = config, family_of(config)
         self.model = _empty_model(config, self.dtype)
         self.layers: Any = self.model.get_submodule(self.family.layers)
@@ -115,7 +120,16 @@ class LayerStream:
         return self._record(tokens)[0][0]
 
     def loss(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Next-token loss of each sequence, (batch,), given the last layer's output.
+        """Next-token loss of each sequence, (batch,), given the last layer's output."""
+        logits = self.logits(hidden)[:, :-1].float()
+        targets = tokens[:, 1:].to(logits.device)
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return losses.view(targets.shape).mean(1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, tokens, vocabulary), given the last layer's output.
 
         The final norm and the output embedding are loaded on the first call, and stay until
         `drop_head`.
@@ -123,12 +137,7 @@ class LayerStream:
         self._load_head()
         stand_ins = [_Replay(layer, hidden) for layer in self.layers]
         with self._standing_in(stand_ins):
-            logits = self.model(inputs_embeds=hidden, use_cache=False).logits[:, :-1].float()
-        targets = tokens[:, 1:].to(logits.device)
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none"
-        )
-        return losses.view(targets.shape).mean(1)
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
 
     def _place(self, layer: nn.Module, name: str, values: torch.Tensor) -> None:
         path, _, leaf = name.rpartition(".")
@@ -255,7 +264,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, its computed buffers (rotary frequencies) on the CPU."""
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    with torch.device("meta"):
+    with torch.device("meta"), _not_partitioned():
         auto_class = getattr(transformers, family_of(config).auto_class)
         model = auto_class.from_config(settings, dtype=dtype)
     for module in model.modules():
@@ -267,6 +276,19 @@ def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
         if names:
             model._init_weights(module)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _not_partitioned() -> Iterator[None]:
+    """Inside a run under ZeRO-3, transformers would deal any model it builds out to the ranks."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, device: torch.device) -> None:

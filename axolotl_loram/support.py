@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from axolotl_loram.args import LoRAMConfig
@@ -97,9 +98,31 @@ def check_alignment(cfg: Any) -> None:
         "hub_model_id": "the trainer would upload its own folder; use `axolotl-loram publish` then",
     }
     _refuse(cfg, refused, "`stage: align`")
+    if cfg.loram.get("objective") == "distillation":
+        _check_distillation(cfg)
     for key in ("tensor_parallel_size", "expert_parallel_size"):
         if (cfg[key] or 1) > 1:
             raise LoRAMError(f"expected {key} 1 with `stage: align`, found {cfg[key]}: {sharded}")
+
+
+def _check_distillation(cfg: Any) -> None:
+    """Refuse what would take a batch's sequences apart, or together: they are looked up whole."""
+    refused = {
+        "sample_packing": "what the base says is kept by whole sequences; set it to false",
+        "kd_trainer": "it distils by itself",
+    }
+    _refuse(cfg, refused, "`objective: distillation`")
+    if (cfg.context_parallel_size or 1) > 1:
+        raise LoRAMError(
+            "expected context_parallel_size 1 with `objective: distillation`, found "
+            f"{cfg.context_parallel_size}: what the base says is kept by whole sequences"
+        )
+    if (cfg.streaming or cfg.pretraining_dataset) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LoRAMError(
+            "expected data that is not streamed, or one process, with `objective: distillation`, "
+            f"found {os.environ['WORLD_SIZE']} processes, each with its own part of the stream: "
+            "set streaming to false and name `datasets`"
+        )
 
 
 def _refuse(cfg: Any, refused: dict[str, str], where: str) -> None:
