@@ -61,10 +61,11 @@ def memory_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
         "loading takes\nare not at their highest at once: the peak is the worst moment. Nothing "
         "here was measured on a GPU."
     )
-    return f"{_columns(shown)}\n\n{note}"
+    return f"{columns(shown)}\n\n{note}"
 
 
-def _columns(rows: Mapping[str, Sequence[str]]) -> str:
+def columns(rows: Mapping[str, Sequence[str]]) -> str:
+    """Names and cells, one row to a line."""
     left = max(map(len, rows))
     width = max(len(cell) for row in rows.values() for cell in row) + 2
     return "\n".join(
