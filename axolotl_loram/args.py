@@ -264,6 +264,20 @@ def check_sparsity(sparsity: Any) -> float | str:
     return share
 
 
+ALIGN_KEYS = ("train_lm_head",)
+"""Keys of the `loram:` section that only `stage: align` has; TRAIN_KEYS, those it has not."""
+TRAIN_KEYS = (
+    "pruned_model_path",
+    "pruned_model_revision",
+    "pruning",
+    "cache_dir",
+    "masked",
+    "recovery",
+    "lm_head_format",
+    "embedding_format",
+)
+
+
 class LoRAMConfig(Section):
     """The `loram:` section."""
 
@@ -303,9 +317,32 @@ class LoRAMConfig(Section):
         "cpu (native in the CPU's memory; the rows that a batch needs are sent over). With "
         "load_in_4bit cpu by default, where nothing needs it native; otherwise native.",
     )
+    stage: Literal["train", "align"] = Field(
+        default="train",
+        description="train: LoRA on the pruned model, recovered for base_model. align: continual "
+        "pre-training of the pruned model that base_model names, all of its weights.",
+    )
+    train_lm_head: bool = Field(
+        default=False,
+        description="In the align stage, train the lm_head too; the paper freezes it.",
+    )
+
+    @model_validator(mode="after")
+    def _keys_of_the_stage(self) -> LoRAMConfig:
+        other = ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS
+        fields = type(self).model_fields
+        found = [name for name in other if getattr(self, name) != fields[name].default]
+        if found:
+            raise LoRAMError(
+                f"expected no {found[0]} with `stage: {self.stage}` in loram:, found "
+                f"{getattr(self, found[0])!r}: take it out, or choose the other stage"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> LoRAMConfig:
+        if self.stage == "align":
+            return self  # base_model is the pruned model
         if (self.pruned_model_path is None) == (self.pruning is None):
             found = "both" if self.pruning else "neither"
             raise LoRAMError(
@@ -334,5 +371,6 @@ class LoRAMArgs(BaseModel):
     """What the plugin adds to Axolotl's schema."""
 
     loram: LoRAMConfig = Field(
-        description="LoRAM: train the adapter on a pruned model, recover it for base_model."
+        description="LoRAM: train the adapter on a pruned model, recover it for base_model; or, "
+        "as `stage: align`, align a pruned model."
     )

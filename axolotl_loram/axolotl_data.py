@@ -141,6 +141,48 @@ def _rows(cfg: Any, seed: int) -> Iterator[dict[str, Any]]:
         ) from error
 
 
+def training_data(cfg: Any) -> Any:
+    """The data of a run, inside `axolotl train`: what Axolotl prepares, and two things more.
+
+    Of several streamed `datasets`, axolotl 0.19 reads one after the other, so that a short run
+    would see the first alone: here they are mixed, row by row, in equal shares. And it leaves
+    `test_datasets` out beside streamed `datasets`.
+
+    Args:
+        cfg: Axolotl's; ranks are made to read streams themselves, which rows of any length need.
+
+    Returns:
+        Axolotl's `TrainDatasetMeta`.
+    """
+    from axolotl.common.datasets import load_datasets
+
+    streamed = bool(cfg.streaming or cfg.pretraining_dataset)
+    if streamed and cfg.accelerator_config is None:
+        cfg.accelerator_config = {"split_batches": False, "dispatch_batches": False}
+    if not streamed or cfg.pretraining_dataset or cfg.sample_packing:
+        return load_datasets(cfg=cfg)
+    meta = load_datasets(cfg=_with(cfg, datasets=cfg.datasets[:1]))
+    if len(cfg.datasets) > 1:
+        from datasets import interleave_datasets
+
+        rest = [load_datasets(cfg=_with(cfg, datasets=[named])) for named in cfg.datasets[1:]]
+        streams = [meta.train_dataset, *(each.train_dataset for each in rest)]
+        meta.train_dataset = interleave_datasets(
+            streams, [1 / len(streams)] * len(streams), cfg.seed
+        )
+    if cfg.test_datasets:
+        held_out = _with(cfg, streaming=False, datasets=cfg.test_datasets, test_datasets=None)
+        meta.eval_dataset = load_datasets(cfg=held_out).train_dataset
+    return meta
+
+
+def _with(cfg: Any, **changes: Any) -> Any:
+    changed = copy.deepcopy(cfg)
+    for name, value in changes.items():
+        changed[name] = value
+    return changed
+
+
 @contextmanager
 def _as_a_library() -> Iterator[None]:
     """Keep Axolotl's log off standard output, and have it prepare data as its `preprocess` does.

@@ -62,7 +62,7 @@ def check_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]], where: 
     extra = [
         name
         for name in shapes
-        if name not in declared and not _is_derived(name) and not name.startswith(whole)
+        if name not in declared and not is_derived(name) and not name.startswith(whole)
     ]
     if extra:
         raise LoRAMError(
@@ -80,7 +80,7 @@ def untouched_prefixes(config: Config) -> tuple[str, ...]:
     return tuple({form for prefix in family.whole for form in (prefix, family.stored_name(prefix))})
 
 
-def _is_derived(name: str) -> bool:
+def is_derived(name: str) -> bool:
     """Whether a stored tensor is recomputed or aliased on loading, so that it need not be kept."""
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 

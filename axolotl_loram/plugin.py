@@ -10,15 +10,15 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 * `post_model_build` sees the model as loaded: there it is held against its config. Embedding and
   lm_head are put into fewer bits as soon as Axolotl has settled the vocabulary's size.
 * `post_trainer_create` sees the model with its LoRA, which preference trainers add themselves,
-  before the first step: there a sparse model's update is confined.
+  before the first step: there a sparse model's update is confined, and the lm_head frozen in the
+  align stage.
 * `post_train_unload` comes after the trainer has saved everything, with the process group gone:
-  there global rank 0 recovers the adapter from the files.
+  there global rank 0 recovers the adapter from the files, or makes the aligned checkpoint of them.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,16 @@ from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
+from axolotl_loram.align import (
+    Alignment,
+    begin_alignment,
+    check_one_step,
+    finish_alignment,
+    is_first_rank,
+)
+from axolotl_loram.axolotl_data import training_data
 from axolotl_loram.checkpoint import ADAPTER_FILE
+from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
@@ -43,6 +52,7 @@ from axolotl_loram.runs import PRUNED_FOLDER, Run, begin_training, use_recovered
 from axolotl_loram.sources import TOKENIZER_PATTERNS
 from axolotl_loram.support import (
     ADAPTERS,
+    aligns,
     check_router_losses,
     check_supported,
 )
@@ -58,6 +68,7 @@ class LoRAMPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.run: Run | None = None
+        self.alignment: Alignment | None = None
 
     def get_input_args(self) -> str:
         """The schema of the `loram:` section."""
@@ -67,23 +78,35 @@ class LoRAMPlugin(BasePlugin):
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""
         _log_as_axolotl_does()
         check_supported(cfg)
+        if aligns(cfg):
+            return
         cfg.adapter = ADAPTERS[cfg.adapter]
         if cfg.merge_lora:
             use_recovered_adapter(cfg)
             _merge_into_unquantized_base(cfg)
 
-    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Put the pruned model in the base's place: of all commands, only `train` comes here."""
-        if not preprocess:
+        if preprocess:
+            return None
+        if not aligns(cfg):
             self.run = begin_training(cfg)
+            return None
+        self.alignment = begin_alignment(cfg)
+        data = training_data(cfg)
+        if is_first_rank():
+            check_one_step(cfg, data.train_dataset)
+        return data
 
     def pre_model_load(self, cfg: Any) -> None:
         """Outside training, give the original base its recovered adapter."""
-        if self.run is None:
+        if self.run is None and not aligns(cfg):
             use_recovered_adapter(cfg)
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Make sure that the model about to be trained is the pruned one."""
+        if self.alignment is not None:
+            check_widths(model)
         if self.run is not None:
             check_widths(model)
             check_router_losses(model.config, self.run.plan)
@@ -98,17 +121,23 @@ class LoRAMPlugin(BasePlugin):
             )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Confine the update to the weights that sparse pruning left."""
+        """Confine the update to the weights that sparse pruning left; prepare an alignment."""
+        if self.alignment is not None:
+            prepare_trainer(self.alignment, cfg, trainer)
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""
+        if self.alignment is not None:
+            return []  # `prepare_trainer` adds its own, which needs the trainer
         return [LoRAMCallback(lambda: self.run)]
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Recover the trained adapter into output_dir, on one rank of all."""
-        if self.run is None or int(os.environ.get("RANK", "0")) != 0:
+        """Recover the adapter, or make the aligned checkpoint, in output_dir: one rank of all."""
+        if self.alignment is not None and is_first_rank():
+            finish_alignment(self.alignment)
+        if self.run is None or not is_first_rank():
             return
         recover(
             self.run.trained,
@@ -137,7 +166,8 @@ class LoRAMCallback(TrainerCallback):
         if run is None:
             raise LoRAMError(
                 "expected training to be started by `axolotl train`, found another caller, for "
-                "which base_model was not replaced by the pruned model: use `axolotl train`"
+                "which base_model was not replaced by the pruned model, nor output_dir by the "
+                "trainer's: use `axolotl train`"
             )
         run.memory["measured"] = start_measuring()
         if state.is_world_process_zero:

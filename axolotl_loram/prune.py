@@ -381,7 +381,7 @@ def _write_rest(
         "pruning": job.settings.model_dump(),
         "calibration": calibration and calibration.record(),
         "refit": dict(outcome.refit) or None,
-        "alignment": None,
+        "alignments": [],
         "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
         "weight_bytes": sum(tensor.nbytes for tensor in Checkpoint(folder).tensors.values()),
         "plan": plan.digest,

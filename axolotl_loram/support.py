@@ -35,6 +35,8 @@ def check_supported(cfg: Any) -> None:
             "expected a `loram:` section for the LoRAMPlugin, found none: add "
             "`loram: {pruned_model_path: ...}` or take the plugin out"
         )
+    if aligns(cfg):
+        return check_alignment(cfg)
     if cfg.adapter not in ADAPTERS:
         raise LoRAMError(
             f"expected adapter: {', '.join(ADAPTERS)} with loram:, found {cfg.adapter!r}: LoRAM "
@@ -51,9 +53,7 @@ def check_supported(cfg: Any) -> None:
         "reinit_weights": "it would throw the pruned model's weights away",
         "peft_layer_replication": "it makes layers that the original has not",
     }
-    for key, reason in refused.items():
-        if cfg[key]:
-            raise LoRAMError(f"expected no `{key}` with loram:, found {cfg[key]!r}: {reason}")
+    _refuse(cfg, refused, "loram:")
     if (cfg.tensor_parallel_size or 1) > 1:
         raise LoRAMError(
             "expected tensor_parallel_size 1 with loram:, found "
@@ -67,6 +67,45 @@ def check_supported(cfg: Any) -> None:
     refusal = unrecoverable(adapter)
     if refusal:
         raise LoRAMError(f"this adapter cannot be recovered: {refusal}")
+
+
+def aligns(cfg: Any) -> bool:
+    """Whether this is the align stage, in which base_model is the pruned model itself."""
+    return bool(cfg.loram) and cfg.loram.get("stage") == "align"
+
+
+def check_alignment(cfg: Any) -> None:
+    """Refuse, by name and with the reason, what does not go with `stage: align`.
+
+    Raises:
+        LoRAMError: One sentence.
+    """
+    whole = "all weights are trained; adapters come after, with `stage: train`"
+    sharded = "no rank would have the whole weights to save"
+    refused = {
+        "adapter": whole,
+        "lora_model_dir": whole,
+        "load_in_4bit": "weights in 4 bits cannot be trained",
+        "load_in_8bit": "weights in 8 bits cannot be trained",
+        "gptq": "weights in 4 bits cannot be trained",
+        "rl": "alignment is continual pre-training, on plain text",
+        "reward_model": "alignment is continual pre-training, on plain text",
+        "process_reward_model": "alignment is continual pre-training, on plain text",
+        "qat": "the pruned checkpoint's weights are not quantized",
+        "reinit_weights": "it would throw the pruned model's weights away",
+        "load_best_model_at_end": "the aligned checkpoint is the last step's",
+        "hub_model_id": "the trainer would upload its own folder; use `axolotl-loram publish` then",
+    }
+    _refuse(cfg, refused, "`stage: align`")
+    for key in ("tensor_parallel_size", "expert_parallel_size"):
+        if (cfg[key] or 1) > 1:
+            raise LoRAMError(f"expected {key} 1 with `stage: align`, found {cfg[key]}: {sharded}")
+
+
+def _refuse(cfg: Any, refused: dict[str, str], where: str) -> None:
+    for key, reason in refused.items():
+        if cfg[key]:
+            raise LoRAMError(f"expected no `{key}` with {where}, found {cfg[key]!r}: {reason}")
 
 
 def trains_masked(section: LoRAMConfig, plan: PruningPlan) -> bool:

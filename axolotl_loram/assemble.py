@@ -1,0 +1,206 @@
+"""The aligned checkpoint: what the trainer saved, in the pruned model's format, with its plan."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.checkpoint import (
+    ELEMENT_BYTES,
+    MODEL_FILE,
+    Checkpoint,
+    StoredTensor,
+    updated_folder,
+    write_json,
+    write_safetensors,
+)
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.pairing import check_pruned, is_derived, read_record
+from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.sources import TOKENIZER_PATTERNS
+
+CARRIED = ("config.json", "generation_config.json", PLAN_FILE, *TOKENIZER_PATTERNS)
+"""What an aligned checkpoint takes over from the pruned one as it is."""
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "BF16": 0xFF << 7, "F16": 0x1F << 10}
+"""Bits of the exponent, which are all ones in a NaN and in an infinity."""
+
+
+def assemble(
+    trained: Path,
+    pruned: Path,
+    output: Path,
+    alignment: Mapping[str, Any],
+    frozen: Collection[str] = (),
+) -> dict[str, Any]:
+    """Write the aligned checkpoint: whole, or not at all.
+
+    Weights keep the dtype that the pruned checkpoint stores them in. Files that have it already are
+    linked into `output`, where the file system can; when all is in its place, those in `trained`
+    are removed.
+
+    Args:
+        trained: Folder that the trainer saved the model in.
+        pruned: Folder of the pruned model that it was trained from.
+        output: Folder to write.
+        alignment: What the record is to say.
+        frozen: Weights that were not trained: they are the pruned model's own, bit for bit.
+
+    Returns:
+        What `loram.json` says.
+
+    Raises:
+        LoRAMError: A weight is missing, of another shape, or not finite; `output` stays as it was.
+    """
+    plan = PruningPlan.load(pruned)
+    with updated_folder(output, "config.json") as scratch:
+        files = _write_weights(trained, pruned, scratch, set(frozen))
+        for pattern in CARRIED:
+            for file in pruned.glob(pattern):
+                shutil.copyfile(file, scratch / file.name)
+        check_pruned(scratch, plan)
+        record = aligned_record(pruned, scratch, files, alignment)
+        write_json(scratch / RECORD_FILE, record)
+        remove_weights(output)  # an earlier result's, which may have other names
+    remove_weights(trained)
+    return record
+
+
+def aligned_record(
+    pruned: Path, folder: Path, files: Mapping[str, str], alignment: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The record of an aligned checkpoint: the pruned one's, with one alignment more.
+
+    Args:
+        pruned: Folder of the pruned model.
+        folder: Folder of the aligned one, complete but for the record.
+        files: SHA-256 of its weights' files; those of the others are computed.
+        alignment: What to say about this alignment.
+    """
+    rest = {file.name: _sha256(file) for file in folder.iterdir() if file.name not in files}
+    record = read_record(pruned)
+    before = record.get("alignments") or []
+    record.pop("alignment", None)  # what records had before there were any
+    size = sum(tensor.nbytes for tensor in Checkpoint(folder).tensors.values())
+    return {
+        **record,
+        "alignments": [*before, dict(alignment)],
+        "weight_bytes": size,
+        "files": dict(sorted({**rest, **files}.items())),
+    }
+
+
+def remove_weights(folder: Path) -> None:
+    """Remove a model's weights from a folder that keeps other things too."""
+    stem = MODEL_FILE.partition(".")[0]
+    for file in [*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{MODEL_FILE}.index.json")]:
+        file.unlink(missing_ok=True)
+
+
+def _write_weights(trained: Path, pruned: Path, folder: Path, frozen: set[str]) -> dict[str, str]:
+    """Write every shard of the trained model; returns file name → SHA-256."""
+    new, stored = Checkpoint(trained), Checkpoint(pruned)
+    missing = [name for name in stored.tensors if name not in new.tensors and not is_derived(name)]
+    if missing:
+        raise LoRAMError(
+            f"expected all weights of the aligned model in {trained}, found no {missing[0]} "
+            f"({len(missing)} such): resume from the last checkpoint in it"
+        )
+    files, sizes = {}, 0
+    for file, names in new.shards.items():
+        parts = [_part(new[name], stored.tensors.get(name), name in frozen) for name in names]
+        sizes += sum(part.nbytes for part in parts)
+        if all(part.source.file.parent == trained and not part.converts for part in parts):
+            for part in parts:
+                for _ in part.blocks():  # refuses what is not finite
+                    pass
+            _link(trained / file, folder / file)
+            files[file] = _sha256(folder / file)
+        else:
+            described = [(part.source.name, part.dtype, part.source.shape) for part in parts]
+            data = (part.blocks() for part in parts)
+            files[file] = write_safetensors(folder / file, described, data)
+    if MODEL_FILE not in new.shards:
+        weight_map = {name: file for file, names in new.shards.items() for name in names}
+        index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
+        write_json(folder / f"{MODEL_FILE}.index.json", index)
+    return files
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight to write: where it is, and the dtype to write it in."""
+
+    source: StoredTensor
+    dtype: str
+
+    @property
+    def converts(self) -> bool:
+        """Whether its dtype is another than the one it has."""
+        return self.dtype != self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, as written."""
+        return math.prod(self.source.shape) * ELEMENT_BYTES[self.dtype]
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Its bits, some rows at a time.
+
+        Raises:
+            LoRAMError: They hold a NaN or an infinity.
+        """
+        for block in self.source.blocks():
+            if self.converts:
+                block = _converted(block, FLOATS[self.source.dtype], FLOATS[self.dtype])
+            if not _finite(block, self.dtype):
+                raise LoRAMError(
+                    f"expected finite weights, found NaN or infinity in {self.source.name}: the "
+                    "alignment diverged; lower the learning rate and start again"
+                )
+            yield block
+
+
+def _part(tensor: StoredTensor, stored: StoredTensor | None, frozen: bool) -> Part:
+    if stored is None or stored.dtype == tensor.dtype:
+        return Part(tensor, tensor.dtype)
+    if frozen or not {stored.dtype, tensor.dtype} <= FLOATS.keys():
+        return Part(stored, stored.dtype)
+    return Part(tensor, stored.dtype)
+
+
+def _converted(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Values rounded to another dtype, as bits of it."""
+    import torch
+
+    values = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(getattr(torch, source))
+    rounded = values.to(getattr(torch, target))
+    signed = getattr(torch, f"int{8 * rounded.itemsize}")
+    return rounded.view(signed).numpy().view(f"u{rounded.itemsize}")
+
+
+def _finite(bits: np.ndarray, dtype: str) -> bool:
+    """Whether no value's exponent is all ones."""
+    exponent = EXPONENTS.get(dtype)
+    return exponent is None or not ((bits & bits.dtype.type(exponent)) == exponent).any()
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
