@@ -147,21 +147,22 @@ def plan(
     The memory is that of one GPU for LoRA, QLoRA, LoRAM and QLoRAM. With --stage align it is that
     of each GPU and each node, for training all of the pruned model under DeepSpeed.
     """
+    from axolotl_loram import cluster
     from axolotl_loram.request import request
 
     try:
-        from axolotl_loram import cluster
-
         if cluster.is_alignment(model, stage):
-            wanted = cluster.align_request(
-                model, revision, options, deepspeed, nodes, gpus_per_node
-            )
-            found = cluster.align_plan(wanted)
-            click.echo(json.dumps(found) if as_json else cluster.align_report(found))
-            return
-        asked = request(model, revision, options, adapter, fit)
+            where = (deepspeed, nodes, gpus_per_node)
+            wanted = cluster.align_request(model, revision, options, *where)
+        else:
+            wanted = None
+            asked = request(model, revision, options, adapter, fit)
     except LoRAMError as error:
         raise click.UsageError(str(error)) from None
+    if wanted is not None:
+        found = cluster.align_plan(wanted)
+        click.echo(json.dumps(found) if as_json else cluster.align_report(found))
+        return
     from axolotl_loram import planning
 
     result = planning.plan(asked)

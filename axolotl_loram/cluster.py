@@ -110,9 +110,25 @@ def align_request(
 class FullActivations(Activations):
     """Activations where the weights themselves are trained, without autocast (DeepSpeed's bf16)."""
 
+    def moments(self, layout: Layout, lora_parameters: int = 0) -> dict[str, tuple[int, int]]:
+        """As with LoRA, but that the first norm is trained too."""
+        found = super().moments(layout, lora_parameters)
+        if self.run.gradient_checkpointing:
+            return found
+        first = self.run.tokens * (layout.hidden + 1) * FLOAT32
+        return {name: (kept + first, logits) for name, (kept, logits) in found.items()}
+
+    def outside_bytes(self, layout: Layout) -> int:
+        """What the last norm's own weight needs, besides."""
+        return (
+            super().outside_bytes(layout) + self.run.tokens * layout.hidden * self.run.compute_bytes
+        )
+
     def _lora(self, layer: Layer) -> int:
         """Bytes per token of the inputs of linear modules, one for all that read the same."""
-        inputs = {tensor.module.split(".")[-2] + str(tensor.dims[1]): tensor for tensor in layer.linears}
+        inputs = {
+            tensor.module.split(".")[-2] + str(tensor.dims[1]): tensor for tensor in layer.linears
+        }
         return sum(
             tensor.shape[1] * self.run.compute_bytes
             for tensor in inputs.values()
@@ -127,11 +143,12 @@ class FullActivations(Activations):
 
 
 def weights_of(layout: Layout, train_lm_head: bool) -> list[Weight]:
-    """A model's parameters, as `zero` counts them."""
+    """A model's parameters, as `zero` counts them; of tied embeddings both are the lm_head."""
+    head = layout.lm_head or layout.embedding
     return [
         Weight(
             math.prod(tensor.shape),
-            trained=train_lm_head or tensor != layout.lm_head,
+            trained=train_lm_head or tensor != head,
             decays=part_of(tensor) not in ("norms", "biases"),
             count=count,
         )
@@ -177,7 +194,7 @@ SETTINGS = (
 def _device(layout: Layout, run: TrainingArgs, found: Held) -> dict[str, Any]:
     """One GPU: parts, moments and peak."""
     count = FullActivations(without_lora(run), Storage(native=run.compute_bytes))
-    live = count.moments(layout, 0)
+    live = count.moments(layout)
     fixed = sum(found.device.values())
     moments = {name: fixed + sum(moment) for name, moment in live.items()}
     lasting = sum(size for name, size in found.device.items() if name not in TRANSIENT)

@@ -42,6 +42,7 @@ from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.masked import confine
 from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.merge import merge_masked
+from axolotl_loram.nodes import NodeCallback
 from axolotl_loram.plan import RECORD_FILE, summary
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.quantized import prepare_packed, store_small_once_sized
@@ -130,7 +131,7 @@ class LoRAMPlugin(BasePlugin):
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""
         if self.alignment is not None:
-            return []  # `prepare_trainer` adds its own, which needs the trainer
+            return [NodeCallback()]  # `prepare_trainer` adds another, which needs the trainer
         return [LoRAMCallback(lambda: self.run)]
 
     def post_train_unload(self, cfg: Any) -> None:
