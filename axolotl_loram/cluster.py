@@ -162,7 +162,7 @@ def align_plan(asked: AlignRequest) -> dict[str, Any]:
     Raises:
         LoRAMError: The model is not to be had, or a buffer for NVMe is too small.
     """
-    base, pruned, counted = sizes(asked.model)
+    _, pruned, counted = sizes(asked.model)
     layout, run, zero = Layout.of(pruned), asked.model.run, asked.zero
     ranks = asked.nodes * asked.gpus
     weights = weights_of(layout, asked.train_lm_head)
@@ -282,8 +282,8 @@ def align_report(result: Mapping[str, Any]) -> str:
 
 
 NOTE = (
-    "Weights, gradients and optimizer are exact; gathered weights, activations and logits are not at "
-    "their\nhighest at once, nor is the step: the peak is the worst moment. Nothing here was "
+    "Weights, gradients and optimizer are exact; gathered weights, activations and logits are not "
+    "at their\nhighest at once, nor is the step: the peak is the worst moment. Nothing here was "
     "measured on a GPU."
 )
 

@@ -1,9 +1,9 @@
 """Nodes with disks of their own: what one rank wrote, others read when training goes on.
 
-Of a checkpoint, the trainer and DeepSpeed write `trainer_state.json`, `scheduler.pt` and `latest` on
-global rank 0 only, and read them on every rank (transformers 5.16, DeepSpeed 0.18.9); Axolotl has no
-key for `save_on_each_node`, which would also write weights that are not there. So they are brought
-along. Its share of weights and optimizer each rank writes and reads by itself.
+Of a checkpoint, the trainer and DeepSpeed write `trainer_state.json`, `scheduler.pt` and `latest`
+on global rank 0 only, and read them on every rank (transformers 5.16, DeepSpeed 0.18.9); Axolotl
+has no key for `save_on_each_node`, which would also write weights that are not there. So they are
+brought along. Its share of weights and optimizer each rank writes and reads by itself.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def last_on_all_ranks(checkpoints: Sequence[Path]) -> str | None:
         missing = [rank for rank, found in enumerate(present) if not any(found)]
         raise LoRAMError(
             f"expected a checkpoint that every rank has its share of, found none: ranks {missing} "
-            f"have no share of {names[0]}: bring the node's own files back, or name a new output_dir"
+            f"have no share of {names[0]}: bring the node's own files back, or start anew"
         )
     return None
 
 
 def bring_state(checkpoint: Path) -> None:
-    """Write what only rank 0 wrote of a checkpoint to the disks that lack it; all ranks call this."""
+    """Write what only rank 0 wrote of a checkpoint to disks that lack it; all ranks call this."""
     found = {name: checkpoint / name for name in BROUGHT if (checkpoint / name).exists()}
     state = from_first_rank({name: file.read_bytes() for name, file in found.items()})
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -39,6 +39,7 @@ from axolotl_loram.checkpoint import ADAPTER_FILE
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
+from axolotl_loram.loading import read_once
 from axolotl_loram.masked import confine
 from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.merge import merge_masked
@@ -90,6 +91,8 @@ class LoRAMPlugin(BasePlugin):
         """Put the pruned model in the base's place: of all commands, only `train` comes here."""
         if preprocess:
             return None
+        if cfg.deepspeed:
+            read_once()
         if not aligns(cfg):
             self.run = begin_training(cfg)
             return None

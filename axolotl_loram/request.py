@@ -103,7 +103,7 @@ def request(
 
 
 def options_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Given options, as fields of `PruningArgs` and of `TrainingArgs`; None stands for not given."""
+    """Options, as fields of `PruningArgs` and of `TrainingArgs`; None stands for not given."""
     given = {name: value for name, value in options.items() if value is not None}
     training = {name: given.pop(name) for name in list(given) if name in TrainingArgs.model_fields}
     return given, training

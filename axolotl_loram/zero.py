@@ -103,8 +103,8 @@ def read_zero(file: Path) -> Zero:
     section = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(section, dict):
         raise LoRAMError(
-            f"expected {file} to be a DeepSpeed config with zero_optimization, found none: give one "
-            "such as deepspeed_configs/zero3.json"
+            f"expected {file} to be a DeepSpeed config with zero_optimization, found none: give "
+            "one such as deepspeed_configs/zero3.json"
         )
     return zero_of(section, config.get("data_types") or {}, str(file))
 

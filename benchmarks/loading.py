@@ -1,10 +1,10 @@
 """Host memory of loading a checkpoint under ZeRO-3, per rank: anonymous pages and mapped files.
 
-Makes a checkpoint of random bfloat16 weights (Llama, or Mixtral, whose experts are stored one by one
-and stacked in memory), and loads it on two ranks of a CPU as transformers does, and with
-`axolotl_loram.loading.read_once`. Anonymous pages are a rank's own; mapped ones are page cache, which
-all ranks share and the kernel takes back. On a CPU a rank's share of the weights, and each weight
-while it is sent around, are host memory too: `share_bytes` of `anonymous_bytes` would be on a GPU.
+Makes a checkpoint of random bfloat16 weights (Llama, or Mixtral, whose experts are stored one by
+one and stacked in memory), and loads it on two ranks of a CPU as transformers does, and with
+`axolotl_loram.loading.read_once`. Anonymous pages are a rank's own; mapped ones are page cache,
+which all ranks share and the kernel takes back. On a CPU a rank's share of the weights, and each
+weight while it is sent around, are host memory too: on a GPU, `share_bytes` would not be.
 
     python benchmarks/loading.py [--family mixtral] [--csv]
 """

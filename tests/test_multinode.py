@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,11 @@ class Node:
         )
 
     def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """All processes of the node at once: torchrun's ranks are in sessions of their own."""
+        pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
+        for pid in pids.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         self.process.wait()
 
     def wait(self, seconds):
@@ -92,7 +97,7 @@ def nodes(tmp_path):
         yield made
     finally:
         for node in made:
-            if node.process is not None and node.process.poll() is None:
+            if node.process is not None:
                 node.kill()
             subprocess.run(["ip", "netns", "delete", node.name], check=False)
 

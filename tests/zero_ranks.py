@@ -97,8 +97,8 @@ def run(file: Path, folder: Path) -> dict:
         losses.append(float(loss))
     found = measured(engine)
     engine.save_checkpoint(str(folder))
-    files = [file for file in folder.rglob("*.pt")]
-    return found | {"losses": losses, "checkpoint": sum(f.stat().st_size for f in files)}
+    written = sum(file.stat().st_size for file in folder.rglob("*.pt"))
+    return found | {"losses": losses, "checkpoint": written}
 
 
 if __name__ == "__main__":
