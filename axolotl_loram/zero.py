@@ -132,17 +132,15 @@ def zero_of(section: Mapping[str, Any], data_types: Mapping[str, Any], file: str
                 f"expected offload_{what} to none, cpu or nvme (parameters, and anything to nvme, "
                 f"under stage 3 only), found {place} under stage {stage} in {file}"
             )
-    sizes = {
-        "reduce_bucket": section.get("reduce_bucket_size", 5 * 10**8),
-        "prefetch_bucket": section.get("stage3_prefetch_bucket_size", 5 * 10**7),
-        "persistent_below": section.get("stage3_param_persistence_threshold", 10**5),
-    }
     accumulated = data_types.get("grad_accum_dtype")
     return Zero(
         stage,
-        *places,
+        optimizer=places[0],
+        parameters=places[1],
         pinned_optimizer=bool(optimizer.get("pin_memory")),
-        **{name: None if size == "auto" else int(size) for name, size in sizes.items()},
+        reduce_bucket=_size(section.get("reduce_bucket_size", 5 * 10**8)),
+        prefetch_bucket=_size(section.get("stage3_prefetch_bucket_size", 5 * 10**7)),
+        persistent_below=_size(section.get("stage3_param_persistence_threshold", 10**5)),
         live=int(section.get("stage3_max_live_parameters", 10**9)),
         sub_group=int(section.get("sub_group_size", 10**9)),
         overlaps=bool(section.get("overlap_comm", stage == 3)),
@@ -152,6 +150,10 @@ def zero_of(section: Mapping[str, Any], data_types: Mapping[str, Any], file: str
         parameter_buffer=int(parameters.get("buffer_size", 10**8)),
         parameters_in_host=int(parameters.get("max_in_cpu", 10**9)),
     )
+
+
+def _size(value: Any) -> int | None:
+    return None if value == "auto" else int(value)
 
 
 @dataclass(frozen=True)
