@@ -19,6 +19,7 @@ from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.assemble import assemble, remove_weights
 from axolotl_loram.checkpoint import Checkpoint, write_json
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.nodes import STATE_FILE, bring_state, last_on_all_ranks
 from axolotl_loram.overrides import check_sharding
 from axolotl_loram.pairing import check_pruned, read_record
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, SCHEMA_VERSION, PruningPlan
@@ -26,8 +27,6 @@ from axolotl_loram.sources import find_folder, stored_config
 
 LOG = logging.getLogger(__name__)
 TRAINING_FOLDER = "training"
-STATE_FILE = "trainer_state.json"
-"""What the trainer writes last into a checkpoint: where it is missing, the rest may be too."""
 NAMED = ("path", "name", "split", "data_files", "type", "field", "text_column", "revision", "skip")
 
 
@@ -184,11 +183,14 @@ def choose_checkpoint(cfg: Any, run: Alignment) -> None:
     """
     found = cfg.resume_from_checkpoint
     if not found and cfg.auto_resume_from_checkpoints:
-        found = _from_first_rank(_last_checkpoint(run.trained))
+        found = last_on_all_ranks(_whole_checkpoints(run.trained))
         cfg.auto_resume_from_checkpoints = False
         cfg.resume_from_checkpoint = found
         LOG.info("resuming from %s", found or "no checkpoint: there is none that is whole")
-    if not found or not is_first_rank():
+    if not found:
+        return
+    bring_state(Path(found))
+    if not is_first_rank():
         return
     if not (Path(found) / STATE_FILE).exists():
         raise LoRAMError(
@@ -203,22 +205,9 @@ def choose_checkpoint(cfg: Any, run: Alignment) -> None:
         )
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The checkpoint of the most steps that is whole."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    numbered = {int(path.name.partition("-")[2]): path for path in whole}
-    return str(numbered[max(numbered)]) if numbered else None
-
-
-def _from_first_rank(value: str | None) -> str | None:
-    """The value that global rank 0 has, where there are several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return value
-    from accelerate.utils import broadcast_object_list
-
-    shared = [value]
-    broadcast_object_list(shared)
-    return shared[0]
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """The trainer's checkpoints that are whole, as far as this disk tells."""
+    return [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
 
 
 def _data_sets(cfg: Any) -> list[Any]:

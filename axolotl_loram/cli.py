@@ -119,6 +119,16 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an ex
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw the memory of the methods to this file."
 )
+@click.option(
+    "--stage",
+    type=click.Choice(["train", "align"]),
+    help="What is planned: LoRA, or aligning the pruned model; by default what a YAML says.",
+)
+@click.option(
+    "--deepspeed", metavar="FILE", help="align: DeepSpeed config; by default what a YAML names."
+)
+@click.option("--nodes", type=int, default=1, show_default=True, help="align: machines.")
+@click.option("--gpus-per-node", type=int, default=1, show_default=True, help="align: of each.")
 @revision_option
 @json_option
 def plan(
@@ -127,20 +137,35 @@ def plan(
     adapter: str | None,
     fit: str | None,
     plot: Path | None,
+    stage: str | None,
+    deepspeed: str | None,
+    nodes: int,
+    gpus_per_node: int,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Count what pruning MODEL would leave, and predict the memory of training.
 
     MODEL is a folder, a config.json, a hub id, or an Axolotl YAML, which says everything else too.
-    The memory is that of one GPU for LoRA, QLoRA, LoRAM and QLoRAM.
+    The memory is that of one GPU for LoRA, QLoRA, LoRAM and QLoRAM. With --stage align it is that
+    of each GPU and each node, for training all of the pruned model under DeepSpeed.
     """
+    from axolotl_loram import cluster
     from axolotl_loram.request import request
 
     try:
-        asked = request(model, revision, options, adapter, fit)
+        if cluster.is_alignment(model, stage):
+            where = (deepspeed, nodes, gpus_per_node)
+            wanted = cluster.align_request(model, revision, options, *where)
+        else:
+            wanted = None
+            asked = request(model, revision, options, adapter, fit)
     except LoRAMError as error:
         raise click.UsageError(str(error)) from None
+    if wanted is not None:
+        found = cluster.align_plan(wanted)
+        click.echo(json.dumps(found) if as_json else cluster.align_report(found))
+        return
     from axolotl_loram import planning
 
     result = planning.plan(asked)

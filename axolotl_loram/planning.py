@@ -31,7 +31,7 @@ def plan(asked: Request) -> dict[str, Any]:
     fitted: dict[str, Any] = {}
     if asked.budget is not None:
         asked, fitted = _fit(asked, asked.budget)
-    base, pruned, counted = _sizes(asked)
+    base, pruned, counted = sizes(asked)
     if embedding_module(base) is None:
         LOG.warning("memory is planned for language models only: %s is counted", base["model_type"])
         return counted
@@ -78,7 +78,7 @@ def _fit(asked: Request, budget: int) -> tuple[Request, dict[str, Any]]:
     }
 
 
-def _sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
+def sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
     """Configs of base and pruned model, and what `plan.summary` counts."""
     if asked.pruned:
         found = PruningPlan.load(find_folder(*asked.pruned, patterns=["config.json", "loram*"]))

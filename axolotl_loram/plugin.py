@@ -40,9 +40,11 @@ from axolotl_loram.axolotl_data import training_data
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
+from axolotl_loram.loading import read_once
 from axolotl_loram.masked import confine
 from axolotl_loram.merge import merge_masked
 from axolotl_loram.monitor import RecoveredEvaluation, check_can_evaluate
+from axolotl_loram.nodes import NodeCallback
 from axolotl_loram.objective import prepare_objective
 from axolotl_loram.plan import summary
 from axolotl_loram.progress import progress_bar
@@ -91,6 +93,8 @@ class LoRAMPlugin(BasePlugin):
         """Put the pruned model in the base's place: of all commands, only `train` comes here."""
         if preprocess:
             return None
+        if cfg.deepspeed:
+            read_once()
         if not aligns(cfg):
             check_can_evaluate(cfg)
             self.run = begin_training(cfg)
@@ -134,7 +138,7 @@ class LoRAMPlugin(BasePlugin):
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""
         if self.alignment is not None:
-            return []  # `prepare_trainer` adds its own, which needs the trainer
+            return [NodeCallback()]  # `prepare_trainer` adds another, which needs the trainer
         return [LoRAMCallback(lambda: self.run)]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:

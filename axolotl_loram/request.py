@@ -75,8 +75,7 @@ def request(
     Raises:
         LoRAMError: The YAML cannot be read, nothing says how to prune, or a setting is not allowed.
     """
-    given = {name: value for name, value in (options or {}).items() if value is not None}
-    training = {name: given.pop(name) for name in list(given) if name in TrainingArgs.model_fields}
+    given, training = options_of(options or {})
     cfg = read_yaml(Path(model)) if model.endswith((".yml", ".yaml")) else {}
     section = cfg.get("loram") or {}
     if fit is not None and "ratio" in given:
@@ -101,6 +100,13 @@ def request(
         None if fit is None else parse_size(fit),
         tuple(key for key in NOT_COUNTED if cfg.get(key)),
     )
+
+
+def options_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options, as fields of `PruningArgs` and of `TrainingArgs`; None stands for not given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    training = {name: given.pop(name) for name in list(given) if name in TrainingArgs.model_fields}
+    return given, training
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

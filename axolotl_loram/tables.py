@@ -61,7 +61,7 @@ def memory_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
         "loading takes\nare not at their highest at once: the peak is the worst moment. Nothing "
         "here was measured on a GPU."
     )
-    return f"{_columns(shown)}\n\n{note}"
+    return f"{columns(shown)}\n\n{note}"
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
         for name, held in result["perplexity"].items()
         for other, share in held.get("share_of_gain", {}).items()
     ]
-    return "\n".join([_columns(rows), "", "perplexity or score, ± standard error", *shares])
+    return "\n".join([columns(rows), "", "perplexity or score, ± standard error", *shares])
 
 
 def _measured(value: float | None, error: float | None, digits: int) -> str:
@@ -91,7 +91,8 @@ def _measured(value: float | None, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + (f" ±{error:.{digits}f}" if error is not None else "")
 
 
-def _columns(rows: Mapping[str, Sequence[str]]) -> str:
+def columns(rows: Mapping[str, Sequence[str]]) -> str:
+    """Names and cells, one row to a line."""
     left = max(map(len, rows))
     width = max(len(cell) for row in rows.values() for cell in row) + 2
     return "\n".join(
