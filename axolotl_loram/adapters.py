@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from axolotl_loram.architecture import Config
-from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, read_json
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor
 from axolotl_loram.checks import Finding, Subject, check_digest
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.matching import ADAPTER_CONFIG, LORA_AXES, match, split_name
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.sources import find_local_file, load_config
+from axolotl_loram.untrusted import read_json
 
 PARTNERS = {
     "lora_A.weight": "lora_B.weight",

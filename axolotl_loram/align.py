@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.assemble import assemble, remove_weights
 from axolotl_loram.checkpoint import Checkpoint, write_json
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.nodes import STATE_FILE, bring_state, last_on_all_ranks
 from axolotl_loram.overrides import check_sharding
 from axolotl_loram.pairing import check_pruned, read_record

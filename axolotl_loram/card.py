@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from axolotl_loram.architecture import embedding_module, layer_count, sizes_of
-from axolotl_loram.checkpoint import read_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.inspection import EVALUATION_FILE, alignment_line, calibration_line
 from axolotl_loram.memory import METHODS, compare
@@ -20,6 +19,7 @@ from axolotl_loram.records import refit_summary
 from axolotl_loram.sources import find_folder, find_local_file, is_hub_id
 from axolotl_loram.spaces import Group
 from axolotl_loram.training import TrainingArgs
+from axolotl_loram.untrusted import read_json
 
 PLOT_FILE = "kept_width.png"
 LICENCE_KEYS = ("license", "license_name", "license_link")

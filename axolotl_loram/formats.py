@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_loram.architecture import Config, family_of
-from axolotl_loram.args import NATIVE, QLORAM, LoRAMConfig
+from axolotl_loram.args import NATIVE, QLORAM
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.spaces import EMBEDDING, HEAD
 
 LOG = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from typing import Any
 
 from axolotl_loram.axolotl_data import one_line
 from axolotl_loram.candidates import Candidate
-from axolotl_loram.checkpoint import read_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.perplexity import fitting
+from axolotl_loram.untrusted import read_json
 
 FOLDER = Path(__file__).parent / "tasks"
 OWN = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}

@@ -29,7 +29,7 @@ from axolotl_loram import __version__
 from axolotl_loram.architecture import layer_pieces, with_defaults
 from axolotl_loram.assemble import CARRIED, aligned_record
 from axolotl_loram.calibration import Calibration, load_calibration
-from axolotl_loram.checkpoint import Checkpoint, StoredTensor, read_json, write_json
+from axolotl_loram.checkpoint import Checkpoint, StoredTensor, write_json
 from axolotl_loram.compensate import split
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.gathering import write_weights
@@ -40,6 +40,7 @@ from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.records import versions
 from axolotl_loram.sources import find_folder
 from axolotl_loram.streaming import TORCH_DTYPES, LayerStream, to_bits
+from axolotl_loram.untrusted import read_json
 from axolotl_loram.walk import Walk
 from axolotl_loram.work import Work, resumable
 

@@ -22,17 +22,18 @@ import torch
 from transformers import TrainerCallback
 
 from axolotl_loram.architecture import layer_fields
-from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.candidates import load_model, with_adapter
-from axolotl_loram.checkpoint import Checkpoint, read_json
+from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.evaluate import BATCH_SIZE, GPU_BATCH_SIZE, LONGEST
 from axolotl_loram.findings import exp, mean_loss
 from axolotl_loram.heldout import HeldOut, from_rows, held_out
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.perplexity import document_losses, fitting
 from axolotl_loram.recover import recover
 from axolotl_loram.runs import Run
 from axolotl_loram.sources import find_local_weights
+from axolotl_loram.untrusted import read_json
 
 LOG = logging.getLogger(__name__)
 LOSS, PERPLEXITY = "eval_loram_recovered_loss", "eval_loram_recovered_perplexity"

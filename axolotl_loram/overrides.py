@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.checkpoint import read_json
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.untrusted import read_json
 
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 FULL = "FULL_STATE_DICT"

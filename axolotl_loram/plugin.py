@@ -35,12 +35,12 @@ from axolotl_loram.align import (
     finish_alignment,
     is_first_rank,
 )
-from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.axolotl_data import training_data
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.loading import read_once
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.masked import confine
 from axolotl_loram.merge import merge_masked
 from axolotl_loram.monitor import RecoveredEvaluation, check_can_evaluate
@@ -76,7 +76,7 @@ class LoRAMPlugin(BasePlugin):
 
     def get_input_args(self) -> str:
         """The schema of the `loram:` section."""
-        return "axolotl_loram.args.LoRAMArgs"
+        return "axolotl_loram.loram_args.LoRAMArgs"
 
     def register(self, cfg: Any) -> None:
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from axolotl_loram.architecture import Config, tensors
-from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.formats import Formats, check_trains_packed, choose_formats
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.prequantized import packed_weights
 from axolotl_loram.sources import load_config
 from axolotl_loram.spaces import HEAD

@@ -6,8 +6,8 @@ import logging
 import os
 from typing import Any
 
-from axolotl_loram.args import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.recover import unrecoverable
 

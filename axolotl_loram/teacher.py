@@ -25,7 +25,6 @@ from axolotl_loram.checkpoint import (
     Checkpoint,
     StoredTensor,
     open_safetensors,
-    read_json,
     sync,
     write_json,
     write_safetensors,
@@ -35,6 +34,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.sources import load_config
 from axolotl_loram.streaming import LayerStream, to_bits
+from axolotl_loram.untrusted import read_json
 from axolotl_loram.walk import Walk
 from axolotl_loram.work import Work, resumable
 

@@ -32,12 +32,13 @@ from axolotl_loram.align import (
     heldout_losses,
     label_tokens,
 )
-from axolotl_loram.args import LoRAMConfig, PruningArgs
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.assemble import assemble
 from axolotl_loram.axolotl_data import load_yaml, training_data
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.overrides import check_deepspeed, check_sharding
 from axolotl_loram.pairing import check_pruned, read_record
 from axolotl_loram.plan import PruningPlan

@@ -18,10 +18,11 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from axolotl_loram import teacher as teachers
 from axolotl_loram.align import begin_alignment
-from axolotl_loram.args import LoRAMConfig, PruningArgs
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.distil import IGNORED, Targets, distillation_loss
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.objective import prepare_objective, seen
 from axolotl_loram.prune import prune
 from axolotl_loram.support import check_supported

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_loram import masked
 from axolotl_loram.architecture import tensors
-from axolotl_loram.args import LoRAMArgs, LoRAMConfig, PruningArgs
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.loram_args import LoRAMArgs, LoRAMConfig
 from axolotl_loram.masked import MaskedLora, MaskedUpdate, confine, pack
 from axolotl_loram.merge import merge_masked
 from axolotl_loram.plan import Base, PruningPlan, mask_digest

@@ -11,9 +11,10 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from safetensors.torch import load_file
 from test_recover import train_on
 
-from axolotl_loram.args import LoRAMArgs, PruningArgs
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.cache import calibrate, prune_into_cache
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.loram_args import LoRAMArgs
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.plugin import LoRAMPlugin
 from axolotl_loram.prune import prune

@@ -9,7 +9,7 @@ import yaml
 from axolotl.utils.dict import DictDefault
 from families import ALSO, FAMILIES, TRAINED, table
 
-from axolotl_loram.args import LoRAMArgs
+from axolotl_loram.loram_args import LoRAMArgs
 from axolotl_loram.support import check_supported
 
 ROOT = Path(__file__).resolve().parent.parent

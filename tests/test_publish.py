@@ -11,9 +11,10 @@ from hub_server import TOKEN, Hub
 from huggingface_hub import constants
 from test_recover import linear_shapes, write_adapter
 
-from axolotl_loram.args import LoRAMArgs, PruningArgs
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.cli import main
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.loram_args import LoRAMArgs
 from axolotl_loram.pairing import check_pruned
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.prune import prune

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.args import LoRAMConfig, PruningArgs
+from axolotl_loram.args import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.formats import Formats, choose_formats
+from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.prune import prune
 from axolotl_loram.quantized import (
     OffloadedEmbedding,
