@@ -9,6 +9,7 @@ and random numbers go on as if nothing had been.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -144,7 +145,7 @@ class RecoveredEvaluation(TrainerCallback):
         with random_state_kept():
             loss = self.loss()
         wanted = control.should_log  # logging by the way must not stand in for the trainer's own
-        self.trainer.log({LOSS: loss, PERPLEXITY: exp(loss)})
+        self.trainer.log({LOSS: loss, PERPLEXITY: exp(loss) or math.inf})
         control.should_log = wanted
 
     def loss(self) -> float:
