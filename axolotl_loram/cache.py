@@ -40,8 +40,7 @@ def prune_into_cache(
     Returns:
         Its folder.
     """
-    default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
-    cache, base = Path(cache_dir or default).expanduser(), find_folder(model, revision)
+    cache, base = cache_folder(cache_dir), find_folder(model, revision)
     calibration = calibrate(settings, base, rows) if settings.needs_calibration else None
     stem = re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1])
 
@@ -54,6 +53,12 @@ def prune_into_cache(
     read = calibration and calibration.record()
     identity = [SCHEMA_VERSION, Checkpoint(base).fingerprint(), how, read]
     return made_once(cache / f"{stem}-{settings.method}", identity, make)
+
+
+def cache_folder(named: str | None) -> Path:
+    """The folder that is named, or $AXOLOTL_LORAM_CACHE, or ~/.cache/axolotl-loram."""
+    default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
+    return Path(named or default).expanduser()
 
 
 def calibrate(settings: PruningArgs, base: Path, rows: Rows | None) -> Calibration:

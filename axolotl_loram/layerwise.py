@@ -26,7 +26,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import axolotl_loram.heterogeneous  # noqa: F401  (builds the pruned layers)
 from axolotl_loram import __version__
-from axolotl_loram.architecture import layer_pieces, with_defaults
+from axolotl_loram.architecture import layer_pieces, sizes_of, with_defaults
 from axolotl_loram.assemble import CARRIED, aligned_record
 from axolotl_loram.calibration import Calibration, load_calibration
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor, write_json
@@ -42,7 +42,7 @@ from axolotl_loram.sources import find_folder
 from axolotl_loram.streaming import TORCH_DTYPES, LayerStream, to_bits
 from axolotl_loram.untrusted import read_json
 from axolotl_loram.walk import Walk
-from axolotl_loram.work import Work, resumable
+from axolotl_loram.work import Work, check_free, resumable
 
 LOG = logging.getLogger(__name__)
 WARMUP = 0.1
@@ -111,6 +111,10 @@ def align_layers(
         "settings": {**settings.model_dump(), "device": device},
         "calibration": calibration.record(),
     }
+    states = calibration.tokens.size * sizes_of(pair.plan.config)["hidden"] * 4
+    weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    remedy = "make room, choose another disk, or align on fewer --calibration-samples"
+    check_free(output, identity, 4 * states + 2 * weights, remedy)
     with resumable(output, identity, overwrite) as work:
         replaced, errors = _align(pair, work, settings, device, calibration.tokens, progress)
         files = write_weights(checkpoint, pair.unchanged, work.result, progress, replaced)

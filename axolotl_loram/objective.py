@@ -9,7 +9,6 @@ held-out losses of all objectives compare.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from axolotl_loram.align import Alignment
+from axolotl_loram.cache import cache_folder
 from axolotl_loram.checkpoint import Checkpoint, made_once
 from axolotl_loram.distil import IGNORED, Targets, distillation_loss
 from axolotl_loram.pairing import check_base
@@ -100,8 +100,6 @@ def _outputs(run: Alignment, base: Path, trainer: Any) -> Path:
     """The folder of the base's outputs on the training data, made by whichever rank comes first."""
     section = run.section
     sequences = distinct(seen(trainer))
-    default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
-    cache = Path(section.cache_dir or default).expanduser()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     digest, top_k = data_digest(sequences), section.teacher_top_k
     identity = [SCHEMA_VERSION, Checkpoint(base).fingerprint(), digest, top_k, device]
@@ -111,7 +109,7 @@ def _outputs(run: Alignment, base: Path, trainer: Any) -> Path:
         with progress_bar("teacher") as progress:
             make_teacher(base, sequences, folder, top_k, device, progress)
 
-    return made_once(cache / "teacher", identity, make)
+    return made_once(cache_folder(section.cache_dir) / "teacher", identity, make)
 
 
 def seen(trainer: Any) -> Iterator[np.ndarray]:

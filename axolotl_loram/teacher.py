@@ -11,8 +11,7 @@ the padding, and also when a run is resumed.
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from axolotl_loram.sources import load_config
 from axolotl_loram.streaming import LayerStream, to_bits
 from axolotl_loram.untrusted import read_json
 from axolotl_loram.walk import Walk
-from axolotl_loram.work import Work, resumable
+from axolotl_loram.work import Work, check_free, resumable
 
 TEACHER_FILE = "teacher.json"
 DIGEST_BYTES = 16
@@ -173,7 +172,8 @@ def make_teacher(
         "sha256": data_digest(sequences),
         "files": [f"teacher-{number:05}.safetensors" for number in range(len(parts))],
     }
-    _check_room(output, record, parts, stream)
+    remedy = "give fewer tokens, a smaller teacher_top_k, or another disk (cache_dir)"
+    check_free(output, record, _needed_bytes(record, parts, stream), remedy)
     with resumable(output, record) as work:
         for part, name in zip(parts, record["files"], strict=True):
             if not (work.result / name).exists():
@@ -219,20 +219,12 @@ def _parts(sequences: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield part
 
 
-def _check_room(
-    output: Path, record: dict[str, Any], parts: Sequence[list[np.ndarray]], stream: LayerStream
-) -> None:
+def _needed_bytes(
+    record: Mapping[str, Any], parts: Sequence[list[np.ndarray]], stream: LayerStream
+) -> int:
     padded = max(len(part) * len(part[-1]) for part in parts)
     states = 2 * padded * stream.hidden_size * stream.dtype.itemsize
-    needed = states + record["tokens"] * (6 * record["top_k"] + 4)
-    existing = next(path for path in output.resolve().parents if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise LoRAMError(
-            f"expected {needed / 2**30:.3g} GiB free for the teacher's outputs on "
-            f"{record['tokens']:,} tokens, found {free / 2**30:.3g} GiB in {existing}: give fewer "
-            "tokens, a smaller teacher_top_k, or another disk"
-        )
+    return states + record["tokens"] * (6 * record["top_k"] + 4)
 
 
 def _write_part(

@@ -77,6 +77,28 @@ def work_folder(target: Path, identity: Mapping[str, Any]) -> Path:
     return target.resolve().with_name(f".{target.resolve().name}.{digest[:16]}")
 
 
+def check_free(target: Path, identity: Mapping[str, Any], needed: int, remedy: str) -> None:
+    """Refuse to start a job without the disk space that it takes, what it has done counted in.
+
+    Args:
+        target: As `resumable`'s.
+        identity: As `resumable`'s.
+        needed: Bytes of the result and of the work on it.
+        remedy: What to do otherwise.
+
+    Raises:
+        LoRAMError: Too little is free.
+    """
+    existing = next(path for path in target.resolve().parents if path.exists())
+    done = [file for file in work_folder(target, identity).rglob("*") if file.is_file()]
+    found = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in done)
+    if found < needed:
+        raise LoRAMError(
+            f"expected {needed / 2**30:.3g} GiB free for {target} and the work on it, found "
+            f"{found / 2**30:.3g} GiB in {existing}: {remedy}"
+        )
+
+
 @contextmanager
 def resumable(target: Path, identity: Mapping[str, Any], overwrite: bool = False) -> Iterator[Work]:
     """The work on `target`; its result becomes `target` when the block ends.

@@ -1,6 +1,7 @@
 """Layer-wise alignment: nearer to the base, the same plan, resumable to the same bits."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.pairing import check_pruned
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.prune import prune
+from axolotl_loram.streaming import LayerStream
 
 TOKENS = text_tokens(samples=16, length=48)
 TEXT = Calibration(TOKENS, "a test", 0)
@@ -124,6 +126,13 @@ def test_models_that_do_not_belong_together_are_refused(make_model, pruned, tmp_
     with pytest.raises(LoRAMError, match="would fill the zeros of a sparse model"):
         align_layers(str(sparse), tmp_path / "out", ARGS, calibration=TEXT)
     assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_is_said_before_the_work(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(LayerStream, "__init__", None)
+    with pytest.raises(LoRAMError, match=r"GiB free for .*/out .* fewer --calibration-samples"):
+        align_layers(str(pruned()[1]), tmp_path / "out", ARGS, calibration=TEXT)
 
 
 def test_the_dtype_of_the_checkpoint_is_kept(make_model, tmp_path):
