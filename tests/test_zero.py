@@ -86,7 +86,7 @@ def test_weights_that_one_rank_reads_are_everywhere(mixtral, deepspeed):
         assert rank[mixtral.stem] == pytest.approx(expected, rel=1e-9)
 
 
-def test_ranks_but_the_first_convert_shapes(mixtral):
+def test_ranks_but_the_first_convert_shapes():
     model = build_model("deepseek_v3")
     given = model.state_dict()
     found = shapes_of(given, model)
