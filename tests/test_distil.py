@@ -76,10 +76,11 @@ def test_what_is_not_listed_counts_as_one_event():
     assert not slope[labels == IGNORED].any() and slope[counts].any(-1).all()
 
 
-def test_a_model_in_16_bits_gets_its_derivative_in_16_bits():
+def test_a_model_in_16_bits_holds_its_derivative_in_16_bits():
     student, _, targets, labels = logits_and_targets(5)
     half = student.detach().bfloat16().requires_grad_()
     loss = distillation_loss(half, targets, labels)
+    assert [held.dtype for held in loss.grad_fn.saved_tensors] == [torch.bfloat16]
     (slope,) = torch.autograd.grad(loss, half)
     (exact,) = torch.autograd.grad(distillation_loss(student, targets, labels), student)
     assert loss.dtype == torch.float32 and slope.dtype == torch.bfloat16
