@@ -71,15 +71,20 @@ class LayerStream:
 
     Attributes:
         device: Where layers run.
-        dtype: What they run in: float32 on a CPU, bfloat16 on a GPU.
+        dtype: What they run in: by default float32 on a CPU, bfloat16 on a GPU.
         four_bit: Whether linear layers are held in NF4.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: Config, device: str, four_bit: bool = False
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        device: str,
+        four_bit: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.checkpoint, self.device, self.four_bit = checkpoint, torch.device(device), four_bit
-        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         self.config, self.family = config, family_of(config)
         self.model = _empty_model(config, self.dtype)
         self.layers: Any = self.model.get_submodule(self.family.layers)
