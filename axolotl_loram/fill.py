@@ -22,7 +22,7 @@ import axolotl_loram.heterogeneous  # noqa: F401  (builds the pruned layers)
 from axolotl_loram.architecture import layer_weights
 from axolotl_loram.args import FillArgs, PruningArgs
 from axolotl_loram.calibration import Calibration, load_calibration
-from axolotl_loram.checkpoint import Checkpoint
+from axolotl_loram.checkpoint import Checkpoint, read_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fit import fit, fittable
 from axolotl_loram.lora import Adapter, below, read_loras
@@ -220,6 +220,11 @@ def _find(
         raise LoRAMError(
             f"expected a model that units were removed from, found {pruned} with its layers whole: "
             "its adapter has no pruned features to fill"
+        )
+    if "quantization_config" in read_json(pruned / "config.json"):
+        raise LoRAMError(
+            f"expected a pruned model in 16 or 32 bits to fill from, found {pruned} in 4 bits: "
+            "give the one it was made from with --pruned-model, or recover with zeros"
         )
     check_base(plan, plan.base.id, plan.base.revision)
     base = find_folder(plan.base.id, plan.base.revision)
