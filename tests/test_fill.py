@@ -26,10 +26,34 @@ FITTED = FillArgs(fill="fitted", calibration="a test", device="cpu")
 PREFIX = "base_model.model.model.layers"
 
 
-def train(folder, targets="all-linear", **pruning):
-    """A pruned pico model, and an adapter for it as if it were trained."""
-    settings = PruningArgs(**{"ratio": 0.5, "refit": True, "method": "activation", **pruning})
-    prune(str(folder / "base"), folder / "pruned", settings, calibration=TEXT)
+PRUNING = PruningArgs(ratio=0.5, method="random", refit=True)
+
+
+def build(folder):
+    """A pico Llama, pruned at half, in which each removed unit is the twin of a kept one.
+
+    The refit then lets the kept ones stand in for their twins, and there is something to fit.
+    """
+    model = build_model()
+    model.save_pretrained(folder / "base")
+    prune(str(folder / "base"), folder / "pruned", PRUNING, calibration=TEXT)  # the seed decides
+    for entry, kept in PruningPlan.load(folder / "pruned").kept.items():
+        kept, part = torch.from_numpy(kept).long(), model.get_submodule(entry)
+        units = 48 if entry.endswith("mlp") else 2
+        twins = torch.arange(units)
+        twins[[unit for unit in range(units) if unit not in kept.tolist()]] = kept
+        for name, module in part.named_children():
+            axis = 1 if name in ("o_proj", "down_proj") else 0
+            if isinstance(module, torch.nn.Linear):
+                weight = module.weight.data.unflatten(axis, (units, -1))
+                module.weight.data = weight.index_select(axis, twins).flatten(axis, axis + 1)
+    model.save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    prune(str(folder / "base"), folder / "pruned", PRUNING, overwrite=True, calibration=TEXT)
+
+
+def train(folder, targets="all-linear"):
+    """An adapter for the pruned model, as if it were trained."""
     torch.manual_seed(0)
     wanted = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(load(folder / "pruned"), wanted)
@@ -40,13 +64,17 @@ def train(folder, targets="all-linear", **pruning):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An adapter on a pruned Llama, beside its base and its recovery with zeros."""
+    """An adapter on a pruned Llama, beside its base and its recoveries: zeros, fitted."""
     folder = tmp_path_factory.mktemp("fill")
-    build_model().save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
+    build(folder)
     found = train(folder)
     recover(found, output=folder / "zeros")
+    recover_filled(found, FITTED, output=folder / "fitted", calibration=TEXT)
     return found
+
+
+def recorded(adapter):
+    return json.loads((adapter.parent / "fitted/loram.json").read_text())["fill"]
 
 
 def filled(adapter, settings, name, **options):
@@ -66,8 +94,10 @@ def pruned_rows(adapter, module):
 
 
 def test_a_fit_frees_the_pruned_rows_of_b_and_nothing_else(adapter):
-    fitted, record = filled(adapter, FITTED, "rows", calibration=TEXT)
-    zeros = load_file(adapter.parent / "zeros/adapter_model.safetensors")
+    zeros, fitted = (
+        load_file(adapter.parent / name / "adapter_model.safetensors")
+        for name in ("zeros", "fitted")
+    )
     changed = {name for name in zeros if not torch.equal(fitted[name], zeros[name])}
     writers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj")
     free = {f"{layer}.{module}" for layer in (1, 2) for module in (*writers, "mlp.up_proj")}
@@ -76,8 +106,7 @@ def test_a_fit_frees_the_pruned_rows_of_b_and_nothing_else(adapter):
         name, taken = f"{PREFIX}.{module}.lora_B.weight", pruned_rows(adapter, module)
         assert torch.equal(fitted[name][~taken], zeros[name][~taken])
         assert fitted[name][taken].abs().max() > 0 and not zeros[name][taken].any()
-    stored = json.loads((adapter.parent / "rows/loram.json").read_text())
-    assert stored["fill"] == record and record["calibration"] == TEXT.record()
+    assert recorded(adapter)["calibration"] == TEXT.record()
 
 
 def layer_inputs(model, layers, tokens):
@@ -114,10 +143,10 @@ def dense_errors(adapter, name, samples):
 
 
 def test_streaming_fits_what_whole_models_show(adapter):
-    _, record = filled(adapter, FITTED, "dense", calibration=TEXT)
+    record = recorded(adapter)
     _, held_out = split(len(TOKENS))
-    errors = dense_errors(adapter, "dense", held_out)
-    scale = {n: e[1].item() for n, e in dense_errors(adapter, "dense", range(len(TOKENS))).items()}
+    errors = dense_errors(adapter, "fitted", held_out)
+    scale = {n: e[1].item() for n, e in dense_errors(adapter, "fitted", range(len(TOKENS))).items()}
     zeros = dense_errors(adapter, "zeros", held_out)["model.layers.1"][0].item()
     assert set(record["layers"]) == {"model.layers.1", "model.layers.2"}
     for name, found in record["layers"].items():
@@ -129,11 +158,12 @@ def test_streaming_fits_what_whole_models_show(adapter):
     assert first == pytest.approx(zeros / scale["model.layers.1"], rel=1e-3)
 
 
-def test_a_fit_of_one_linear_projection_is_ridge_regression(tmp_path, monkeypatch):
+def test_a_fit_of_one_linear_projection_is_ridge_regression(adapter, tmp_path, monkeypatch):
     """With LoRA on up_proj alone the layer is linear in B: least squares has the answer."""
     monkeypatch.setattr(axolotl_loram.fit, "ITERATIONS", 300)
-    build_model().save_pretrained(tmp_path / "base")
-    adapter = train(tmp_path, ["up_proj"], protect_first=1, protect_last=1)
+    for name in ("base", "pruned"):
+        (tmp_path / name).symlink_to(adapter.parent / name)
+    adapter = train(tmp_path, ["up_proj"])
     fitted, _ = filled(adapter, FITTED, "fitted", calibration=TEXT)
     recover(adapter, output=tmp_path / "zeros")
     samples, _ = split(len(TOKENS))
@@ -162,13 +192,11 @@ def test_a_fit_of_one_linear_projection_is_ridge_regression(tmp_path, monkeypatc
         torch.einsum("...r,...q->rq", low[samples], low[samples]) / low[samples][..., 0].numel()
     )
     moment = moment + 1e-4 * moment.diagonal().mean() * torch.eye(4)
-    energy = change.square().sum() / len(TOKENS)
     weight = axolotl_loram.fit.RIDGE * len(TOKENS[0]) * len(samples) * 4
     ridge = torch.kron(torch.eye(int(taken.sum())), moment) * weight
     solved = torch.linalg.solve(matrix.T @ matrix + ridge, matrix.T @ target).reshape(-1, 4)
     found = fitted[f"{PREFIX}.1.mlp.up_proj.lora_B.weight"][taken].double()
-    assert energy > 0
-    torch.testing.assert_close(found, solved, rtol=2e-2, atol=2e-2 * solved.abs().max())
+    torch.testing.assert_close(found, solved, rtol=2e-2, atol=2e-2 * solved.abs().max().item())
 
 
 def base_without(model, mlp, h):
@@ -181,9 +209,8 @@ def test_the_result_is_an_ordinary_adapter(adapter):
     tokens = torch.from_numpy(TOKENS[:2])
     plain = zeros(input_ids=tokens).logits
     for fill in ("normal", "corrected", "fitted"):
-        settings = FITTED if fill == "fitted" else FillArgs(fill=fill, device="cpu")
-        text = {"calibration": TEXT} if fill == "fitted" else {}
-        recover_filled(adapter, settings, output=adapter.parent / fill, overwrite=True, **text)
+        if fill != "fitted":
+            filled(adapter, FillArgs(fill=fill, device="cpu"), fill)
         model = PeftModel.from_pretrained(load(adapter.parent / "base"), adapter.parent / fill)
         assert (model(input_ids=tokens).logits - plain).abs().max() > 1e-3
         assert model.peft_config["default"].r == 4
@@ -210,10 +237,10 @@ def test_corrected_makes_the_models_agree_along_a():
     a, b, base, pruned = (torch.randn(*s).double() for s in ((3, 8), (6, 3), (6, 8), (6, 8)))
     new = correct(a, b, base - pruned, 2.0, limit=float("inf"))
     torch.testing.assert_close((base + 2 * new @ a) @ a.T, (pruned + 2 * b @ a) @ a.T)
-    limited = correct(a, b, base - pruned, 2.0, limit=0.5)
+    limited = correct(a, b, base - pruned, 2.0, limit=0.02)
     left, values, _ = torch.linalg.svd(a, full_matrices=False)
     along, moved = b @ left * values, (limited - b) @ left * values
-    torch.testing.assert_close(moved.abs().mean(0), 0.5 * along.abs().mean(0))
+    torch.testing.assert_close(moved.abs().mean(0), 0.02 * along.abs().mean(0))
 
 
 def test_corrected_touches_pruned_layers_alone(adapter):
@@ -239,7 +266,8 @@ def test_what_cannot_be_filled_is_refused_in_one_sentence(adapter, tmp_path):
         FillArgs.parse(fill="fitted")
     with pytest.raises(LoRAMError, match="found text with zeros"):
         FillArgs.parse(calibration="text.jsonl")
-    build_model().save_pretrained(tmp_path / "base")
+    for name in ("base", "pruned"):
+        (tmp_path / name).symlink_to(adapter.parent / name)
     readers = train(tmp_path, ["down_proj", "o_proj"])
     with pytest.raises(LoRAMError, match="expected LoRA on a projection that lost outputs"):
         recover_filled(readers, FITTED, output=tmp_path / "none", calibration=TEXT)
