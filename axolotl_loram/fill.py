@@ -107,7 +107,8 @@ def _corrected(job: Job, full: Adapter, narrow: Adapter) -> dict[str, Any]:
         for weight in layer_weights(job.plan.config, index):
             if weight.module not in own or not weight.kinds:
                 continue
-            pair = [layer.get_submodule(weight.module).weight for layer in (ours, theirs)]
+            name = f"{weight.module}.{weight.parameter}"
+            pair = ours.get_parameter(name), theirs.get_parameter(name)
             whole, small = (w.T if weight.transposed else w for w in pair)
             dims = weight.dims[::-1] if weight.transposed else weight.dims
             rows, columns = job.plan.features(dims, index)
