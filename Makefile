@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export AXOLOTL_DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: quickstart test test-fast lint format bench bench-criteria families clean
+.PHONY: quickstart test test-fast lint format bench bench-criteria bench-ablation families clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -48,6 +48,10 @@ bench: .venv/installed
 # An hour on two cores; rows that are there are not run again.
 bench-criteria: .venv/installed
 	$(BIN)/python benchmarks/criteria.py
+
+# An hour on one core alone; rows that are there are not run again.
+bench-ablation: .venv/installed
+	$(BIN)/python benchmarks/ablation.py
 
 # The README's table of families, from their declarations.
 families: .venv/installed

@@ -262,3 +262,39 @@ def check_sparsity(sparsity: Any) -> float | str:
             f"{sparsity!r}: 0.55 sets 55 % of the weights to zero"
         )
     return share
+
+
+class FillArgs(Section):
+    """What a recovered adapter holds for what was pruned: options of `axolotl-loram recover`."""
+
+    fill: Literal["zeros", "normal", "corrected", "fitted"] = Field(
+        default="zeros",
+        description="What the adapter holds for pruned features: zeros (the paper's recovery); "
+        "normal (random values in A, as the reference code's normA); corrected (as EMLoC: B takes "
+        "back what the two models' weights differ by along A); fitted (B such that each layer's "
+        "output changes as in the pruned model, on --calibration text).",
+    )
+    calibration: str | None = Field(
+        default=None,
+        description="Text for fitted: best that of the fine-tuning. A .txt or .jsonl file, an "
+        "Axolotl YAML (its datasets), or a data set on the hub (org/name or org/name:subset).",
+    )
+    calibration_samples: int = Field(
+        default=32, ge=2, description="Sequences of it; an eighth is held out."
+    )
+    calibration_length: int = Field(default=512, ge=2, description="Tokens in each sequence.")
+    device: Literal["cpu", "cuda"] | None = Field(
+        default=None,
+        description="Where to compute; the GPU by default where there is one.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the samples, and of normal.")
+
+    @model_validator(mode="after")
+    def _text_to_fit_on(self) -> FillArgs:
+        if (self.fill == "fitted") != (self.calibration is not None):
+            found = "text" if self.calibration else "none"
+            raise LoRAMError(
+                f"expected --calibration with --fill fitted and with no other, found {found} with "
+                f"{self.fill}: fitted needs text, best that of the fine-tuning"
+            )
+        return self

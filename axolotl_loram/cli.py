@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from axolotl_loram import __version__
+from axolotl_loram.args import FillArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.options import (
@@ -28,6 +29,8 @@ from axolotl_loram.options import (
     training_options,
 )
 from axolotl_loram.outcomes import evaluate, inspect, publish, report
+
+fill_options = schema_options(FillArgs, {})
 
 
 class OneLineErrors(click.Group):
@@ -171,6 +174,7 @@ def prune(
     help="Write the original model itself, with the masked update that was trained on a sparse one "
     "added to its weights.",
 )
+@fill_options
 @overwrite_option
 @json_option
 def recover(
@@ -180,9 +184,22 @@ def recover(
     masked: bool,
     overwrite: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Turn ADAPTER, trained on a pruned model, into an adapter for the original model."""
-    if masked:
+    try:
+        settings = FillArgs.parse(**{k: v for k, v in options.items() if v is not None})
+    except LoRAMError as error:
+        raise click.UsageError(str(error)) from None
+    if masked and settings.fill != "zeros":
+        raise click.UsageError(f"expected --fill zeros with --masked, found {settings.fill}")
+    if settings.fill != "zeros":
+        from axolotl_loram.fill import recover_filled
+        from axolotl_loram.progress import progress_bar
+
+        with progress_bar("recovering") as progress:
+            record = recover_filled(adapter, settings, pruned_model, output, overwrite, progress)
+    elif masked:
         from axolotl_loram.merge import merge_masked
         from axolotl_loram.progress import progress_bar
 

@@ -7,7 +7,6 @@ It is written tensor by tensor, each computed in float32 and rounded to the base
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.utils.other import get_pattern_key
 
 from axolotl_loram.checkpoint import (
     ADAPTER_FILE,
@@ -27,6 +25,7 @@ from axolotl_loram.checkpoint import (
     write_safetensors,
 )
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.lora import scaling
 from axolotl_loram.masked import add_update, pack, read_support
 from axolotl_loram.matching import match, split_name
 from axolotl_loram.pairing import check_base, check_pruned, check_trained_under, read_record
@@ -186,11 +185,8 @@ class _Merger:
         return pack(read_support(self.pruned, self.plan, name))
 
     def scale(self, name: str, rank: int) -> float:
-        """LoRA's scaling s of the module that owns a weight, as PEFT chooses it."""
-        patterns = self.settings.get("alpha_pattern") or {}
-        key = get_pattern_key(list(patterns), name.removesuffix(".weight"))
-        alpha = patterns.get(key, self.settings["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        """LoRA's scaling s of the module that owns a weight."""
+        return scaling(self.settings, name.removesuffix(".weight"), rank)
 
 
 def _factors(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,6 +37,9 @@ from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder, is_hub_id
 from axolotl_loram.untrusted import copy_files, read_json
 
 LOG = logging.getLogger(__name__)
+Filler = Callable[[list[Moved], Mapping[str, Any]], tuple[dict[str, np.ndarray], dict[str, Any]]]
+"""Given an adapter's tensors and its config: bits of those that are not just scattered, by name,
+and what `loram.json` says about them."""
 DEFAULT_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -48,6 +51,7 @@ def recover(
     update: bool = False,
     overwrite: bool = False,
     card: str = "",
+    fill: Filler | None = None,
 ) -> dict[str, Any]:
     """Turn an adapter trained on a pruned model into an ordinary PEFT adapter for the base.
 
@@ -60,6 +64,7 @@ def recover(
         update: Put the files into `output` beside others that it keeps.
         overwrite: Replace what `output` holds.
         card: Text to append to the model card.
+        fill: What to put in the place of zeros (see `fill.filler`); by default, zeros stay.
 
     Returns:
         What the result's `loram.json` says, and "output", the folder.
@@ -75,9 +80,10 @@ def recover(
     moved = match(checkpoint, plan, full_size=False)
     base, output = base or plan.base, output or default_output(adapter)
     LOG.info("recovering %d tensors of %s to %s", len(moved), adapter, output)
+    filled, about = fill(moved, settings) if fill else ({}, None)
     manager = updated_folder(output, ADAPTER_CONFIG) if update else new_folder(output, overwrite)
     with manager as scratch:
-        files = _write_adapter(scratch, moved, Moved.scatter, settings, base)
+        files = _write_adapter(scratch, moved, lambda m: _filled(m, filled), settings, base)
         record = {
             "schema_version": SCHEMA_VERSION,
             "kind": "recovered-adapter",
@@ -86,11 +92,17 @@ def recover(
             "trained": recorded.get("training"),
             "masked": bool(recorded.get("masked")),
             "files": files,
+            **({"fill": about} if about else {}),
         }
         write_json(scratch / RECORD_FILE, record)
         (scratch / "README.md").write_text(model_card(base, card), encoding="utf-8")
         copy_files(adapter, scratch, TOKENIZER_PATTERNS)
     return {**record, "output": str(output)}
+
+
+def _filled(moved: Moved, filled: Mapping[str, np.ndarray]) -> np.ndarray:
+    bits = filled.get(moved.stored.name)
+    return moved.scatter() if bits is None else bits
 
 
 def default_output(adapter: Path) -> Path:
