@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture import layer_fields
-from axolotl_loram.args import PruningArgs
+from axolotl_loram.args import FillArgs, PruningArgs
 from axolotl_loram.axolotl_data import (
     SHUFFLE_BUFFER,
     load_yaml,
@@ -26,6 +26,8 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.sources import load_config
 
+Calibrated = PruningArgs | LayerwiseArgs | FillArgs
+"""Settings that name calibration text, its length, samples and seed."""
 LOG = logging.getLogger(__name__)
 TEXT, ROWS, YAML = (".txt",), (".jsonl", ".json"), (".yml", ".yaml")
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken")
@@ -61,7 +63,7 @@ class Calibration:
         }
 
 
-def load_calibration(settings: PruningArgs | LayerwiseArgs, model_folder: Path) -> Calibration:
+def load_calibration(settings: Calibrated, model_folder: Path) -> Calibration:
     """The calibration sequences that the settings name, for the model in a folder.
 
     Raises:
@@ -96,7 +98,7 @@ def load_calibration(settings: PruningArgs | LayerwiseArgs, model_folder: Path) 
 
 def from_rows(
     rows: Iterable[Sequence[int]],
-    settings: PruningArgs | LayerwiseArgs,
+    settings: Calibrated,
     model_folder: Path,
     source: str,
     separator: int | None = None,

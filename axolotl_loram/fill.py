@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 import axolotl_loram.heterogeneous  # noqa: F401  (builds the pruned layers)
 from axolotl_loram.architecture import layer_weights
-from axolotl_loram.args import FillArgs, PruningArgs
+from axolotl_loram.args import FillArgs
 from axolotl_loram.calibration import Calibration, load_calibration
 from axolotl_loram.checkpoint import Checkpoint, read_json
 from axolotl_loram.errors import LoRAMError
@@ -154,9 +154,7 @@ def _fitted(job: Job, full: Adapter, narrow: Adapter) -> dict[str, Any]:
             "expected LoRA on a projection that lost outputs (such as up_proj or v_proj) to fit, "
             "found none: recover this adapter with zeros"
         )
-    # it reads the fields that all settings with calibration text have
-    settings = cast(PruningArgs, job.settings)
-    calibration = job.calibration or load_calibration(settings, job.base)
+    calibration = job.calibration or load_calibration(job.settings, job.base)
     base, pruned = job.streams()
     with tempfile.TemporaryDirectory(prefix=".fitting-", dir=job.work) as folder:
         stop, work = max(job.plan.counts) + 1, Work(Path(folder))

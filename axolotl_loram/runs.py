@@ -103,8 +103,9 @@ def begin_training(cfg: Any) -> Run:
     else:
         assert section.pruning is not None  # the schema saw to it
         formats = decide_formats(section, cfg, None)
-        rows = functools.partial(token_rows, cfg, section.pruning.seed)
-        pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir, rows)
+        settings = section.pruning.on_own_data()
+        rows = functools.partial(token_rows, cfg, settings.seed)
+        pruned = prune_into_cache(model, revision, settings, section.cache_dir, rows)
     plan = PruningPlan.load(pruned)
     check_pruned(pruned, plan)
     masked = trains_masked(section, plan)
