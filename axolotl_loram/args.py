@@ -59,9 +59,8 @@ QLORAM = {"lm_head": "nf4", "embedding": "cpu"}
 """Default with load_in_4bit. An embedding on the CPU loses nothing; with NF4 for the rest it is the
 only pair that keeps LLaMA-3.1-70B at 0.85 within 4 bits per parameter (8.31 GiB)."""
 OWN_DATA = {"method": "activation"}
-"""Default where there is text. With it and the refit, calibrated on the fine-tuning data, the
-recovered adapter kept 95 % of the gain of LoRA at 0.75 (benchmarks/ablation.py), and hurt other text
-less than LoRA did."""
+"""Default where there is text. With it and the refit, on the fine-tuning data, the recovered
+adapter kept 95 % of the gain of LoRA at 0.75, and hurt other text less (benchmarks/ablation.py)."""
 PROTECTED = (4, 2)
 """Layers the paper leaves whole at the start and the end, in structured pruning."""
 
