@@ -84,10 +84,9 @@ def check_report(output, record):
         "LoRAM",
         "QLoRAM",
     ]
-    assert [strip.label for strip in shown[f"widths-{output.name}"].strips] == [
-        "MLP neurons",
-        "KV groups",
-    ]
+    plan = PruningPlan.load(Path(record["trained"]["pruned_model"]))
+    kinds = {kind for counts in plan.counts.values() for kind in counts}
+    assert len(shown[f"widths-{output.name}"].strips) == len(kinds) > 0
 
 
 def check_inference_and_evaluate(yaml_file, output):
