@@ -10,10 +10,9 @@ from axolotl_loram.architecture import Config
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor
 from axolotl_loram.checks import Finding, Subject, check_digest
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.matching import ADAPTER_CONFIG, LORA_AXES, match, split_name
+from axolotl_loram.matching import ADAPTER_CONFIG, LORA_AXES, match, named_model, split_name
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.sources import find_local_file, load_config
-from axolotl_loram.untrusted import read_json
 
 PARTNERS = {
     "lora_A.weight": "lora_B.weight",
@@ -29,7 +28,7 @@ EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0
 
 def settings(subject: Subject) -> Iterator[Finding]:
     """adapter_config.json names the recorded base."""
-    found = read_json(subject.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    found = named_model(subject.folder)
     if found != subject.record["base"]["id"]:
         named = subject.record["base"]["id"]
         raise LoRAMError(f"{ADAPTER_CONFIG} is for {found}, {RECORD_FILE} for {named}")
@@ -93,8 +92,8 @@ def _pruned_model(subject: Subject) -> str | None:
     trained = subject.record.get("trained") or subject.record.get("training") or {}
     if trained.get("pruned_model") or subject.record["kind"] == "recovered-adapter":
         return trained.get("pruned_model")
-    file = subject.folder / ADAPTER_CONFIG
-    return read_json(file).get("base_model_name_or_path") if file.exists() else None
+    has_config = (subject.folder / ADAPTER_CONFIG).exists()
+    return named_model(subject.folder) if has_config else None
 
 
 def empty_tensors(adapter: Checkpoint) -> list[str]:

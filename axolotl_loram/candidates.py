@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from axolotl_loram.axolotl_data import one_line
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.masked import confine
-from axolotl_loram.matching import ADAPTER_CONFIG
+from axolotl_loram.matching import ADAPTER_CONFIG, named_model
 from axolotl_loram.pairing import check_base, check_pruned, read_record
 from axolotl_loram.plan import Base, PruningPlan
 from axolotl_loram.sources import find_folder, load_config
@@ -269,7 +268,7 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
     Raises:
         LoRAMError: It is for another model.
     """
-    named = json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    named = named_model(adapter)
     problem = ""
     try:
         adapted = PeftModel.from_pretrained(model, adapter)

@@ -26,7 +26,7 @@ from axolotl_loram.checkpoint import Checkpoint, read_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fit import fit, fittable
 from axolotl_loram.lora import Adapter, below, read_loras
-from axolotl_loram.matching import Moved
+from axolotl_loram.matching import Moved, named_model
 from axolotl_loram.pairing import check_base, check_pruned
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.progress import Progress, no_progress
@@ -197,10 +197,10 @@ def recover_filled(
     Raises:
         LoRAMError: Base, pruned model and adapter do not belong together, or cannot be filled.
     """
-    named = read_adapter_config(adapter)["base_model_name_or_path"]
+    read_adapter_config(adapter)
     fill: Filler | None = None
     if settings.fill != "zeros":
-        job = _find(settings, pruned_model or named, adapter, progress, calibration)
+        job = _find(settings, pruned_model or named_model(adapter), adapter, progress, calibration)
         fill = job.fill
     return recover(adapter, pruned_model, output, overwrite=overwrite, fill=fill)
 

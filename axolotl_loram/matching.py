@@ -147,6 +147,21 @@ def _check_dimensions(stored: StoredTensor, part: str) -> None:
         )
 
 
+def named_model(adapter: Path) -> str:
+    """The model that an adapter's config says it is for.
+
+    Raises:
+        LoRAMError: It names none.
+    """
+    found = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(found, str) or not found:
+        raise LoRAMError(
+            f"expected {adapter / ADAPTER_CONFIG} to name a model as base_model_name_or_path, "
+            f"found {found!r}: give the pruned model (--pruned-model)"
+        )
+    return found
+
+
 def read_targets(adapter: Path) -> tuple[str, ...]:
     """The parameters that an adapter's config targets beside modules."""
     file = adapter / ADAPTER_CONFIG

@@ -27,7 +27,7 @@ from axolotl_loram.checkpoint import (
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.lora import scaling
 from axolotl_loram.masked import add_update, pack, read_support
-from axolotl_loram.matching import match, split_name
+from axolotl_loram.matching import match, named_model, split_name
 from axolotl_loram.pairing import check_base, check_pruned, check_trained_under, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.progress import Progress, no_progress
@@ -75,7 +75,7 @@ def merge_masked(
     output = output or default_output(adapter)
     check_vacant(output, overwrite)
     settings, recorded = read_adapter_config(adapter), read_record(adapter)
-    pruned = find_folder(pruned_model or settings["base_model_name_or_path"])
+    pruned = find_folder(pruned_model or named_model(adapter))
     plan = PruningPlan.load(pruned)
     _check_masked(plan, recorded, adapter)
     check_trained_under(adapter, plan)

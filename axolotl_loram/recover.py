@@ -24,7 +24,7 @@ from axolotl_loram.checkpoint import (
     write_safetensors,
 )
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.matching import ADAPTER_CONFIG, Moved, match
+from axolotl_loram.matching import ADAPTER_CONFIG, Moved, match, named_model
 from axolotl_loram.pairing import check_trained_under, read_record
 from axolotl_loram.plan import (
     PLAN_FILE,
@@ -73,7 +73,7 @@ def recover(
         LoRAMError: The adapter cannot be recovered exactly, or does not belong to the plan.
     """
     settings = read_adapter_config(adapter)
-    plan = PruningPlan.load(_plan_folder(pruned_model or settings["base_model_name_or_path"]))
+    plan = PruningPlan.load(_plan_folder(pruned_model or named_model(adapter)))
     check_trained_under(adapter, plan)
     recorded = read_record(adapter)
     checkpoint = Checkpoint(adapter, ADAPTER_FILE)

@@ -22,6 +22,7 @@ from families import MOE, PICO
 from axolotl_loram.architecture import parameters, tensors, with_defaults
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.checkpoint import ADAPTER_FILE, MODEL_FILE, Checkpoint, write_safetensors
+from axolotl_loram.inspection import inspect
 from axolotl_loram.matching import ADAPTER_CONFIG, match
 from axolotl_loram.pairing import check_base, check_pruned, read_record
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan, keep_counts, summary
@@ -127,6 +128,10 @@ def _match(whole: Artefacts, suspect: Path) -> None:
     match(Checkpoint(suspect, ADAPTER_FILE), PruningPlan.load(whole.pruned), full_size=False)
 
 
+def _inspect(whole: Artefacts, suspect: Path) -> None:
+    inspect(str(suspect), verifying=True)
+
+
 @dataclass(frozen=True)
 class Door:
     """A way in: what reads a folder of which kind, and the files there that a stranger wrote."""
@@ -150,6 +155,8 @@ DOORS = {
     "adapter config": Door(_recover, "adapter", (ADAPTER_CONFIG,)),
     "adapter weights": Door(_recover, "adapter", (ADAPTER_FILE,)),
     "adapter names": Door(_match, "adapter", (ADAPTER_FILE,)),
+    "pruned, verified": Door(_inspect, "pruned", (RECORD_FILE, PLAN_FILE, "config.json", INDEX)),
+    "adapter, verified": Door(_inspect, "adapter", (RECORD_FILE, ADAPTER_CONFIG, ADAPTER_FILE)),
     "adapter record": Door(_recover, "adapter", (RECORD_FILE,)),
 }
 
