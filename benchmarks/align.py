@@ -137,6 +137,7 @@ def _of_base(tokenizer) -> list[tuple[torch.Tensor, ...]]:
 def run(case: dict, tokenizer) -> dict[str, object]:
     """One row."""
     settings = PruningArgs(
+        method="random",
         ratio=case["ratio"],
         refit=bool(case["start"]),
         seed=case["seed"],
