@@ -39,7 +39,6 @@ from axolotl_loram.axolotl_data import training_data
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
-from axolotl_loram.loading import read_once
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.masked import confine
 from axolotl_loram.merge import merge_masked
@@ -93,8 +92,6 @@ class LoRAMPlugin(BasePlugin):
         """Put the pruned model in the base's place: of all commands, only `train` comes here."""
         if preprocess:
             return None
-        if cfg.deepspeed:
-            read_once()
         if not aligns(cfg):
             check_can_evaluate(cfg)
             self.run = begin_training(cfg)

@@ -2,7 +2,7 @@
 
 Makes a checkpoint of random bfloat16 weights (Llama, or Mixtral, whose experts are stored one by
 one and stacked in memory), and loads it on two ranks of a CPU as transformers does, and with
-`axolotl_loram.loading.read_once`. Anonymous pages are a rank's own; mapped ones are page cache,
+`read_once`. Anonymous pages are a rank's own; mapped ones are page cache,
 which all ranks share and the kernel takes back. On a CPU a rank's share of the weights, and each
 weight while it is sent around, are host memory too: on a GPU, `share_bytes` would not be.
 
@@ -68,10 +68,9 @@ def load(folder: Path, output: Path, once: bool) -> None:
     """One rank, under torchrun."""
     import deepspeed
     import torch
+    from read_once import read_once
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    from axolotl_loram.loading import read_once
 
     deepspeed.init_distributed("gloo")
     config = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}

@@ -26,7 +26,9 @@ def test_axolotl_trains_every_kind_of_family(make_model, settings, tmp_path):
 
     def train(family):
         base = make_model(family, **({"num_experts": 4} if family == "mixtral" else {}))
-        section = {"pruning": {"ratio": 0.5}, "cache_dir": str(tmp_path / "cache" / family)}
+        # What a YAML does by default, calibrating, once; the others quicker.
+        how = {"ratio": 0.5} if family == "qwen3" else {"ratio": 0.5, "method": "random"}
+        section = {"pruning": how, "cache_dir": str(tmp_path / "cache" / family)}
         changes = {"loram": section, "adapter": "loram", "output_dir": str(tmp_path / family)}
         changes |= {"max_steps": 2, "sample_packing": True, **CHANGES.get(family, {})}
         file = write_yaml(tmp_path / f"{family}.yml", settings(base, **changes))

@@ -12,12 +12,10 @@ from conftest import build_model, write_yaml
 from test_architecture import LLAMA_2_13B
 from test_cli import loram
 from test_memory import kept_for_backward, settings_for
-from transformers import AutoModelForCausalLM
 
 from axolotl_loram.cluster import FullActivations, align_plan, align_request, without_lora
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.layout import Layout
-from axolotl_loram.loading import shapes_of
 from axolotl_loram.storage import Storage
 from axolotl_loram.zero import Weight, held, read_zero
 
@@ -35,17 +33,11 @@ WEIGHTS = [
 
 
 @pytest.fixture(scope="module")
-def mixtral(make_model):
-    """A folder that stores experts one by one, named after them."""
-    return make_model("mixtral")
-
-
-@pytest.fixture(scope="module")
-def deepspeed(tmp_path_factory, mixtral):
+def deepspeed(tmp_path_factory):
     """What two ranks of DeepSpeed on a CPU hold under each config: rank → name → bytes."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    files = [*(str(CONFIGS / f"{name}.json") for name in RUN), str(mixtral)]
+    files = [str(CONFIGS / f"{name}.json") for name in RUN]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, str(ROOT / "tests/zero_ranks.py"), *files, str(folder)],
@@ -75,24 +67,6 @@ def test_deepspeed_holds_what_is_predicted(name, deepspeed):
         assert real["losses"][-1] != real["losses"][0]  # it stepped
     ours = 2 * found.checkpoint + (found.checkpoint_first // 2 if zero.stage < 3 else 0)
     assert 0 < deepspeed[0][name]["checkpoint"] - ours < 40_000  # names, and what pickles need
-
-
-@pytest.mark.slow
-def test_weights_that_one_rank_reads_are_everywhere(mixtral, deepspeed):
-    model = AutoModelForCausalLM.from_pretrained(mixtral)
-    expected = {name: float(w.double().abs().sum()) for name, w in model.named_parameters()}
-    assert any("experts" in name for name in expected)
-    for rank in deepspeed:
-        assert rank[mixtral.stem] == pytest.approx(expected, rel=1e-9)
-
-
-def test_ranks_but_the_first_convert_shapes():
-    model = build_model("deepseek_v3")
-    given = model.state_dict()
-    found = shapes_of(given, model)
-    buffers = [name for name in given if name in dict(model.named_buffers())]
-    assert buffers and all(found[name] is given[name] for name in buffers)
-    assert {name for name, tensor in found.items() if not tensor.is_meta} == set(buffers)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)

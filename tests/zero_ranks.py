@@ -101,27 +101,9 @@ def run(file: Path, folder: Path) -> dict:
     return found | {"losses": losses, "checkpoint": written}
 
 
-def load(folder: Path) -> dict:
-    """Sums of the weights of a model that transformers loaded under ZeRO-3, gathered whole."""
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    from axolotl_loram.loading import read_once
-
-    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
-    settings = HfDeepSpeedConfig(config)
-    read_once()
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    del settings
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        return {name: float(w.double().abs().sum()) for name, w in model.named_parameters()}
-
-
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
     *files, folder = map(Path, sys.argv[1:])
-    found = {
-        file.stem: load(file) if file.is_dir() else run(file, folder / file.stem) for file in files
-    }
+    found = {file.stem: run(file, folder / file.stem) for file in files}
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))

@@ -3,7 +3,8 @@
 transformers 5.16 maps a checkpoint's files into memory on every rank and reads them on rank 0 only,
 weight by weight, so that host memory holds them once, as page cache. Where a checkpoint stores
 experts one by one, however, every rank first stacks all of them, in memory of its own. The other
-ranks need their names and shapes alone, so they stack those.
+ranks need their names and shapes alone, so they stack those. The package does not do this: see
+NOTES.md.
 """
 
 from __future__ import annotations
