@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from axolotl_loram.architecture import Config
-from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, finite
 from axolotl_loram.checks import Finding, Subject, check_digest
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.matching import ADAPTER_CONFIG, LORA_AXES, match, named_model, split_name
@@ -22,8 +22,6 @@ PARTNERS = {
 }
 STARTS_AT_ZERO = ("lora_B.weight", "lora_embedding_A")
 """What PEFT begins with zeros: still zero, it was never trained."""
-EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
-"""Exponent bits of each float; all set in infinities and NaN only."""
 
 
 def settings(subject: Subject) -> Iterator[Finding]:
@@ -96,6 +94,10 @@ def _pruned_model(subject: Subject) -> str | None:
     return named_model(subject.folder) if has_config else None
 
 
+def _finite(tensor: StoredTensor) -> bool:
+    return all(finite(block, tensor.dtype) for block in tensor.blocks())
+
+
 def empty_tensors(adapter: Checkpoint) -> list[str]:
     """Tensors without elements: what a rank saves of weights that ZeRO-3 keeps elsewhere."""
     return [name for name, tensor in adapter.tensors.items() if 0 in tensor.shape]
@@ -123,7 +125,7 @@ def untrained_tensors(adapter: Checkpoint) -> list[str]:
 
 def broken_tensors(adapter: Checkpoint) -> list[str]:
     """Tensors with an infinity or NaN."""
-    return [tensor.name for tensor in adapter.tensors.values() if _not_finite(tensor)]
+    return [tensor.name for tensor in adapter.tensors.values() if not _finite(tensor)]
 
 
 def _partner(name: str) -> str:
@@ -134,14 +136,6 @@ def _partner(name: str) -> str:
 def _values(tensor: StoredTensor) -> Iterator[np.ndarray]:
     """Blocks of bits without the sign, so that −0 is a zero."""
     return (np.left_shift(block, 1) for block in tensor.blocks())
-
-
-def _not_finite(tensor: StoredTensor) -> bool:
-    exponent = EXPONENTS.get(tensor.dtype)
-    if exponent is None:
-        return False
-    mask = tensor.bits.type(exponent)
-    return any(bool(((block & mask) == mask).any()) for block in tensor.blocks())
 
 
 PROBLEMS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -18,10 +17,12 @@ from axolotl_loram.checkpoint import (
     MODEL_FILE,
     Checkpoint,
     StoredTensor,
+    finite,
     updated_folder,
     write_json,
     write_safetensors,
 )
+from axolotl_loram.checks import sha256_of
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pairing import check_pruned, is_derived, read_record
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
@@ -30,8 +31,6 @@ from axolotl_loram.sources import TOKENIZER_PATTERNS
 CARRIED = ("config.json", "generation_config.json", PLAN_FILE, *TOKENIZER_PATTERNS)
 """What an aligned checkpoint takes over from the pruned one as it is."""
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "BF16": 0xFF << 7, "F16": 0x1F << 10}
-"""Bits of the exponent, which are all ones in a NaN and in an infinity."""
 
 
 def assemble(
@@ -85,7 +84,7 @@ def aligned_record(
         files: SHA-256 of its weights' files; those of the others are computed.
         alignment: What to say about this alignment.
     """
-    rest = {file.name: _sha256(file) for file in folder.iterdir() if file.name not in files}
+    rest = {file.name: sha256_of(file) for file in folder.iterdir() if file.name not in files}
     record = read_record(pruned)
     before = record.get("alignments") or []
     record.pop("alignment", None)  # what records had before there were any
@@ -123,7 +122,7 @@ def _write_weights(trained: Path, pruned: Path, folder: Path, frozen: set[str]) 
                 for _ in part.blocks():  # refuses what is not finite
                     pass
             _link(trained / file, folder / file)
-            files[file] = _sha256(folder / file)
+            files[file] = sha256_of(folder / file)
         else:
             described = [(part.source.name, part.dtype, part.source.shape) for part in parts]
             data = (part.blocks() for part in parts)
@@ -161,7 +160,7 @@ class Part:
         for block in self.source.blocks():
             if self.converts:
                 block = _converted(block, FLOATS[self.source.dtype], FLOATS[self.dtype])
-            if not _finite(block, self.dtype):
+            if not finite(block, self.dtype):
                 raise LoRAMError(
                     f"expected finite weights, found NaN or infinity in {self.source.name}: the "
                     "alignment diverged; lower the learning rate and start again"
@@ -187,20 +186,9 @@ def _converted(bits: np.ndarray, source: str, target: str) -> np.ndarray:
     return rounded.view(signed).numpy().view(f"u{rounded.itemsize}")
 
 
-def _finite(bits: np.ndarray, dtype: str) -> bool:
-    """Whether no value's exponent is all ones."""
-    exponent = EXPONENTS.get(dtype)
-    return exponent is None or not ((bits & bits.dtype.type(exponent)) == exponent).any()
-
-
 def _link(source: Path, target: Path) -> None:
     """A second name for a file, or a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -31,17 +31,8 @@ def load_yaml(path: Path) -> Any:
     Raises:
         LoRAMError: No such file, not YAML, no datasets in it, or Axolotl refuses it.
     """
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LoRAMError(
-            f"expected an Axolotl YAML, found {path} unreadable ({one_line(error)}): check the file"
-        ) from None
-    if not isinstance(settings, dict) or not (
-        settings.get("datasets") or settings.get("pretraining_dataset")
-    ):
+    settings = read_yaml(path)
+    if not (settings.get("datasets") or settings.get("pretraining_dataset")):
         raise LoRAMError(
             f"expected an Axolotl YAML with `datasets:` for calibration, found none in {path}: add "
             "them, or name a text file"
@@ -239,6 +230,23 @@ def _as_a_library() -> Iterator[None]:
         del os.environ["AXOLOTL_IS_PREPROCESS"]
         if before is not None:
             os.environ["AXOLOTL_IS_PREPROCESS"] = before
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """An Axolotl YAML as it is.
+
+    Raises:
+        LoRAMError: It cannot be read.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LoRAMError(
+            f"expected an Axolotl YAML, found {file} unreadable ({one_line(error)}): check the file"
+        ) from None
+    return settings if isinstance(settings, dict) else {}
 
 
 def one_line(error: BaseException) -> str:

@@ -38,6 +38,8 @@ ELEMENT_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
+EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "BF16": 0xFF << 7, "F16": 0x1F << 10}
+"""Exponent bits of each float; all set in infinities and NaN only."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,17 @@ class Checkpoint:
             count = min(sample_bytes, tensor.nbytes)
             digest.update(tensor.read_bytes((tensor.nbytes - count) // 2, count).tobytes())
         return f"sha256:{digest.hexdigest()}"
+
+
+def finite(bits: np.ndarray, dtype: str) -> bool:
+    """Whether no value is infinite or not a number; of dtypes that have neither, always.
+
+    Args:
+        bits: As `StoredTensor.read` gives them, of any shape.
+        dtype: As safetensors names it.
+    """
+    exponent = EXPONENTS.get(dtype)
+    return exponent is None or not ((bits & bits.dtype.type(exponent)) == exponent).any()
 
 
 def has_weights(folder: Path) -> bool:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from axolotl_loram.architecture import layer_fields
-from axolotl_loram.axolotl_data import one_line
+from axolotl_loram.axolotl_data import read_yaml
 from axolotl_loram.calibration import load_tokenizer
 from axolotl_loram.candidates import (
     BASE,
@@ -301,21 +300,6 @@ class Evaluation:
 def evaluate(request: Request, progress: Progress = no_progress) -> dict[str, Any]:
     """Evaluate; see `Evaluation`."""
     return Evaluation(request).run(progress)
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """An Axolotl YAML as it is.
-
-    Raises:
-        LoRAMError: It cannot be read.
-    """
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LoRAMError(
-            f"expected an Axolotl YAML, found {file} unreadable ({one_line(error)}): check the file"
-        ) from None
-    return settings if isinstance(settings, dict) else {}
 
 
 def _by_model(steps: list[Step]) -> Iterator[tuple[tuple[str, str | None], list[Step]]]:
