@@ -19,7 +19,11 @@ from axolotl_loram.errors import LoRAMError
 
 
 class Section(BaseModel):
-    """A section that names an unknown key and the keys there are."""
+    """A section that names an unknown key and the keys there are.
+
+    Keys whose values may be paths are named `…_path` or `…_dir`: by these parts of their names
+    Axolotl's telemetry, which sees a YAML before it knows of plugins, knows what not to send.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -106,7 +110,7 @@ class PruningArgs(Section):
         "ridge regression on calibration text, where that lowers the held-out error. On by "
         "default where there is calibration text.",
     )
-    calibration: str | None = Field(
+    calibration_path: str | None = Field(
         default=None,
         description="Calibration text: a .txt or .jsonl file, an Axolotl YAML (its datasets), or a "
         "data set on the hub (org/name or org/name:subset). In a training YAML, its own datasets "
@@ -139,7 +143,7 @@ class PruningArgs(Section):
     seed: int = Field(
         default=0, ge=0, description="Seed of the random method and of the calibration samples."
     )
-    indices: str | None = Field(
+    indices_path: str | None = Field(
         default=None,
         description="Folder of index files of the LoRAM reference code, used instead of a method.",
     )
@@ -187,9 +191,9 @@ class PruningArgs(Section):
     @model_validator(mode="before")
     @classmethod
     def _activation_where_there_is_text(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "method" in data or not data.get("calibration"):
+        if not isinstance(data, dict) or "method" in data or not data.get("calibration_path"):
             return data
-        return data if data.get("sparsity") or data.get("indices") else data | OWN_DATA
+        return data if data.get("sparsity") or data.get("indices_path") else data | OWN_DATA
 
     @model_validator(mode="after")
     def _whole_units_if_quantized(self) -> PruningArgs:
@@ -202,7 +206,7 @@ class PruningArgs(Section):
 
     @model_validator(mode="after")
     def _one_way_to_prune(self) -> PruningArgs:
-        given = [name for name in ("ratio", "sparsity", "indices") if getattr(self, name)]
+        given = [name for name in ("ratio", "sparsity", "indices_path") if getattr(self, name)]
         if not given:
             raise LoRAMError("expected a pruning ratio, found none: give one such as 0.85")
         if len(given) > 1:
@@ -211,7 +215,7 @@ class PruningArgs(Section):
                 "are removed by ratio or indices, single weights by sparsity"
             )
         methods = SPARSE if self.sparsity else STRUCTURED
-        if self.method not in methods and not self.indices:
+        if self.method not in methods and not self.indices_path:
             raise LoRAMError(
                 f"expected method {', '.join(methods)} with {given[0]}, found {self.method!r}"
             )
@@ -230,7 +234,7 @@ class PruningArgs(Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether calibration text is read: by the method, by the refit, or because it is given."""
-        method = self.method in CALIBRATED and not self.indices
+        method = self.method in CALIBRATED and not self.indices_path
         return method or self.refits
 
     @property
@@ -238,7 +242,7 @@ class PruningArgs(Section):
         """Whether the kept weights are refitted."""
         if self.refit is not None or self.sparsity:
             return bool(self.refit)
-        return self.calibration is not None or (self.method in CALIBRATED and not self.indices)
+        return self.calibration_path is not None or (self.method in CALIBRATED and not self.indices_path)
 
     @property
     def protected(self) -> tuple[int, int]:
@@ -290,7 +294,7 @@ class FillArgs(Section):
         "back what the two models' weights differ by along A); fitted (B such that each layer's "
         "output changes as in the pruned model, on --calibration text).",
     )
-    calibration: str | None = Field(
+    calibration_path: str | None = Field(
         default=None,
         description="Text for fitted: best that of the fine-tuning. A .txt or .jsonl file, an "
         "Axolotl YAML (its datasets), or a data set on the hub (org/name or org/name:subset).",
@@ -307,8 +311,8 @@ class FillArgs(Section):
 
     @model_validator(mode="after")
     def _text_to_fit_on(self) -> FillArgs:
-        if (self.fill == "fitted") != (self.calibration is not None):
-            found = "text" if self.calibration else "none"
+        if (self.fill == "fitted") != (self.calibration_path is not None):
+            found = "text" if self.calibration_path else "none"
             raise LoRAMError(
                 f"expected --calibration with --fill fitted and with no other, found {found} with "
                 f"{self.fill}: fitted needs text, best that of the fine-tuning"

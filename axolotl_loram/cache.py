@@ -63,7 +63,7 @@ def cache_folder(named: str | None) -> Path:
 
 def calibrate(settings: PruningArgs, base: Path, rows: Rows | None) -> Calibration:
     """The text to prune by: what the settings name, or the run's own training data."""
-    if settings.calibration is not None or rows is None:
+    if settings.calibration_path is not None or rows is None:
         return load_calibration(settings, base)
     size = int(load_config(str(base))["vocab_size"])
     known = ([token for token in row if token < size] for row in rows())  # none that the run adds

@@ -70,7 +70,7 @@ def load_calibration(settings: Calibrated, model_folder: Path) -> Calibration:
         LoRAMError: There is no such text, it cannot be read, it is too short, or the folder has no
             tokenizer of this model.
     """
-    source = settings.calibration
+    source = settings.calibration_path
     if not source:
         raise LoRAMError("expected calibration text, found none: name some with --calibration")
     path = Path(source).expanduser()

@@ -140,7 +140,7 @@ class Card:
             "base": f"`{self.base_name}`" + self._at_revision(),
             "fingerprint of the base": f"`{self.plan.base.fingerprint}`",
             **{name: pruning.get(name) for name in ("method", "ratio", "sparsity", "allocation")},
-            "index files of the reference code": "yes" if pruning.get("indices") else None,
+            "index files of the reference code": "yes" if pruning.get("indices_path") else None,
             "stored in": pruning.get("quantize"),
             "layers pruned": f"{self.counted['pruned_layers']} of {self.counted['layers']}",
             "seed": pruning.get("seed"),

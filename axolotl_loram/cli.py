@@ -228,7 +228,7 @@ def align(
     Each layer learns to give what the original's layer gives: one layer of each is in memory. By
     next-token loss or distillation, `axolotl train` aligns the whole, with `stage: align`.
     """
-    if options["calibration"] is None:
+    if options["calibration_path"] is None:
         raise click.UsageError("expected text to align on, found none: name it with --calibration")
     try:
         given = {name: value for name, value in options.items() if value is not None}

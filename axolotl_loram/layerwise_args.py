@@ -12,7 +12,7 @@ from axolotl_loram.args import Section
 class LayerwiseArgs(Section):
     """How to align layer by layer: options of `axolotl-loram align`."""
 
-    calibration: str = Field(
+    calibration_path: str = Field(
         description="Text to align on: a .txt or .jsonl file, an Axolotl YAML (its datasets), or a "
         "data set on the hub (org/name or org/name:subset). Best what the base was trained on.",
     )

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from axolotl_loram.args import PruningArgs, Section
 from axolotl_loram.errors import LoRAMError
 
-TEACHER_KEYS = ("teacher", "teacher_revision", "teacher_top_k", "next_token_share")
+TEACHER_KEYS = ("teacher_path", "teacher_revision", "teacher_top_k", "next_token_share")
 ALIGN_KEYS = ("train_lm_head", "objective")
 """Keys of the `loram:` section that only `stage: align` has; TRAIN_KEYS, those it has not."""
 TRAIN_KEYS = (
@@ -21,7 +21,7 @@ TRAIN_KEYS = (
     "lm_head_format",
     "embedding_format",
     "evaluate_recovered_every",
-    "evaluate_recovered_on",
+    "evaluate_recovered_path",
     "evaluate_recovered_documents",
     "evaluate_recovered_device",
 )
@@ -72,7 +72,7 @@ class LoRAMConfig(Section):
         description="Every so many training steps, log loss and perplexity of base_model with the "
         "adapter recovered. The base must fit into memory beside the pruned model; off by default.",
     )
-    evaluate_recovered_on: str | None = Field(
+    evaluate_recovered_path: str | None = Field(
         default=None,
         description="Held-out text for that: a .txt or .jsonl file, an Axolotl YAML, or a data set "
         "on the hub. By default what the run holds out (test_datasets, val_set_size).",
@@ -97,7 +97,7 @@ class LoRAMConfig(Section):
         description="What alignment minimizes: the loss on the data (as the paper), or the "
         "divergence from what the base says on it, computed once and kept on disk.",
     )
-    teacher: str | None = Field(
+    teacher_path: str | None = Field(
         default=None,
         description="Where the base is, for distillation: a folder or hub id; by default what the "
         "pruned model's plan names.",

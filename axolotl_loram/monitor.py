@@ -58,9 +58,9 @@ def check_can_evaluate(cfg: Any) -> None:
             f"expected the whole adapter on each rank for `{KEY}`, found FSDP or ZeRO-3, which "
             "spread it: use ZeRO-2 or DDP, or evaluate checkpoints afterwards"
         )
-    if not section.get("evaluate_recovered_on") and not (cfg.val_set_size or cfg.test_datasets):
+    if not section.get("evaluate_recovered_path") and not (cfg.val_set_size or cfg.test_datasets):
         raise LoRAMError(
-            f"expected held-out text for `{KEY}`, found none: give evaluate_recovered_on, "
+            f"expected held-out text for `{KEY}`, found none: give evaluate_recovered_path, "
             "val_set_size or test_datasets"
         )
     weights = find_local_weights(str(cfg.base_model), cfg.revision_of_model)
@@ -112,7 +112,7 @@ class RecoveredEvaluation(TrainerCallback):
     ) -> None:
         self.trainer, self.run, self.prepare = trainer, run, prepare
         self.every = section.evaluate_recovered_every or 0
-        self.source = section.evaluate_recovered_on
+        self.source = section.evaluate_recovered_path
         self.limit = section.evaluate_recovered_documents
         self.device = section.evaluate_recovered_device
         self.batch_size = BATCH_SIZE.get(self.device, GPU_BATCH_SIZE)
@@ -176,7 +176,7 @@ class RecoveredEvaluation(TrainerCallback):
         if not {"input_ids", "labels"} <= set(columns):
             raise LoRAMError(
                 f"expected held-out rows with input_ids and labels for `{KEY}`, found "
-                f"{', '.join(columns) or 'none'}: name a file by evaluate_recovered_on"
+                f"{', '.join(columns) or 'none'}: name a file by evaluate_recovered_path"
             )
         some = data.select(range(min(self.limit, len(data))))
         rows = ((row["input_ids"], row["labels"]) for row in some)

@@ -42,8 +42,8 @@ def prepare_objective(run: Alignment, trainer: Any) -> None:
     if section.objective != "distillation":
         return
     base = run.plan.base
-    model = section.teacher or base.id
-    revision = section.teacher_revision if section.teacher else base.revision
+    model = section.teacher_path or base.id
+    revision = section.teacher_revision if section.teacher_path else base.revision
     check_base(run.plan, model, revision)
     folder = find_folder(model, revision)
     teacher = Teacher(_outputs(run, folder, trainer))

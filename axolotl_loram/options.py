@@ -20,14 +20,14 @@ def schema_options(schema: type[BaseModel], names: Mapping[str, str]) -> Callabl
 
     Args:
         schema: The settings.
-        names: Field → flag, where that is not the field's own name.
+        names: Field → flag, where that is not the field's own name (without `_path`).
     """
 
     def add(command: Callable) -> Callable:
         for name, field in reversed(schema.model_fields.items()):
             if field.description is None:
                 continue
-            flag = names.get(name, f"--{name.replace('_', '-')}")
+            flag = names.get(name, f"--{name.removesuffix('_path').replace('_', '-')}")
             given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
             kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
             if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:

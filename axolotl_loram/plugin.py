@@ -58,6 +58,7 @@ from axolotl_loram.support import (
     aligns,
     check_router_losses,
     check_supported,
+    keep_errors_from_telemetry,
 )
 from axolotl_loram.watch import measure_run, start_measuring
 
@@ -80,6 +81,7 @@ class LoRAMPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""
         _log_as_axolotl_does()
+        keep_errors_from_telemetry()
         check_supported(cfg)
         if aligns(cfg):
             return

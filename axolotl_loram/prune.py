@@ -189,8 +189,8 @@ def plan_of_size(config: dict[str, Any], base: Base, settings: PruningArgs) -> P
     Raises:
         LoRAMError: The ratio, the pattern or the index files do not suit the model.
     """
-    if settings.indices is not None:
-        return PruningPlan(config, read_indices(Path(settings.indices), config), base)
+    if settings.indices_path is not None:
+        return PruningPlan(config, read_indices(Path(settings.indices_path), config), base)
     if settings.sparsity is not None:
         sparse_layers(config, settings.sparsity, *settings.protected)
         return PruningPlan(config, {}, base)
@@ -229,7 +229,7 @@ def device_of(settings: PruningArgs) -> str:
 def _calibrate(settings: PruningArgs, folder: Path) -> Calibration | None:
     if not settings.needs_calibration:
         return None
-    if settings.calibration is None:
+    if settings.calibration_path is None:
         why = f"method {settings.method}" if not settings.refit else "refit"
         raise LoRAMError(
             f"expected calibration text for {why}, found none: give --calibration FILE (.txt, "
@@ -297,7 +297,7 @@ def decide(job: Job, work: Work) -> Outcome:
     """Choose what to keep, and refit it if that is asked for."""
     if job.settings.sparsity is not None:
         return _make_sparse(job, work, job.settings.sparsity)
-    plan = job.sketch if job.settings.indices else choose_units(job, work)
+    plan = job.sketch if job.settings.indices_path else choose_units(job, work)
     if not job.settings.refits or not plan.kept:
         return Outcome(plan)
     from axolotl_loram.compensate import refit

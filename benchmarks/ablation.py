@@ -87,7 +87,7 @@ def pruning(case: Case) -> PruningArgs:
         ratio=case.ratio,
         refit=case.refit,
         seed=case.seed,
-        calibration=str(FILES[case.calibration]) if case.calibration else None,
+        calibration_path=str(FILES[case.calibration]) if case.calibration else None,
         calibration_samples=128,
         calibration_length=LENGTH,
     )
@@ -99,7 +99,7 @@ def align(pruned: Path, folder: Path, case: Case) -> None:
     settings = PruningArgs(
         ratio=0.5,
         seed=case.seed,
-        calibration=str(FILES[case.align_on]),
+        calibration_path=str(FILES[case.align_on]),
         calibration_samples=steps * batch,
         calibration_length=LENGTH,
     )
@@ -169,7 +169,7 @@ def measured(case: Case, recovery: str, tokenizer, steps: int) -> dict[str, obje
 
 def filling(case: Case, fill: str) -> FillArgs:
     """How B is fitted, or what else is filled in."""
-    text = {"calibration": str(FILES["fine-tuning"])} if fill == "fitted" else {}
+    text = {"calibration_path": str(FILES["fine-tuning"])} if fill == "fitted" else {}
     samples = {"calibration_samples": 16, "calibration_length": LENGTH}
     return FillArgs(fill=fill, seed=case.seed, **text, **samples)
 

@@ -65,7 +65,7 @@ WAYS = (
 def text(seed: int, steps: int = LONGEST) -> Calibration:
     """Sequences of the base's pretraining text; fewer steps see the first of them."""
     settings = LayerwiseArgs(
-        calibration=str(BUILD / "data/pretrain.jsonl"),
+        calibration_path=str(BUILD / "data/pretrain.jsonl"),
         calibration_samples=LONGEST * BATCH,
         calibration_length=LENGTH,
         seed=seed + 1000,
@@ -141,7 +141,7 @@ def run(case: dict, tokenizer) -> dict[str, object]:
         ratio=case["ratio"],
         refit=bool(case["start"]),
         seed=case["seed"],
-        calibration=str(BUILD / "data/pretrain.jsonl"),
+        calibration_path=str(BUILD / "data/pretrain.jsonl"),
         calibration_samples=128,
         calibration_length=LENGTH,
     )
@@ -154,7 +154,7 @@ def run(case: dict, tokenizer) -> dict[str, object]:
         start = time.perf_counter()
         if objective == "layerwise":
             layerwise = LayerwiseArgs(
-                calibration="",
+                calibration_path="",
                 steps=steps,
                 batch_size=BATCH,
                 learning_rate=LEARNING_RATES[objective],

@@ -105,7 +105,7 @@ def run(case: dict, tokenizer, steps: int) -> dict[str, object]:
         refit=case["refit"],
         ratio=case["ratio"],
         seed=case["seed"],
-        calibration=str(BUILD / "data/pretrain.jsonl"),
+        calibration_path=str(BUILD / "data/pretrain.jsonl"),
         calibration_samples=128,
         calibration_length=LENGTH,
     )

@@ -94,7 +94,7 @@ def run(case: dict, tokenizer, steps: int) -> dict[str, object]:
         ratio=case["ratio"],
         seed=case["seed"],
         refit=False,
-        calibration=str(BUILD / "data/pretrain.jsonl"),
+        calibration_path=str(BUILD / "data/pretrain.jsonl"),
         calibration_samples=128,
         calibration_length=LENGTH,
     )

@@ -39,7 +39,7 @@ from axolotl_loram.args import PruningArgs
 from axolotl_loram.calibration import load_calibration
 from pathlib import Path
 base, text, samples, length = sys.argv[1:]
-settings = PruningArgs(ratio=0.5, method="taylor", calibration=text,
+settings = PruningArgs(ratio=0.5, method="taylor", calibration_path=text,
                        calibration_samples=int(samples), calibration_length=int(length))
 tokens = torch.from_numpy(load_calibration(settings, Path(base)).tokens)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

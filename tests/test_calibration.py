@@ -29,7 +29,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 def choose(source: object, samples: int = 4, length: int = 16, seed: int = 0) -> PruningArgs:
     return PruningArgs(
         ratio=0.5,
-        calibration=str(source),
+        calibration_path=str(source),
         calibration_samples=samples,
         calibration_length=length,
         seed=seed,

@@ -262,7 +262,7 @@ def test_the_trainers_loss_is_the_mean_divergence(alignment, make_model):
 
 def test_another_teacher_than_the_base_is_refused(alignment, make_model):
     run, trainer = alignment
-    section = run.section.model_copy(update={"teacher": str(make_model(seed=1))})
+    section = run.section.model_copy(update={"teacher_path": str(make_model(seed=1))})
     with pytest.raises(LoRAMError, match="it is another model, such as a fine-tuned one"):
         prepare_objective(replace(run, section=section), trainer)
 
@@ -299,7 +299,7 @@ def test_what_does_not_go_with_distillation_is_said(monkeypatch):
     with pytest.raises(LoRAMError, match="found 2 processes, each with its own part"):
         check(streaming=True)
     with pytest.raises(ValueError, match="no teacher with `objective: next-token`"):
-        LoRAMConfig(stage="align", teacher="base")
+        LoRAMConfig(stage="align", teacher_path="base")
     with pytest.raises(ValueError, match="no objective with `stage: train`"):
         LoRAMConfig(pruned_model_path="pruned", objective="distillation")
 

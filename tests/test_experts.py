@@ -138,7 +138,7 @@ def test_calibrated_pruning_of_a_mixture_refits_its_attention(moe, tmp_path, tex
     settings = PruningArgs(
         method="activation",
         ratio=0.5,
-        calibration=str(text_file),
+        calibration_path=str(text_file),
         calibration_samples=8,
         calibration_length=32,
     )
@@ -222,7 +222,7 @@ def test_a_load_balancing_loss_over_unequal_layers_is_refused(moe, tmp_path):
 
 def test_scoring_expert_neurons_by_text_is_refused(moe, tmp_path, text_file):
     settings = PruningArgs(
-        method="taylor", ratio=0.5, units="expert_neurons", calibration=str(text_file)
+        method="taylor", ratio=0.5, units="expert_neurons", calibration_path=str(text_file)
     )
     with pytest.raises(LoRAMError, match="random or magnitude for expert_neurons"):
         prune(str(moe), tmp_path / "pruned", settings)

@@ -22,7 +22,7 @@ from axolotl_loram.recover import recover
 
 TOKENS = text_tokens(samples=16, length=32)
 TEXT = Calibration(TOKENS, "a test", 0)
-FITTED = FillArgs(fill="fitted", calibration="a test", device="cpu")
+FITTED = FillArgs(fill="fitted", calibration_path="a test", device="cpu")
 PREFIX = "base_model.model.model.layers"
 
 
@@ -265,7 +265,7 @@ def test_what_cannot_be_filled_is_refused_in_one_sentence(adapter, tmp_path):
     with pytest.raises(LoRAMError, match="expected --calibration with --fill fitted"):
         FillArgs.parse(fill="fitted")
     with pytest.raises(LoRAMError, match="found text with zeros"):
-        FillArgs.parse(calibration="text.jsonl")
+        FillArgs.parse(calibration_path="text.jsonl")
     for name in ("base", "pruned"):
         (tmp_path / name).symlink_to(adapter.parent / name)
     readers = train(tmp_path, ["down_proj", "o_proj"])

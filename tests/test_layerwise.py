@@ -24,7 +24,7 @@ from axolotl_loram.streaming import LayerStream
 
 TOKENS = text_tokens(samples=16, length=48)
 TEXT = Calibration(TOKENS, "a test", 0)
-ARGS = LayerwiseArgs(calibration="a test", steps=12, batch_size=4, learning_rate=1e-2)
+ARGS = LayerwiseArgs(calibration_path="a test", steps=12, batch_size=4, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")

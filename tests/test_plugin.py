@@ -260,6 +260,6 @@ def test_units_are_chosen_by_activation_where_there_is_text():
     assert PruningArgs(ratio=0.5).method == "random"
     assert PruningArgs(ratio=0.5).on_own_data().method == "activation"
     assert PruningArgs(ratio=0.5).on_own_data().refits
-    assert PruningArgs(ratio=0.5, calibration="text.txt").method == "activation"
+    assert PruningArgs(ratio=0.5, calibration_path="text.txt").method == "activation"
     assert PruningArgs(ratio=0.5, method="random").on_own_data().method == "random"
     assert PruningArgs(sparsity=0.5, method="magnitude").on_own_data().method == "magnitude"

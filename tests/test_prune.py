@@ -130,7 +130,7 @@ def test_index_files_of_the_reference_code_are_a_plan(kv_heads, make_model, tmp_
         prefix = f"model.layers.{layer}"
         torch.save({"pruned_idx": neurons}, folder / f"mlp/{prefix}.mlp.gate_proj.pt")
         torch.save({"pruned_idx": rows}, folder / f"attn/{prefix}.self_attn.k_proj.pt")
-    prune(str(base), tmp_path / "pruned", PruningArgs(indices=str(folder)))
+    prune(str(base), tmp_path / "pruned", PruningArgs(indices_path=str(folder)))
     kept = PruningPlan.load(tmp_path / "pruned").kept
     assert kept["model.layers.1.mlp"].tolist() == [*range(10), *range(34, 48)]
     assert kept["model.layers.2.self_attn"].tolist() == list(range(kv_heads - 1))
@@ -153,13 +153,13 @@ class Payload:
 def test_index_files_are_not_trusted(content, message, make_model, tmp_path, capfd):
     torch.save(content, tmp_path / "model.layers.1.mlp.gate_proj.pt")
     with pytest.raises(LoRAMError, match=message):
-        prune(str(make_model()), tmp_path / "out", PruningArgs(indices=str(tmp_path)))
+        prune(str(make_model()), tmp_path / "out", PruningArgs(indices_path=str(tmp_path)))
     assert "code from" not in capfd.readouterr().out
 
 
 def test_no_index_files_is_an_error(make_model, tmp_path):
     with pytest.raises(LoRAMError, match="found none"):
-        prune(str(make_model()), tmp_path / "out", PruningArgs(indices=str(tmp_path)))
+        prune(str(make_model()), tmp_path / "out", PruningArgs(indices_path=str(tmp_path)))
 
 
 def copied(folder, target):

@@ -107,7 +107,7 @@ def test_calibrating_a_vision_transformer_on_text_is_refused(tmp_path, text_file
     AutoModelForImageClassification.from_config(pico_config("vit")).save_pretrained(
         tmp_path / "base"
     )
-    settings = PruningArgs(method="taylor", ratio=0.5, calibration=str(text_file))
+    settings = PruningArgs(method="taylor", ratio=0.5, calibration_path=str(text_file))
     with pytest.raises(LoRAMError, match="method random or magnitude without refit for vit"):
         prune(str(tmp_path / "base"), tmp_path / "pruned", settings)
 
@@ -119,7 +119,7 @@ def test_a_vision_language_model_is_calibrated_on_text(gemma, tmp_path, text_fil
     settings = PruningArgs(
         method="taylor",
         ratio=0.5,
-        calibration=str(text_file),
+        calibration_path=str(text_file),
         calibration_samples=8,
         calibration_length=32,
     )
