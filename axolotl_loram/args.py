@@ -242,7 +242,9 @@ class PruningArgs(Section):
         """Whether the kept weights are refitted."""
         if self.refit is not None or self.sparsity:
             return bool(self.refit)
-        return self.calibration_path is not None or (self.method in CALIBRATED and not self.indices_path)
+        return self.calibration_path is not None or (
+            self.method in CALIBRATED and not self.indices_path
+        )
 
     @property
     def protected(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from axolotl_loram.args import PruningArgs
+from axolotl_loram.args import FillArgs, PruningArgs
 from axolotl_loram.calibration import Calibration, from_rows, load_calibration
 from axolotl_loram.checkpoint import Checkpoint, made_once
 from axolotl_loram.plan import SCHEMA_VERSION
@@ -65,6 +65,11 @@ def calibrate(settings: PruningArgs, base: Path, rows: Rows | None) -> Calibrati
     """The text to prune by: what the settings name, or the run's own training data."""
     if settings.calibration_path is not None or rows is None:
         return load_calibration(settings, base)
+    return own_text(settings, base, rows)
+
+
+def own_text(settings: PruningArgs | FillArgs, base: Path, rows: Rows) -> Calibration:
+    """The run's own training data as calibration text."""
     size = int(load_config(str(base))["vocab_size"])
     known = ([token for token in row if token < size] for row in rows())  # none that the run adds
     return from_rows(known, settings, base, "the run's datasets")

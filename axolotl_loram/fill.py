@@ -9,7 +9,7 @@ where pruned) differ by along it, (W + s B' A) Qᵀ = (Wᴾ + s B A) Qᵀ, each 
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from axolotl_loram.recover import Filler, default_output, read_adapter_config, r
 from axolotl_loram.sources import find_folder, load_config
 from axolotl_loram.streaming import LayerStream
 from axolotl_loram.walk import Walk
-from axolotl_loram.work import Work
+from axolotl_loram.work import unfinished
 
 LIMIT = 3.0
 """EMLoC's λ."""
@@ -49,7 +49,8 @@ class Job:
         plan: The plan that binds the models.
         base: Folder of the base.
         pruned: Folder of the pruned model.
-        work: Folder for hidden states, with room for three times the calibration text's.
+        work: Folder for hidden states, with room for three times the calibration text's; a fit that
+            is interrupted leaves there what it has done.
         progress: Shows how far it is.
         calibration: Text to fit on, by default what the settings name.
     """
@@ -156,11 +157,26 @@ def _fitted(job: Job, full: Adapter, narrow: Adapter) -> dict[str, Any]:
         )
     calibration = job.calibration or load_calibration(job.settings, job.base)
     base, pruned = job.streams()
-    with tempfile.TemporaryDirectory(prefix=".fitting-", dir=job.work) as folder:
-        stop, work = max(job.plan.counts) + 1, Work(Path(folder))
+    identity = {
+        "adapter": _digest(narrow),
+        "plan": job.plan.digest,
+        "calibration": calibration.record(),
+        "device": job.device,
+    }
+    with unfinished(job.work / "fitting", identity) as work:
+        stop = max(job.plan.counts) + 1
         walk = Walk(base, work, calibration.tokens, "fitting", stop, job.progress)
         layers = fit(walk, pruned, job.plan, full, narrow)
     return {"calibration": calibration.record(), "layers": layers}
+
+
+def _digest(adapter: Adapter) -> str:
+    digest = hashlib.sha256()
+    for name, lora in sorted(adapter.items()):
+        digest.update(f"{name} {lora.scale}".encode())
+        for matrix in (lora.a, lora.b):
+            digest.update(matrix.float().numpy(force=True).tobytes())
+    return digest.hexdigest()
 
 
 FILLS: Mapping[str, Callable[[Job, Adapter, Adapter], dict[str, Any]]] = {
@@ -215,6 +231,19 @@ def _find(
     pruned = find_folder(pruned_model)
     plan = PruningPlan.load(pruned)
     check_pruned(pruned, plan)
+    check_fillable(pruned, plan)
+    check_base(plan, plan.base.id, plan.base.revision)
+    base = find_folder(plan.base.id, plan.base.revision)
+    work = default_output(adapter).parent
+    return Job(settings, plan, base, pruned, work, progress, calibration)
+
+
+def check_fillable(pruned: Path, plan: PruningPlan) -> None:
+    """Refuse a pruned model that says nothing of the features that were pruned.
+
+    Raises:
+        LoRAMError: No units were removed from it, or its weights are in 4 bits.
+    """
     if not plan.counts:
         raise LoRAMError(
             f"expected a model that units were removed from, found {pruned} with its layers whole: "
@@ -225,7 +254,3 @@ def _find(
             f"expected a pruned model in 16 or 32 bits to fill from, found {pruned} in 4 bits: "
             "give the one it was made from with --pruned-model, or recover with zeros"
         )
-    check_base(plan, plan.base.id, plan.base.revision)
-    base = find_folder(plan.base.id, plan.base.revision)
-    work = default_output(adapter).parent
-    return Job(settings, plan, base, pruned, work, progress, calibration)

@@ -26,6 +26,7 @@ from axolotl_loram.lora import Adapter, LoRA, added, below
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.streaming import LayerStream, States, seen_inputs
 from axolotl_loram.walk import Walk
+from axolotl_loram.work import Work
 
 LOG = logging.getLogger(__name__)
 ITERATIONS = 8
@@ -49,18 +50,37 @@ def fit(
         Layer → its errors on held-out text before and after, relative to Σ ‖Δᴾ‖², and whether the
         fit was accepted.
     """
-    facts = {}
+    facts: dict[str, Any] = {}
+    for index in plan.counts:  # by an earlier process, which was interrupted
+        if walk.work.has(_step(index)):
+            _take_back(walk.work, index, full, facts)
     for index, layer in walk:
         prefix = f"{walk.stream.family.layers}.{index}."
-        own = below(full, prefix)
-        if index in plan.counts and _free(own):
+        name, own = prefix.rstrip("."), below(full, prefix)
+        if index in plan.counts and name not in facts and _free(own):
             fitter = LayerFit(walk, index, layer, own)
             fitter.aim(pruned, below(narrow, prefix))
-            facts[prefix.rstrip(".")] = fitter.run()
+            facts[name] = fitter.run()
             full |= {prefix + path: lora for path, lora in fitter.adapter.items()}
+            fitted = {prefix + path: full[prefix + path].b for path in fitter.masks}
+            arrays = {path: ("F32", b.numpy(force=True)) for path, b in fitted.items()}
+            walk.work.save(_step(index), arrays, {"layer": name, **facts[name]})
         with torch.no_grad(), added(layer, below(full, prefix)), walk.advanced(index, layer):
             pass
     return facts
+
+
+def _step(index: int) -> str:
+    return f"fitted-{index}"
+
+
+def _take_back(work: Work, index: int, full: Adapter, facts: dict[str, Any]) -> None:
+    """What an earlier process fitted for a layer."""
+    stored, about = work.load(_step(index))
+    facts[about.pop("layer")] = about
+    for path, tensor in stored.items():
+        lora = full[path]
+        full[path] = replace(lora, b=torch.from_numpy(tensor.read().view("<f4")).to(lora.b))
 
 
 def _free(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ TRAIN_KEYS = (
     "pruning",
     "masked",
     "recovery",
+    "fill",
     "lm_head_format",
     "embedding_format",
     "evaluate_recovered_every",
@@ -53,6 +54,12 @@ class LoRAMConfig(Section):
         default="plain",
         description="plain: the adapter for base_model in output_dir. masked: also base_model with "
         "exactly the masked update that was trained, in output_dir/merged.",
+    )
+    fill: Literal["zeros", "normal", "corrected", "fitted"] = Field(
+        default="zeros",
+        description="What the recovered adapter holds for what was pruned, as `axolotl-loram "
+        "recover --fill` says; fitted reads the run's own datasets, and (as corrected) the "
+        "weights of base_model, a layer at a time, when training has ended.",
     )
     lm_head_format: Literal["native", "int8", "nf4"] | None = Field(
         default=None,
@@ -144,6 +151,11 @@ class LoRAMConfig(Section):
             raise LoRAMError(
                 "expected `recovery: plain` with `masked: false`, found masked: the update that "
                 "was trained is not the masked one"
+            )
+        if self.recovery == "masked" and self.fill != "zeros":
+            raise LoRAMError(
+                f"expected `fill: zeros` with `recovery: masked`, found {self.fill}: no features "
+                "were pruned that something could be put in for"
             )
         structured = self.pruning is not None and not self.pruning.sparsity
         if structured and (self.masked or self.recovery == "masked"):

@@ -25,6 +25,7 @@ from types import MethodType
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
+from axolotl.telemetry.manager import FIELDS_TO_REDACT
 from transformers import TrainerCallback
 
 import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
@@ -38,6 +39,7 @@ from axolotl_loram.align import (
 from axolotl_loram.axolotl_data import training_data
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.fill import Job
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.masked import confine
@@ -49,16 +51,14 @@ from axolotl_loram.plan import summary
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.publish import publish_adapter
 from axolotl_loram.quantized import prepare_packed, store_small_once_sized
-from axolotl_loram.recover import (
-    recover,
-)
+from axolotl_loram.recover import Filler, recover
 from axolotl_loram.runs import Run, begin_training, use_recovered_adapter
+from axolotl_loram.sources import find_folder
 from axolotl_loram.support import (
     ADAPTERS,
     aligns,
     check_router_losses,
     check_supported,
-    keep_errors_from_telemetry,
 )
 from axolotl_loram.watch import measure_run, start_measuring
 
@@ -81,7 +81,7 @@ class LoRAMPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""
         _log_as_axolotl_does()
-        keep_errors_from_telemetry()
+        _keep_errors_from_telemetry()
         check_supported(cfg)
         if aligns(cfg):
             return
@@ -153,14 +153,7 @@ class LoRAMPlugin(BasePlugin):
             finish_alignment(self.alignment)
         if self.run is None or not is_first_rank():
             return
-        recover(
-            self.run.trained,
-            str(self.run.pruned),
-            output=self.run.output,
-            base=self.run.base,
-            update=True,
-            card=_yaml_details(cfg),
-        )
+        recover_after_training(self.run, _yaml_details(cfg))
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:
             sent = publish_adapter(self.run.output, self.run.hub_model_id)
@@ -210,6 +203,16 @@ def _log_as_axolotl_does() -> None:
     ours.handlers, ours.level, ours.propagate = axolotl.handlers, axolotl.level, False
 
 
+def _keep_errors_from_telemetry() -> None:
+    """Take the texts of errors out of what Axolotl's telemetry sends, where that is on.
+
+    Our messages name the files that they are about. Of a YAML, Axolotl leaves out what keys named
+    after paths hold (see `Section`); of errors it sends message and traceback, for which it has
+    no hook, but this list.
+    """
+    FIELDS_TO_REDACT.update(("exception", "stack_trace"))
+
+
 def plain_projections(model: Any) -> None:
     """Give a model that is not trained the projections that Axolotl's patched attention calls.
 
@@ -225,6 +228,20 @@ def plain_projections(model: Any) -> None:
         for attention in find_self_attn_in_layer(layer):
             attention.apply_qkv = MethodType(original_apply_qkv_optional_v, attention)
             attention.apply_o = MethodType(original_apply_o, attention)
+
+
+def recover_after_training(run: Run, card: str) -> None:
+    """Recover the adapter into output_dir, with zeros first: they are there if a fit fails."""
+
+    def once(fill: Filler | None = None) -> None:
+        recover(run.trained, str(run.pruned), run.output, run.base, True, card=card, fill=fill)
+
+    once()
+    if run.fill is not None:
+        base = find_folder(run.base.id, run.base.revision)
+        with progress_bar("recovery") as progress:
+            pair = (base, run.pruned, run.output)
+            once(Job(run.fill, run.plan, *pair, progress, run.fill_text).fill)
 
 
 def confine_update(run: Run, model: Any) -> None:

@@ -9,11 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from axolotl_loram.align import is_first_rank
 from axolotl_loram.architecture import parameters
+from axolotl_loram.args import FillArgs
 from axolotl_loram.axolotl_data import token_rows
-from axolotl_loram.cache import prune_into_cache
+from axolotl_loram.cache import own_text, prune_into_cache
+from axolotl_loram.calibration import Calibration
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, made_once, write_json
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.fill import check_fillable
 from axolotl_loram.formats import Formats
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.pairing import check_base, check_pruned, read_record
@@ -44,6 +48,8 @@ class Run:
         formats: What the lm_head and the embedding are kept in.
         masked: Whether the update is confined to the weights that sparse pruning left.
         merges: Whether the result is wanted as a model too, with the masked update added.
+        fill: What the recovered adapter holds for what was pruned, if not zeros.
+        fill_text: The run's own data, for a fit; on the rank that recovers.
         memory: What was predicted, and in the end measured.
         history: What the trainer has logged so far, of losses.
     """
@@ -57,6 +63,8 @@ class Run:
     formats: Formats
     masked: bool = False
     merges: bool = False
+    fill: FillArgs | None = None
+    fill_text: Calibration | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -111,6 +119,7 @@ def begin_training(cfg: Any) -> Run:
     masked = trains_masked(section, plan)
     check_base(plan, model, revision)
     _check_modules_to_save(cfg, plan)
+    fill, fill_text = _fill(section, cfg, pruned, plan)
     run = Run(
         Base(model, revision),
         pruned.resolve(),
@@ -121,6 +130,8 @@ def begin_training(cfg: Any) -> Run:
         formats,
         masked,
         merges=section.recovery == "masked",
+        fill=fill,
+        fill_text=fill_text,
         memory={"predicted": predict_run(cfg, plan, formats), "measured": {}},
     )
     _check_same_plan(run)
@@ -138,6 +149,23 @@ def begin_training(cfg: Any) -> Run:
     cfg.output_dir = str(run.trained)
     cfg.hub_model_id = None  # the trainer would upload the adapter as trained
     return run
+
+
+def _fill(
+    section: LoRAMConfig, cfg: Any, pruned: Path, plan: PruningPlan
+) -> tuple[FillArgs | None, Calibration | None]:
+    """What to fill the recovered adapter with, and the text for it; cfg is still the base's."""
+    if section.fill == "zeros":
+        return None, None
+    check_fillable(pruned, plan)
+    text = "the run's datasets" if section.fill == "fitted" else None
+    length = min(512, int(cfg.sequence_len or 512))
+    settings = FillArgs(fill=section.fill, calibration_path=text, calibration_length=length)
+    if not (text and is_first_rank()):
+        return settings, None
+    base = find_folder(str(cfg.base_model), cfg.revision_of_model)
+    Checkpoint(base)  # its weights are needed when training has ended: better said now
+    return settings, own_text(settings, base, functools.partial(token_rows, cfg, settings.seed))
 
 
 def gather_warm_start(run: Run, adapter: str) -> Path:

@@ -22,18 +22,6 @@ KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 """Axolotl's fused LoRA kernels, which it switches on itself where a YAML names none of them."""
 
 
-def keep_errors_from_telemetry() -> None:
-    """Take the texts of errors out of what Axolotl's telemetry sends, where that is on.
-
-    Our messages name the files that they are about. Of a YAML, Axolotl leaves out what keys named
-    after paths hold (see `Section`); of errors it sends message and traceback, for which it has
-    no hook, but this list.
-    """
-    from axolotl.telemetry import manager
-
-    manager.FIELDS_TO_REDACT.update(("exception", "stack_trace"))
-
-
 def check_supported(cfg: Any) -> None:
     """Refuse, by name and with the reason, what LoRAM cannot recover.
 

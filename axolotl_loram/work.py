@@ -116,10 +116,27 @@ def resumable(target: Path, identity: Mapping[str, Any], overwrite: bool = False
     """
     check_vacant(target, overwrite)
     target = target.resolve()
+    with unfinished(target, identity) as work:
+        work.result.mkdir(exist_ok=True)
+        yield work
+        replace_folder(work.result, target)
+
+
+@contextmanager
+def unfinished(target: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
+    """The finished steps on the way to `target`, which go when the block ends well.
+
+    Args:
+        target: What is written with them, or what they lie beside.
+        identity: Everything that decides what comes out, as JSON.
+
+    Raises:
+        LoRAMError: Nothing can be written there, or another process is at it.
+    """
     work = Work(work_folder(target, identity))
     resumed = work.folder.exists()
     try:
-        work.result.mkdir(parents=True, exist_ok=True)
+        work.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoRAMError(
             f"expected to be able to write in {target.parent}, found: {error.strerror}"
@@ -130,7 +147,6 @@ def resumable(target: Path, identity: Mapping[str, Any], overwrite: bool = False
             if resumed:
                 LOG.warning("going on with the interrupted work in %s", work.folder)
             yield work
-            replace_folder(work.result, target)
         shutil.rmtree(work.folder)
     except Timeout:
         raise LoRAMError(

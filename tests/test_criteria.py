@@ -136,7 +136,11 @@ def with_redundancy(folder):
 def calibrated(method, text, **changes):
     settings = {"ratio": 0.5, "method": method, "refit": False, **changes}
     if method not in ("random", "magnitude") or settings["refit"]:
-        settings |= {"calibration_path": str(text), "calibration_samples": 16, "calibration_length": 48}
+        settings |= {
+            "calibration_path": str(text),
+            "calibration_samples": 16,
+            "calibration_length": 48,
+        }
     return PruningArgs(**settings)
 
 

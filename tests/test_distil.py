@@ -298,7 +298,7 @@ def test_what_does_not_go_with_distillation_is_said(monkeypatch):
     check()
     with pytest.raises(LoRAMError, match="found 2 processes, each with its own part"):
         check(streaming=True)
-    with pytest.raises(ValueError, match="no teacher with `objective: next-token`"):
+    with pytest.raises(ValueError, match="no teacher_path with `objective: next-token`"):
         LoRAMConfig(stage="align", teacher_path="base")
     with pytest.raises(ValueError, match="no objective with `stage: train`"):
         LoRAMConfig(pruned_model_path="pruned", objective="distillation")

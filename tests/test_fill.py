@@ -8,6 +8,7 @@ from conftest import build_model, byte_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_recover import randomize
+from test_resume import Interruption
 
 import axolotl_loram.fit
 from axolotl_loram.args import FillArgs, PruningArgs
@@ -107,6 +108,25 @@ def test_a_fit_frees_the_pruned_rows_of_b_and_nothing_else(adapter):
         assert torch.equal(fitted[name][~taken], zeros[name][~taken])
         assert fitted[name][taken].abs().max() > 0 and not zeros[name][taken].any()
     assert recorded(adapter)["calibration"] == TEXT.record()
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_an_interrupted_fit_goes_on_where_it_was(adapter, monkeypatch, at):
+    """Stopped before the first fit, after it, and after the second; none is done twice."""
+    fits = []
+    run = axolotl_loram.fit.LayerFit.run
+    monkeypatch.setattr(
+        axolotl_loram.fit.LayerFit, "run", lambda self: fits.append(self.index) or run(self)
+    )
+    folder, name = adapter.parent, f"again-{at}"
+    with pytest.raises(KeyboardInterrupt):
+        filled(adapter, FITTED, name, calibration=TEXT, progress=Interruption(at))
+    assert not (folder / name).exists() and list(folder.glob(".fitting.*"))
+    again, record = filled(adapter, FITTED, name, calibration=TEXT)
+    whole = load_file(folder / "fitted/adapter_model.safetensors")
+    assert fits == [1, 2] and record == recorded(adapter)
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+    assert not list(folder.glob(".fitting.*"))
 
 
 def layer_inputs(model, layers, tokens):

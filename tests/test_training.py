@@ -144,6 +144,7 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
             "calibration_length": 32,
         },
         "cache_dir": str(tmp_path / "cache"),
+        "fill": "fitted",
     }
     # `axolotl inference` casts the model to its dtype; in float32 that would break 4-bit weights
     # which are stored as bfloat16, Axolotl's default.
@@ -161,6 +162,9 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
         layer: {"neurons": 24, "kv_groups": 1} for layer in (1, 2)
     }
     check_output(output, base)
+    filled = json.loads((output / "loram.json").read_text())["fill"]
+    assert filled["method"] == "fitted" and filled["calibration"]["source"] == "the run's datasets"
+    assert set(filled["layers"]) == {"model.layers.1", "model.layers.2"}
     run_command("axolotl", "merge-lora", yaml_file)
     assert_same(logits_of(output / "merged"), logits_of(base, output))
     check_inference_and_evaluate(yaml_file, output)
