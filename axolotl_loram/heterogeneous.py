@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import heterogeneity
 
 from axolotl_loram.architecture import FAMILIES, family_of, parameters
+from axolotl_loram.cpu_4bit import take_any_width
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.spaces import EXPERTS, LINEAR
 
@@ -90,6 +91,7 @@ def _tell_layers_after(original: Any, model: PreTrainedModel, *args: Any, **kwar
 
 
 def _check_widths_before(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    take_any_width()
     _BUILT.pop(id(model.config), None)
     if is_heterogeneous(model.config):
         check_widths(model)

@@ -25,6 +25,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from axolotl_loram.architecture import Config, Tensor, family_of, layer_pieces, sizes_of
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor
+from axolotl_loram.cpu_4bit import take_any_width
 from axolotl_loram.errors import LoRAMError, not_finite
 
 TOKENS_PER_BATCH = 2048
@@ -295,6 +296,7 @@ def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, device: to
     """Put an NF4 linear layer, as QLoRA's, in the place of one of the same weight."""
     import bitsandbytes
 
+    take_any_width()
     old: Any = layer.get_submodule(path)
     new: Any = bitsandbytes.nn.Linear4bit(
         old.in_features,

@@ -29,6 +29,7 @@ from axolotl_loram.quantized import (
     weight_bytes,
 )
 from axolotl_loram.recover import recover
+from axolotl_loram.streaming import replace_linear
 
 TOKENS = torch.arange(3, 60)[None]
 VOCABULARY = 264
@@ -76,6 +77,23 @@ def test_each_format_stands_for_the_weights_in_fewer_bytes(formats, classes, err
     assert before - weight_bytes(model) == 4 * NUMBERS - kept
     assert model.get_input_embeddings()(TOKENS).requires_grad  # the hook moved along
     model.state_dict()
+
+
+@pytest.mark.parametrize("outputs_", [24, 32, 264])
+@pytest.mark.parametrize("inputs", [24, 32, 48, 64, 80])
+def test_every_width_is_right_in_4_bits(inputs, outputs_):
+    """Of pruned layers too: on CPUs with AVX512, bitsandbytes by itself is right for some only."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(inputs, outputs_, bias=False))
+    weight, given = layer[0].weight.data, torch.randn(8, inputs)
+    weight *= torch.logspace(-1, 1, weight.numel()).view_as(weight)  # no two scales are alike
+    replace_linear(layer, "0", weight, torch.device("cpu"))
+    with torch.no_grad():
+        found = layer.eval()(given)
+    assert type(layer[0]) is Linear4bit
+    assert (found - given @ weight.T).norm() / found.norm() < 0.15
+    own = layer[0].weight
+    assert (dequantize_4bit(own.data, own.quant_state) - weight).norm() / weight.norm() < 0.11
 
 
 def test_both_of_tied_embeddings_are_kept_small():
