@@ -19,6 +19,14 @@ from axolotl_loram.loram_args import LoRAMConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = "/home/somebody/private"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
+SECRET = "hf_" + "s3cret" * 6
+
+
+def assert_no_secret(folder: Path) -> None:
+    """No file below a folder has the secret in it."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert files and not [file for file in files if SECRET.encode() in file.read_bytes()]
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def test_telemetry_gets_no_path(telemetry, settings, make_model, tmp_path):
     assert PRIVATE not in json.dumps([first, *others], default=str)
 
 
-def test_folders_need_no_network(make_model, tmp_path, monkeypatch):
+def test_folders_need_no_network_and_keep_no_secret(make_model, tmp_path, monkeypatch):
     """With the hub allowed, commands that are given folders connect to nothing."""
 
     def refused(self, address):
@@ -86,6 +94,8 @@ def test_folders_need_no_network(make_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in SECRETS:
+        monkeypatch.setenv(name, SECRET)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     base, pruned = str(make_model()), str(tmp_path / "pruned")
     for command in (
@@ -97,6 +107,8 @@ def test_folders_need_no_network(make_model, tmp_path, monkeypatch):
     ):
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, (command, result.output)
+        assert SECRET not in result.output
+    assert_no_secret(tmp_path)
 
 
 def test_offline_is_respected(tmp_path, monkeypatch):

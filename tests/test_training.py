@@ -14,6 +14,7 @@ from conftest import run_command, write_yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_recover import train_on
+from test_supply import SECRET, SECRETS, assert_no_secret
 from transformers import AutoModelForCausalLM
 
 from axolotl_loram.args import PruningArgs
@@ -137,7 +138,11 @@ def test_lora_from_preprocess_to_merge(pruned, make_model, settings, tmp_path):
     check_inference_and_evaluate(yaml_file, output)
 
 
-def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, settings, tmp_path):
+def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(
+    make_model, settings, tmp_path, monkeypatch
+):
+    for name in SECRETS:
+        monkeypatch.setenv(name, SECRET)
     base, output = make_model(), tmp_path / "out"
     section = {
         "pruning": {
@@ -165,6 +170,8 @@ def test_qlora_prunes_into_the_cache_and_merges_unquantized_weights(make_model, 
         layer: {"neurons": 24, "kv_groups": 1} for layer in (1, 2)
     }
     check_output(output, base)
+    assert_no_secret(tmp_path)
+    assert SECRET not in log.stdout + log.stderr
     filled = json.loads((output / "loram.json").read_text())["fill"]
     assert filled["method"] == "fitted" and filled["calibration"]["source"] == "the run's datasets"
     assert set(filled["layers"]) == {"model.layers.1", "model.layers.2"}
