@@ -32,6 +32,7 @@ MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 BLOCK_BYTES = 4 * 2**20
 """Most bytes of a tensor that are handled at once, unless a single row has more; fits in caches."""
+SMALL_BYTES = 2**16
 ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -272,6 +273,10 @@ def write_safetensors(
             expected, written = math.prod(shape) * ELEMENT_BYTES[dtype], 0
             for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
                 flat = _bytes_of(np.ascontiguousarray(array))
+                if flat.nbytes < SMALL_BYTES:  # another thread would take longer to wake up
+                    digest.update(flat)
+                    written += handle.write(flat)
+                    continue
                 hashed = pool.submit(digest.update, flat)  # takes as long as writing does
                 written += handle.write(flat)
                 hashed.result()
