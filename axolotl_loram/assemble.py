@@ -18,12 +18,11 @@ from axolotl_loram.checkpoint import (
     Checkpoint,
     StoredTensor,
     finite,
-    updated_folder,
-    write_json,
     write_safetensors,
 )
 from axolotl_loram.checks import sha256_of
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import updated_folder, write_json
 from axolotl_loram.pairing import check_pruned, is_derived, read_record
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.sources import TOKENIZER_PATTERNS

@@ -33,9 +33,9 @@ from axolotl_loram.candidates import (
     trial_of,
     with_adapter,
 )
-from axolotl_loram.checkpoint import sync, write_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.findings import perplexity_section, task_sections
+from axolotl_loram.folders import sync, write_json
 from axolotl_loram.harness import Task, check_backend, resolve_tasks, score
 from axolotl_loram.heldout import HeldOut, held_out
 from axolotl_loram.perplexity import document_losses, fitting

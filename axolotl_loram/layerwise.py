@@ -29,9 +29,10 @@ from axolotl_loram import __version__
 from axolotl_loram.architecture import layer_pieces, sizes_of, with_defaults
 from axolotl_loram.assemble import CARRIED, aligned_record
 from axolotl_loram.calibration import Calibration, load_calibration
-from axolotl_loram.checkpoint import Checkpoint, StoredTensor, write_json
+from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.compensate import split
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import write_json
 from axolotl_loram.gathering import write_weights
 from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.pairing import check_base, check_pruned

@@ -15,16 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from axolotl_loram.checkpoint import (
-    ADAPTER_FILE,
-    Checkpoint,
-    StoredTensor,
-    check_vacant,
-    new_folder,
-    write_json,
-    write_safetensors,
-)
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, write_safetensors
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import check_vacant, new_folder, write_json
 from axolotl_loram.lora import scaling
 from axolotl_loram.masked import add_update, pack, read_support
 from axolotl_loram.matching import match, named_model, split_name

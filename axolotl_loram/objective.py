@@ -20,8 +20,9 @@ from torch.nn.functional import pad
 
 from axolotl_loram.align import Alignment
 from axolotl_loram.cache import cache_folder
-from axolotl_loram.checkpoint import Checkpoint, made_once
+from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.distil import IGNORED, Targets, distillation_loss
+from axolotl_loram.folders import made_once
 from axolotl_loram.pairing import check_base
 from axolotl_loram.plan import SCHEMA_VERSION
 from axolotl_loram.progress import progress_bar

@@ -15,15 +15,11 @@ import numpy as np
 from axolotl_loram import __version__
 from axolotl_loram.architecture import Config, changed, family_of, layer_count, sizes_of
 from axolotl_loram.args import CALIBRATED, PruningArgs
-from axolotl_loram.checkpoint import (
-    Checkpoint,
-    StoredTensor,
-    check_vacant,
-    write_json,
-)
+from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.evidence import Evidence
+from axolotl_loram.folders import check_vacant, write_json
 from axolotl_loram.gathering import needed_bytes, write_weights
 from axolotl_loram.importance import choose
 from axolotl_loram.pairing import check_tensors

@@ -15,15 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.checkpoint import (
-    ADAPTER_FILE,
-    Checkpoint,
-    new_folder,
-    updated_folder,
-    write_json,
-    write_safetensors,
-)
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, write_safetensors
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import new_folder, updated_folder, write_json
 from axolotl_loram.matching import ADAPTER_CONFIG, Moved, match, named_model
 from axolotl_loram.pairing import check_trained_under, read_record
 from axolotl_loram.plan import (

@@ -12,8 +12,9 @@ from typing import Any
 from axolotl_loram.architecture import parameters
 from axolotl_loram.axolotl_data import token_rows
 from axolotl_loram.cache import prune_into_cache
-from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, made_once, write_json
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import made_once, write_json
 from axolotl_loram.formats import Formats
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.pairing import check_base, check_pruned, read_record
