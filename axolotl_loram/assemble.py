@@ -23,7 +23,7 @@ from axolotl_loram.checkpoint import (
 from axolotl_loram.checks import sha256_of
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.folders import updated_folder, write_json
-from axolotl_loram.pairing import check_pruned, is_derived, read_record
+from axolotl_loram.pairing import check_pruned, is_derived, read_record, weights_fingerprint
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.sources import TOKENIZER_PATTERNS
 
@@ -87,11 +87,13 @@ def aligned_record(
     record = read_record(pruned)
     before = record.get("alignments") or []
     record.pop("alignment", None)  # what records had before there were any
-    size = sum(tensor.nbytes for tensor in Checkpoint(folder).tensors.values())
+    written = Checkpoint(folder)
+    size = sum(tensor.nbytes for tensor in written.tensors.values())
     return {
         **record,
         "alignments": [*before, dict(alignment)],
         "weight_bytes": size,
+        "fingerprint": weights_fingerprint(written),
         "files": dict(sorted({**rest, **files}.items())),
     }
 

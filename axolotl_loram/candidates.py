@@ -21,7 +21,7 @@ from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.masked import confine
 from axolotl_loram.matching import ADAPTER_CONFIG, named_model
-from axolotl_loram.pairing import check_base, check_pruned, read_record
+from axolotl_loram.pairing import check_pair, check_recorded_base, read_record
 from axolotl_loram.plan import Base, PruningPlan
 from axolotl_loram.sources import find_folder, load_config
 
@@ -110,6 +110,7 @@ def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[st
     pruned = _pruned_folder(record, section, bool({PRUNED, TRAINED} & set(names)))
     if pruned is not None:
         _check_pruned(pruned, base, record, output)
+    check_recorded_base(record, base.id, base.revision)
     confined = pruned if record.get("masked") else None
     exact = confined if section.get("recovery") == "masked" else None
     narrow = str(pruned)
@@ -170,8 +171,7 @@ def _check_pruned(pruned: Path, base: Base, record: Mapping[str, Any], output: P
             f"another plan ({record['plan'][:19]}…, not {plan.digest[:19]}…): name the pruned "
             "model that it was trained on"
         )
-    check_pruned(pruned, plan)
-    check_base(plan, base.id, base.revision)
+    check_pair(pruned, plan, base.id, base.revision)
 
 
 def _also(name: str, folder: Path, base: Base) -> Candidate:
@@ -182,6 +182,7 @@ def _also(name: str, folder: Path, base: Base) -> Candidate:
                 f"expected an adapter for the original model, found {folder} trained on the pruned "
                 f"one: run `axolotl-loram recover {folder}` first"
             )
+        check_recorded_base(read_record(folder), base.id, base.revision)
         return Candidate(f"{ALSO}{name}", base.id, base.revision, folder)
     if not has_weights(folder):
         raise LoRAMError(
@@ -275,10 +276,12 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
     except (RuntimeError, ValueError, KeyError) as error:
         problem = one_line(error)
     else:
-        homeless = Checkpoint(adapter, ADAPTER_FILE).tensors.keys() - get_peft_model_state_dict(
-            adapted, save_embedding_layers=False
-        )
+        stored = Checkpoint(adapter, ADAPTER_FILE).tensors.keys()
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        homeless = stored - expected
         problem = f"no place for {min(homeless)}" if homeless else ""
+        absent = expected - stored
+        problem = problem or (f"it has no {min(absent)}" if absent else "")
     if problem:
         raise LoRAMError(
             f"expected an adapter for {model.name_or_path}, found {adapter}, made for {named} "

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
@@ -158,11 +158,24 @@ class Checkpoint:
         self.tensors: dict[str, StoredTensor] = {}
         self.shards: dict[str, list[str]] = {}
         self.metadata: dict[str, str] = {}
+        listed = {} if (folder / file).exists() else _weight_map(folder, file)
         for name in shard_names(folder, file):
             tensors, metadata = open_safetensors(folder / name)
+            self._check_dealt(tensors, name, listed)
             self.shards[name] = list(tensors)
             self.tensors |= tensors
             self.metadata |= metadata
+
+    def _check_dealt(self, tensors: Iterable[str], shard: str, listed: Mapping[str, str]) -> None:
+        """Refuse a shard with tensors that another has, or should have by the index."""
+        for name in tensors:
+            other = self.tensors[name].file.name if name in self.tensors else listed.get(name)
+            if other not in (None, shard):
+                raise LoRAMError(
+                    f"expected every tensor in one file of {self.folder}, found {name} in {shard} "
+                    f"and, by the index or really, in {other}: the shards are of two runs, so "
+                    "download or write them again"
+                )
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
@@ -209,6 +222,11 @@ def shard_names(folder: Path, file: str = MODEL_FILE) -> list[str]:
     """
     if (folder / file).exists():
         return [file]
+    return sorted(set(_weight_map(folder, file).values()))
+
+
+def _weight_map(folder: Path, file: str) -> dict[str, str]:
+    """Tensor → shard, as the index says."""
     index = folder / f"{file}.index.json"
     if not index.exists():
         raise LoRAMError(
@@ -224,7 +242,7 @@ def shard_names(folder: Path, file: str = MODEL_FILE) -> list[str]:
                 f"expected {index} to list plain file names, found {name!r}: do not use this "
                 "checkpoint, its index points out of its folder"
             )
-    return sorted(set(weight_map.values()))
+    return weight_map
 
 
 TensorShape = tuple[str, str, tuple[int, ...]]

@@ -27,7 +27,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fit import fit, fittable
 from axolotl_loram.lora import Adapter, below, read_loras
 from axolotl_loram.matching import Moved, named_model
-from axolotl_loram.pairing import check_base, check_pruned
+from axolotl_loram.pairing import check_pair
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.recover import Filler, default_output, read_adapter_config, recover
@@ -214,7 +214,6 @@ def _find(
 ) -> Job:
     pruned = find_folder(pruned_model)
     plan = PruningPlan.load(pruned)
-    check_pruned(pruned, plan)
     if not plan.counts:
         raise LoRAMError(
             f"expected a model that units were removed from, found {pruned} with its layers whole: "
@@ -225,7 +224,7 @@ def _find(
             f"expected a pruned model in 16 or 32 bits to fill from, found {pruned} in 4 bits: "
             "give the one it was made from with --pruned-model, or recover with zeros"
         )
-    check_base(plan, plan.base.id, plan.base.revision)
+    check_pair(pruned, plan, plan.base.id, plan.base.revision)
     base = find_folder(plan.base.id, plan.base.revision)
     work = default_output(adapter).parent
     return Job(settings, plan, base, pruned, work, progress, calibration)

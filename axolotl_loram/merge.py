@@ -21,10 +21,16 @@ from axolotl_loram.folders import check_vacant, new_folder, write_json
 from axolotl_loram.lora import scaling
 from axolotl_loram.masked import add_update, pack, read_support
 from axolotl_loram.matching import match, named_model, split_name
-from axolotl_loram.pairing import check_base, check_pruned, check_trained_under, read_record
+from axolotl_loram.pairing import (
+    check_adapter_tokenizer,
+    check_pair,
+    check_trained_under,
+    read_record,
+)
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.recover import read_adapter_config
+from axolotl_loram.soundness import check_modules, check_trained
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.streaming import TORCH_DTYPES
 from axolotl_loram.untrusted import copy_files
@@ -48,6 +54,7 @@ def merge_masked(
     base: Base | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    of_run: bool = False,
 ) -> dict[str, Any]:
     """Write the base model with the trained update added to it.
 
@@ -58,6 +65,7 @@ def merge_masked(
         base: The base model, by default the plan's; downloaded where it is not on this machine.
         overwrite: Replace what `output` holds.
         progress: Shows the bytes written.
+        of_run: As in `recover`.
 
     Returns:
         What the result's `loram.json` says, and "output", the folder.
@@ -72,10 +80,13 @@ def merge_masked(
     plan = PruningPlan.load(pruned)
     _check_masked(plan, recorded, adapter)
     check_trained_under(adapter, plan)
-    check_pruned(pruned, plan)
     base = base or plan.base
     folder = find_folder(base.id, base.revision)
-    check_base(plan, base.id, base.revision)
+    check_pair(pruned, plan, base.id, base.revision)
+    check_modules(Checkpoint(adapter, ADAPTER_FILE), settings, plan)
+    if not of_run:
+        check_trained(Checkpoint(adapter, ADAPTER_FILE))
+        check_adapter_tokenizer(adapter, pruned)
     parts = _parts_by_tensor(adapter, plan)
     LOG.info("adding the masked update of %s to %s, into %s", adapter, base.id, output)
     merger = _Merger(Checkpoint(folder), Checkpoint(pruned), plan, settings, parts)

@@ -36,6 +36,7 @@ from axolotl_loram.align import (
     is_first_rank,
 )
 from axolotl_loram.axolotl_data import training_data
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
@@ -53,6 +54,7 @@ from axolotl_loram.recover import (
     recover,
 )
 from axolotl_loram.runs import Run, begin_training, use_recovered_adapter
+from axolotl_loram.soundness import is_untrained
 from axolotl_loram.support import (
     ADAPTERS,
     aligns,
@@ -158,7 +160,14 @@ class LoRAMPlugin(BasePlugin):
             base=self.run.base,
             update=True,
             card=_yaml_details(cfg),
+            of_run=True,
         )
+        if is_untrained(Checkpoint(self.run.trained, ADAPTER_FILE)):
+            LOG.warning(
+                "every B of the adapter in %s is zero: it changes nothing, as training did no step "
+                "at a learning rate above 0",
+                self.run.output,
+            )
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:
             sent = publish_adapter(self.run.output, self.run.hub_model_id)
@@ -245,7 +254,7 @@ def merge_after_training(run: Run) -> None:
     """Write the original with the masked update to output_dir/merged."""
     output = run.output / MERGED_FOLDER
     with progress_bar("merging") as progress:
-        merge_masked(run.trained, str(run.pruned), output, run.base, True, progress)
+        merge_masked(run.trained, str(run.pruned), output, run.base, True, progress, of_run=True)
     LOG.info("%s is %s with the masked update", output, run.base.id)
 
 

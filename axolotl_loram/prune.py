@@ -22,7 +22,7 @@ from axolotl_loram.evidence import Evidence
 from axolotl_loram.folders import check_vacant, write_json
 from axolotl_loram.gathering import needed_bytes, write_weights
 from axolotl_loram.importance import choose
-from axolotl_loram.pairing import check_tensors
+from axolotl_loram.pairing import check_tensors, weights_fingerprint
 from axolotl_loram.plan import (
     RECORD_FILE,
     SCHEMA_VERSION,
@@ -38,6 +38,7 @@ from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
 from axolotl_loram.sparsity import by_magnitude, load_sparse, sparse_layers, sparse_summary
 from axolotl_loram.untrusted import copy_files, read_json
+from axolotl_loram.vocabulary import vocabulary_digest
 from axolotl_loram.work import Work, resumable, work_folder
 
 if TYPE_CHECKING:
@@ -367,6 +368,7 @@ def _write_rest(
     for file in sorted(folder.iterdir()):
         if file.name not in files:  # the weights' are known, and large
             files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    written = Checkpoint(folder)
     record = {
         "schema_version": SCHEMA_VERSION,
         "kind": "pruned-model",
@@ -376,8 +378,10 @@ def _write_rest(
         "refit": dict(outcome.refit) or None,
         "alignments": [],
         "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
-        "weight_bytes": sum(tensor.nbytes for tensor in Checkpoint(folder).tensors.values()),
+        "weight_bytes": sum(tensor.nbytes for tensor in written.tensors.values()),
         "plan": plan.digest,
+        "fingerprint": weights_fingerprint(written),
+        "vocabulary": vocabulary_digest(folder),
         "versions": versions(),
         "files": dict(sorted(files.items())),
     }

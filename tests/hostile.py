@@ -74,7 +74,10 @@ def write_adapter(folder: Path, plan: PruningPlan, pruned: Path, rank: int = 2) 
     data = (numbers.normal(size=shape).astype("<f4").view("<u4") for shape in shapes.values())
     write_safetensors(folder / ADAPTER_FILE, described, data)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "bias": "none"}
-    config |= {"target_modules": ["q_proj", "up_proj"], "base_model_name_or_path": str(pruned)}
+    config |= {
+        "target_modules": sorted({t.module.split(".")[-1] for t in adapted}),
+        "base_model_name_or_path": str(pruned),
+    }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
     record = {"schema_version": 1, "kind": "trained-adapter", "base": vars(plan.base)}
     (folder / RECORD_FILE).write_text(json.dumps({**record, "plan": plan.digest, "training": {}}))
