@@ -21,7 +21,7 @@ from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.masked import confine
 from axolotl_loram.matching import ADAPTER_CONFIG, named_model
-from axolotl_loram.pairing import check_pair, check_recorded_base, read_record
+from axolotl_loram.pairing import check_pair, check_plan, check_recorded_base, read_record
 from axolotl_loram.plan import Base, PruningPlan
 from axolotl_loram.sources import find_folder, load_config
 
@@ -165,6 +165,7 @@ def _pruned_folder(
 
 def _check_pruned(pruned: Path, base: Base, record: Mapping[str, Any], output: Path) -> None:
     plan = PruningPlan.load(pruned)
+    check_plan(pruned, plan)
     if record.get("plan") not in (None, plan.digest):
         raise LoRAMError(
             f"expected the adapter in {output} to be trained on {pruned}, found it trained under "

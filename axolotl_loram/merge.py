@@ -83,11 +83,12 @@ def merge_masked(
     base = base or plan.base
     folder = find_folder(base.id, base.revision)
     check_pair(pruned, plan, base.id, base.revision)
-    check_modules(Checkpoint(adapter, ADAPTER_FILE), settings, plan)
+    checkpoint = Checkpoint(adapter, ADAPTER_FILE)
+    parts = _parts_by_tensor(checkpoint, plan)
+    check_modules(checkpoint, settings, plan)
     if not of_run:
-        check_trained(Checkpoint(adapter, ADAPTER_FILE))
+        check_trained(checkpoint)
         check_adapter_tokenizer(adapter, pruned)
-    parts = _parts_by_tensor(adapter, plan)
     LOG.info("adding the masked update of %s to %s, into %s", adapter, base.id, output)
     merger = _Merger(Checkpoint(folder), Checkpoint(pruned), plan, settings, parts)
     with new_folder(output, overwrite) as scratch:
@@ -125,7 +126,7 @@ def _check_masked(plan: PruningPlan, recorded: Mapping[str, Any], adapter: Path)
         )
 
 
-def _parts_by_tensor(adapter: Path, plan: PruningPlan) -> dict[str, dict[str, StoredTensor]]:
+def _parts_by_tensor(adapter: Checkpoint, plan: PruningPlan) -> dict[str, dict[str, StoredTensor]]:
     """Weight of the base → what the adapter holds for it.
 
     Raises:
@@ -133,7 +134,7 @@ def _parts_by_tensor(adapter: Path, plan: PruningPlan) -> dict[str, dict[str, St
     """
     tied = plan.config.get("tie_word_embeddings")
     found: dict[str, dict[str, StoredTensor]] = {}
-    for moved in match(Checkpoint(adapter, ADAPTER_FILE), plan, full_size=False):
+    for moved in match(adapter, plan, full_size=False):
         module, part = split_name(moved.stored.name)
         end = module.rpartition(".")[2]
         if part not in PARTS or (tied and end in ("lm_head", "embed_tokens")):

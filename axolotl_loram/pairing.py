@@ -17,6 +17,7 @@ from axolotl_loram.sources import (
     find_folder,
     find_local_file,
     find_local_weights,
+    hub_id_of,
     load_config,
 )
 from axolotl_loram.untrusted import check_types, read_json
@@ -223,7 +224,7 @@ def check_base_weights(base: Base, model: str, weights: Path, commit: str | None
     fingerprint = Checkpoint(weights).fingerprint()
     if base.fingerprint in (None, fingerprint):
         return fingerprint
-    if model == base.id and commit and base.revision and commit != base.revision:
+    if hub_id_of(weights) == base.id and base.revision not in (None, commit):
         raise LoRAMError(
             f"expected {base.id} at revision {base.revision}, which was pruned, found other weights"
             f" at {commit}: set revision_of_model (or --revision) to {base.revision}"
@@ -231,7 +232,7 @@ def check_base_weights(base: Base, model: str, weights: Path, commit: str | None
     raise LoRAMError(
         f"expected base_model to be {base.id} (fingerprint {str(base.fingerprint)[:19]}…), found "
         f"{model} of the same shape with {fingerprint[:19]}…: it is another model, such as a "
-        "fine-tuned one"
+        "fine-tuned one, or a mixture of two"
     )
 
 

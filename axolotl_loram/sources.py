@@ -118,6 +118,14 @@ def commit_of(folder: Path, revision: str | None) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else revision
 
 
+def hub_id_of(folder: Path) -> str | None:
+    """The hub id that a folder is a snapshot of, if it lies in the hub's cache."""
+    repository = folder.resolve().parent.parent.name
+    if folder.resolve().parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")
+
+
 def stored_config(model: str, revision: str | None = None) -> dict[str, Any]:
     """A model's config as it is stored, from a folder, file or hub id.
 

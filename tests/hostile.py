@@ -42,11 +42,11 @@ CONFIGS = {"llama": SMALL, "qwen3_moe": {**SMALL, **MOE, "moe_intermediate_size"
 MAX_FILE = 1 << 20
 
 
-def write_model(folder: Path, config: Mapping[str, Any], shards: int = 2) -> Path:
+def write_model(folder: Path, config: Mapping[str, Any], shards: int = 2, seed: int = 0) -> Path:
     """A model of random bits, in shards with an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    numbers = np.random.default_rng(0)
+    numbers = np.random.default_rng(seed)
     listed = [(t.name, "F16", t.shape) for t in tensors(with_defaults(config))]
     weight_map = {}
     for shard in range(shards):
@@ -79,8 +79,11 @@ def write_adapter(folder: Path, plan: PruningPlan, pruned: Path, rank: int = 2) 
         "base_model_name_or_path": str(pruned),
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+    trained = {"pruned_model": str(pruned)}
     record = {"schema_version": 1, "kind": "trained-adapter", "base": vars(plan.base)}
-    (folder / RECORD_FILE).write_text(json.dumps({**record, "plan": plan.digest, "training": {}}))
+    (folder / RECORD_FILE).write_text(
+        json.dumps({**record, "plan": plan.digest, "training": trained})
+    )
     return folder
 
 
