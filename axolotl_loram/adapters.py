@@ -116,6 +116,7 @@ def _pruned_model(subject: Subject) -> str | None:
     """Folder or hub id of the pruned model that an adapter was trained on, where it is recorded."""
     trained = subject.record.get("trained") or subject.record.get("training") or {}
     if trained.get("pruned_model") or _is_recovered(subject):
-        return trained.get("pruned_model")
+        named = trained.get("pruned_model")
+        return named if isinstance(named, str) else None
     has_config = (subject.folder / ADAPTER_CONFIG).exists()
     return named_model(subject.folder) if has_config else None

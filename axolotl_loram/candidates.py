@@ -152,7 +152,7 @@ def _pruned_folder(
         LoRAMError: It is needed, and there is none.
     """
     recorded = (record.get("trained") or {}).get("pruned_model")
-    named = section.get("pruned_model_path") or recorded
+    named = section.get("pruned_model_path") or (recorded if isinstance(recorded, str) else None)
     if named and (needed or Path(named).is_dir()):
         return find_folder(named, section.get("pruned_model_revision"))
     if needed:

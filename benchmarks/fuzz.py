@@ -88,9 +88,10 @@ def campaign(scratch: Path, seeds: range, doors: dict[str, hostile.Door]) -> dic
     """Counts of outcomes over all doors and models, the slowest case and the peak memory."""
     outcomes: Counter[str] = Counter()
     failures: dict[str, str] = {}
-    slowest, start = 0.0, time.perf_counter()
+    slowest, start, idle = 0.0, time.perf_counter(), 0
     for model_type in hostile.CONFIGS:
         whole = hostile.Artefacts.make(scratch / model_type, model_type)
+        idle = idle or resident("VmRSS")  # now that torch is imported
         for number, (name, door) in enumerate(doors.items()):
             around = scratch / f"{model_type}-{number}"
             suspect = hostile.Suspect(door, whole, around / "suspect")
@@ -112,7 +113,8 @@ def campaign(scratch: Path, seeds: range, doors: dict[str, hostile.Door]) -> dic
         "cases": outcomes.total(),
         **{name: outcomes[name] for name in ("opened", "refused", "failed")},
         "slowest_seconds": round(slowest, 3),
-        "peak_bytes": peak_bytes(),
+        "idle_bytes": idle,
+        "peak_bytes": resident("VmHWM"),
         "seconds": round(time.perf_counter() - start, 1),
         "failures": list(failures.values()),
     }
@@ -131,10 +133,10 @@ def attempt(suspect: hostile.Suspect, seed: int) -> str:
     return "opened"
 
 
-def peak_bytes() -> int:
-    """Resident, of this process alone: ru_maxrss would count who started it, before the exec."""
+def resident(what: str) -> int:
+    """Bytes of this process alone: ru_maxrss would count who started it, before the exec."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
+    return int(re.search(rf"{what}:\s*(\d+)", status)[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from axolotl_loram.prune import prune
 from axolotl_loram.sources import load_config
 from axolotl_loram.untrusted import copy_files, read_json
 
-PEAK = 150 * 2**20
-"""Bytes of the process: the artefacts are a few kB, whatever sizes they claim."""
+MOST_BYTES = 100 * 2**20
+"""Beyond what the imports take: the artefacts are a few kB, whatever sizes they claim."""
 
 
 @pytest.fixture(scope="module", params=hostile.CONFIGS)
@@ -37,7 +37,7 @@ def test_doors_open_or_say_why_not():
     assert result["failures"] == []
     assert result["cases"] == 40 * len(hostile.DOORS) * len(hostile.CONFIGS)
     assert min(result["opened"], result["refused"]) > result["cases"] / 10
-    assert result["peak_bytes"] < PEAK
+    assert result["peak_bytes"] - result["idle_bytes"] < MOST_BYTES
 
 
 @pytest.mark.parametrize("name", hostile.DOORS)
