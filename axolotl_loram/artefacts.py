@@ -15,6 +15,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.pairing import read_record
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.sources import is_folder
 from axolotl_loram.untrusted import read_json
 
 EVALUATION_FILE = "evaluation.json"
@@ -204,9 +205,8 @@ def _add_training(artefact: Artefact) -> None:
     """What a LoRAM run's own record, and the pruned model it names, add."""
     training = training_of(artefact.record)
     artefact.history = _entries(training, "history") or artefact.history
-    named = str(training.get("pruned_model") or "")
-    folder = Path(named)
-    if named and (folder / PLAN_FILE).exists():
+    folder = Path(str(training.get("pruned_model") or ""))
+    if is_folder(str(folder)) and (folder / PLAN_FILE).exists():
         plan = PruningPlan.load(folder)
         if plan.digest == artefact.record.get("plan"):
             artefact.pruned, artefact.widths = read_record(folder), _widths(folder)

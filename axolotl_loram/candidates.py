@@ -218,7 +218,8 @@ def load_model(
         LoRAMError: transformers cannot load it.
     """
     auto = getattr(transformers, family_of(load_config(model, revision)).auto_class)
-    options: dict[str, Any] = {"dtype": dtype or ("float32" if device == "cpu" else "auto")}
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+    options["dtype"] = dtype or ("float32" if device == "cpu" else "auto")
     if load_in_4bit:
         compute = torch.float32 if device == "cpu" else torch.bfloat16
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -270,14 +271,13 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
     Raises:
         LoRAMError: It is for another model.
     """
-    named = named_model(adapter)
-    problem = ""
+    named, problem = named_model(adapter), ""
+    stored = Checkpoint(adapter, ADAPTER_FILE).tensors.keys()  # PEFT would take a pickle too
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, KeyError) as error:
         problem = one_line(error)
     else:
-        stored = Checkpoint(adapter, ADAPTER_FILE).tensors.keys()
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         homeless = stored - expected
         problem = f"no place for {min(homeless)}" if homeless else ""

@@ -361,6 +361,7 @@ def _write_rest(
     """Write config, tokenizer, plan and record beside the weights."""
     plan, calibration = outcome.plan, job.calibration
     raw = read_json(base_folder / "config.json")
+    raw.pop("auto_map", None)  # names code of the base's repository, which is not copied
     quantized = {"quantization_config": job.packing.settings} if job.packing else {}
     write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
     copy_files(base_folder, folder, (*TOKENIZER_PATTERNS, "generation_config.json"))

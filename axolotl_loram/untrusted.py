@@ -108,8 +108,8 @@ def parse_yaml(text: str, where: object) -> dict[str, Any]:
                 raise LoRAMError(f"expected at most {DEEPEST} brackets in one another in {where}")
             super().fetch_flow_collection_start(TokenClass)
 
-    loader = Loader(text)
     try:
+        loader = Loader(text)
         node = loader.get_single_node()
         _check_expansion(node, where)
         value = loader.construct_document(node) if node else None
@@ -118,8 +118,6 @@ def parse_yaml(text: str, where: object) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" …")
         raise LoRAMError(f"expected {where} to be YAML, found that it is not: {reason}") from None
-    finally:
-        loader.dispose()
     return value if isinstance(value, dict) else {}
 
 
