@@ -205,8 +205,9 @@ def _add_training(artefact: Artefact) -> None:
     """What a LoRAM run's own record, and the pruned model it names, add."""
     training = training_of(artefact.record)
     artefact.history = _entries(training, "history") or artefact.history
-    folder = Path(str(training.get("pruned_model") or ""))
-    if is_folder(str(folder)) and (folder / PLAN_FILE).exists():
+    named = str(training.get("pruned_model") or "")
+    folder = Path(named)
+    if named and is_folder(named) and (folder / PLAN_FILE).exists():
         plan = PruningPlan.load(folder)
         if plan.digest == artefact.record.get("plan"):
             artefact.pruned, artefact.widths = read_record(folder), _widths(folder)
