@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from axolotl_loram.architecture import Config
-from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, finite
-from axolotl_loram.checks import Finding, Subject, check_digest
+from axolotl_loram.checkpoint import ADAPTER_FILE
+from axolotl_loram.checks import Finding, Subject
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.matching import ADAPTER_CONFIG, LORA_AXES, match, named_model, split_name
+from axolotl_loram.pairing import check_adapter_tokenizer, check_trained_under
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.soundness import PROBLEMS, check_modules, names_modules
 from axolotl_loram.sources import find_local_file, load_config
-
-PARTNERS = {
-    "lora_A.weight": "lora_B.weight",
-    "lora_B.weight": "lora_A.weight",
-    "lora_embedding_A": "lora_embedding_B",
-    "lora_embedding_B": "lora_embedding_A",
-}
-STARTS_AT_ZERO = ("lora_B.weight", "lora_embedding_A")
-"""What PEFT begins with zeros: still zero, it was never trained."""
+from axolotl_loram.untrusted import read_json
+from axolotl_loram.vocabulary import vocabulary_digest
 
 
 def settings(subject: Subject) -> Iterator[Finding]:
@@ -54,20 +47,54 @@ def trained_under(subject: Subject) -> Iterator[Finding]:
         named = f"no plan of {model} on this machine" if model else "no pruned model is recorded"
         yield "not checked", named
         return
-    check_digest(PruningPlan.load(found.parent), subject.record["plan"])
+    check_trained_under(subject.folder, PruningPlan.load(found.parent))
     yield "ok", f"{model} has the plan that the adapter was trained under"
 
 
 def shapes(subject: Subject) -> Iterator[Finding]:
     """The adapter fits the model that it is for: the pruned one, once recovered the base."""
-    recovered = subject.record["kind"] == "recovered-adapter"
-    model = subject.base_model[0] if recovered else _pruned_model(subject)
-    fitting = _plan_of_base(subject) if recovered else _plan_of_pruned(model)
+    recovered, (model, fitting) = _is_recovered(subject), _plan_of_model(subject)
     if fitting is None:
         yield "not checked", f"no config of {model} on this machine: pass --base MODEL"
         return
     match(subject.adapter, fitting, full_size=recovered)
     yield "ok", f"{len(subject.adapter.tensors)} tensors have the shapes of {model}"
+
+
+def modules(subject: Subject) -> Iterator[Finding]:
+    """The tensors are those of the modules that adapter_config.json names."""
+    file = subject.folder / ADAPTER_CONFIG
+    config, (model, fitting) = read_json(file), _plan_of_model(subject)
+    if fitting is None or not names_modules(config):
+        named = f"no config of {model} on this machine: pass --base MODEL"
+        yield "not checked", named if fitting is None else f"{ADAPTER_CONFIG} names no modules"
+        return
+    check_modules(subject.adapter, config, fitting)
+    yield "ok", f"A and B are there of every module that {ADAPTER_CONFIG} names, and of no other"
+
+
+def tokenizer(subject: Subject) -> Iterator[Finding]:
+    """The tokenizer beside the adapter is the pruned model's."""
+    model, own = _pruned_model(subject), vocabulary_digest(subject.folder)
+    found = find_local_file(model, RECORD_FILE) if model else None
+    if own is None or found is None:
+        named = f"no pruned model {model or ''} on this machine".replace("  ", " ")
+        yield "not checked", named if own else "there is no tokenizer beside the adapter"
+        return
+    check_adapter_tokenizer(subject.folder, found.parent)
+    yield "ok", f"its vocabulary is that of {model}, as far as that tells"
+
+
+def _is_recovered(subject: Subject) -> bool:
+    return subject.record["kind"] == "recovered-adapter"
+
+
+def _plan_of_model(subject: Subject) -> tuple[str | None, PruningPlan | None]:
+    """The model that an adapter is for, the base or the pruned one, and a plan with its shapes."""
+    if _is_recovered(subject):
+        return subject.base_model[0], _plan_of_base(subject)
+    model = _pruned_model(subject)
+    return model, _plan_of_pruned(model)
 
 
 def _plan_of_base(subject: Subject) -> PruningPlan | None:
@@ -88,60 +115,8 @@ def _plan_of_pruned(model: str | None) -> PruningPlan | None:
 def _pruned_model(subject: Subject) -> str | None:
     """Folder or hub id of the pruned model that an adapter was trained on, where it is recorded."""
     trained = subject.record.get("trained") or subject.record.get("training") or {}
-    if trained.get("pruned_model") or subject.record["kind"] == "recovered-adapter":
-        return trained.get("pruned_model")
+    if trained.get("pruned_model") or _is_recovered(subject):
+        named = trained.get("pruned_model")
+        return named if isinstance(named, str) else None
     has_config = (subject.folder / ADAPTER_CONFIG).exists()
     return named_model(subject.folder) if has_config else None
-
-
-def _finite(tensor: StoredTensor) -> bool:
-    return all(finite(block, tensor.dtype) for block in tensor.blocks())
-
-
-def empty_tensors(adapter: Checkpoint) -> list[str]:
-    """Tensors without elements: what a rank saves of weights that ZeRO-3 keeps elsewhere."""
-    return [name for name, tensor in adapter.tensors.items() if 0 in tensor.shape]
-
-
-def unpaired_tensors(adapter: Checkpoint) -> list[str]:
-    """A without B, or B without A."""
-    return [
-        name
-        for name in adapter.tensors
-        if split_name(name)[1] in PARTNERS and _partner(name) not in adapter.tensors
-    ]
-
-
-def untrained_tensors(adapter: Checkpoint) -> list[str]:
-    """Of each pair the one that starts at zero, where it still is zero: BA is no update."""
-    return [
-        tensor.name
-        for tensor in adapter.tensors.values()
-        if split_name(tensor.name)[1] in STARTS_AT_ZERO
-        and 0 not in tensor.shape
-        and not any(block.any() for block in _values(tensor))
-    ]
-
-
-def broken_tensors(adapter: Checkpoint) -> list[str]:
-    """Tensors with an infinity or NaN."""
-    return [tensor.name for tensor in adapter.tensors.values() if not _finite(tensor)]
-
-
-def _partner(name: str) -> str:
-    part = split_name(name)[1]
-    return name.removesuffix(part) + PARTNERS[part]
-
-
-def _values(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """Blocks of bits without the sign, so that −0 is a zero."""
-    return (np.left_shift(block, 1) for block in tensor.blocks())
-
-
-PROBLEMS = {
-    "empty, which is what ZeRO-3 leaves where nothing was gathered": empty_tensors,
-    "without its partner of A and B": unpaired_tensors,
-    "all zero, so that BA is no update: never trained, or lost in saving": untrained_tensors,
-    "infinite or not a number: training diverged": broken_tensors,
-}
-"""What can be wrong with tensors → finding those."""

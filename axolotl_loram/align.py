@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_loram.assemble import assemble, remove_weights
-from axolotl_loram.checkpoint import Checkpoint, write_json
+from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import write_json
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.nodes import STATE_FILE, bring_state, last_on_all_ranks
 from axolotl_loram.overrides import check_sharding

@@ -210,11 +210,16 @@ def layer_pieces(config: Config, layer: int | None) -> dict[str, list[list[Tenso
     family, found = family_of(config), {}
     for placed in _weights(config, layer):
         for tensor in _tensors_of(*placed):
-            found[tensor.name] = [
-                [replace(piece, name=family.stored_name(piece.name)) for piece in of_expert]
-                for of_expert in _pieces(placed[0], tensor)
-            ]
+            pieces = _pieces(placed[0], tensor)
+            found[tensor.name] = _as_stored(pieces, family) if family.stored else pieces
     return found
+
+
+def _as_stored(pieces: list[list[Tensor]], family: Family) -> list[list[Tensor]]:
+    return [
+        [replace(piece, name=family.stored_name(piece.name)) for piece in of_expert]
+        for of_expert in pieces
+    ]
 
 
 def _pieces(weight: Weight, tensor: Tensor) -> list[list[Tensor]]:

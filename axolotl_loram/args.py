@@ -50,7 +50,7 @@ class Section(BaseModel):
             problem = error.errors()[0]
             cause = problem.get("ctx", {}).get("error")
             where = ".".join(str(part) for part in problem["loc"])
-            found = f"{where}: {problem['msg']}, found {problem['input']!r}"
+            found = f"{where}: {problem['msg']}, found {problem['input']!r:.80}"
             raise LoRAMError(str(cause) if cause else found) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.matching import ADAPTER_CONFIG
 from axolotl_loram.pairing import read_record
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.sources import is_folder
+from axolotl_loram.untrusted import read_json
 
 EVALUATION_FILE = "evaluation.json"
 EVALUATION_VERSION = 1
@@ -156,24 +157,24 @@ def _read(path: Path, label: str) -> Artefact:
         return _read_folder(path, label)
     if not path.exists():
         raise LoRAMError(f"expected a RUN at {path}, found nothing there: give {EXPECTED}")
-    found = _json(path)
+    found = read_json(path, linked=True)
     if found.get("kind") == "evaluation":
         return Artefact(label, path, "evaluation", evaluation=_evaluation(found, path))
     if isinstance(found.get("methods"), dict) and "base_parameters" in found:
         return Artefact(label, path, "plan", record=found)
     if isinstance(found.get("log_history"), list):
-        return Artefact(label, path, "lora", history=found["log_history"])
+        return Artefact(label, path, "lora", history=_entries(found))
     raise LoRAMError(f"expected a RUN at {path}, found other JSON: give {EXPECTED}")
 
 
 def _read_folder(folder: Path, label: str) -> Artefact:
     record = read_record(folder)
     file, state = folder / EVALUATION_FILE, _trainer_state(folder)
-    evaluation = _evaluation(_json(file), file) if file.exists() else None
+    evaluation = _evaluation(read_json(file), file) if file.exists() else None
     settings = folder / ADAPTER_CONFIG
     artefact = Artefact(label, folder, "lora", record, evaluation=evaluation)
-    artefact.settings = _json(settings) if settings.exists() else {}
-    artefact.history = list(_json(state).get("log_history", [])) if state else []
+    artefact.settings = read_json(settings) if settings.exists() else {}
+    artefact.history = _entries(read_json(state)) if state else []
     if record.get("kind") == "pruned-model":
         artefact.kind, artefact.pruned, artefact.widths = "pruned", record, _widths(folder)
     elif record:
@@ -181,7 +182,7 @@ def _read_folder(folder: Path, label: str) -> Artefact:
         _add_training(artefact)
     elif artefact.settings or state:
         config = folder / "config.json"
-        artefact.quantized = "quantization_config" in _json(config) if config.exists() else None
+        artefact.quantized = "quantization_config" in read_json(config) if config.exists() else None
     elif evaluation:
         artefact.kind = "evaluation"
     else:
@@ -194,13 +195,19 @@ def training_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return dict(record.get("trained") or record.get("training") or {})
 
 
+def _entries(state: Mapping[str, Any], key: str = "log_history") -> list[dict[str, Any]]:
+    """What a trainer logged."""
+    found = state.get(key)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
 def _add_training(artefact: Artefact) -> None:
     """What a LoRAM run's own record, and the pruned model it names, add."""
     training = training_of(artefact.record)
-    artefact.history = list(training.get("history") or artefact.history)
+    artefact.history = _entries(training, "history") or artefact.history
     named = str(training.get("pruned_model") or "")
     folder = Path(named)
-    if named and (folder / PLAN_FILE).exists():
+    if named and is_folder(named) and (folder / PLAN_FILE).exists():
         plan = PruningPlan.load(folder)
         if plan.digest == artefact.record.get("plan"):
             artefact.pruned, artefact.widths = read_record(folder), _widths(folder)
@@ -251,18 +258,6 @@ def _evaluation(found: Mapping[str, Any], file: Path) -> Evaluation:
             f"expected an evaluation in {file}, found {where}: {first['msg']}: write it again "
             "with `axolotl-loram evaluate`"
         ) from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoRAMError(f"expected JSON in {file}, found: {error}: give {EXPECTED}") from None
-    if not isinstance(found, dict):
-        raise LoRAMError(
-            f"expected a JSON object in {file}, found a {type(found).__name__}: give {EXPECTED}"
-        )
-    return found
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -18,13 +18,18 @@ from axolotl_loram.checkpoint import (
     Checkpoint,
     StoredTensor,
     finite,
-    updated_folder,
-    write_json,
     write_safetensors,
 )
 from axolotl_loram.checks import sha256_of
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.pairing import check_pruned, is_derived, read_record
+from axolotl_loram.folders import updated_folder, write_json
+from axolotl_loram.pairing import (
+    check_plan,
+    check_pruned,
+    is_derived,
+    read_record,
+    weights_fingerprint,
+)
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.sources import TOKENIZER_PATTERNS
 
@@ -60,6 +65,7 @@ def assemble(
         LoRAMError: A weight is missing, of another shape, or not finite; `output` stays as it was.
     """
     plan = PruningPlan.load(pruned)
+    check_plan(pruned, plan)
     with updated_folder(output, "config.json") as scratch:
         files = _write_weights(trained, pruned, scratch, set(frozen))
         for pattern in CARRIED:
@@ -88,11 +94,13 @@ def aligned_record(
     record = read_record(pruned)
     before = record.get("alignments") or []
     record.pop("alignment", None)  # what records had before there were any
-    size = sum(tensor.nbytes for tensor in Checkpoint(folder).tensors.values())
+    written = Checkpoint(folder)
+    size = sum(tensor.nbytes for tensor in written.tensors.values())
     return {
         **record,
         "alignments": [*before, dict(alignment)],
         "weight_bytes": size,
+        "fingerprint": weights_fingerprint(written),
         "files": dict(sorted({**rest, **files}.items())),
     }
 

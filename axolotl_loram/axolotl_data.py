@@ -15,6 +15,7 @@ import numpy as np
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.support import ADAPTERS
+from axolotl_loram.untrusted import read_yaml
 
 IDS = ("input_ids", "chosen_input_ids", "chosen_ids")
 """What Axolotl calls a row's token ids; the last two in preference data."""
@@ -230,23 +231,6 @@ def _as_a_library() -> Iterator[None]:
         del os.environ["AXOLOTL_IS_PREPROCESS"]
         if before is not None:
             os.environ["AXOLOTL_IS_PREPROCESS"] = before
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """An Axolotl YAML as it is.
-
-    Raises:
-        LoRAMError: It cannot be read.
-    """
-    import yaml
-
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LoRAMError(
-            f"expected an Axolotl YAML, found {file} unreadable ({one_line(error)}): check the file"
-        ) from None
-    return settings if isinstance(settings, dict) else {}
 
 
 def one_line(error: BaseException) -> str:

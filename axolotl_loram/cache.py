@@ -10,7 +10,8 @@ from pathlib import Path
 
 from axolotl_loram.args import FillArgs, PruningArgs
 from axolotl_loram.calibration import Calibration, from_rows, load_calibration
-from axolotl_loram.checkpoint import Checkpoint, made_once
+from axolotl_loram.checkpoint import Checkpoint
+from axolotl_loram.folders import made_once
 from axolotl_loram.plan import SCHEMA_VERSION
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.prune import prune

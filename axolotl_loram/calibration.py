@@ -264,7 +264,7 @@ def rows_of(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
             where = f"line {index + 1} of {path}"
             try:
                 yield json.loads(file.readline()), where
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise LoRAMError(
                     f"expected a JSON object in each line, found {where} invalid ({error}): "
                     "correct it"

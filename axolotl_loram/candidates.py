@@ -21,7 +21,7 @@ from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.masked import confine
 from axolotl_loram.matching import ADAPTER_CONFIG, named_model
-from axolotl_loram.pairing import check_base, check_pruned, read_record
+from axolotl_loram.pairing import check_pair, check_plan, check_recorded_base, read_record
 from axolotl_loram.plan import Base, PruningPlan
 from axolotl_loram.sources import find_folder, load_config
 
@@ -110,6 +110,7 @@ def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[st
     pruned = _pruned_folder(record, section, bool({PRUNED, TRAINED} & set(names)))
     if pruned is not None:
         _check_pruned(pruned, base, record, output)
+    check_recorded_base(record, base.id, base.revision)
     confined = pruned if record.get("masked") else None
     exact = confined if section.get("recovery") == "masked" else None
     narrow = str(pruned)
@@ -151,7 +152,7 @@ def _pruned_folder(
         LoRAMError: It is needed, and there is none.
     """
     recorded = (record.get("trained") or {}).get("pruned_model")
-    named = section.get("pruned_model_path") or recorded
+    named = section.get("pruned_model_path") or (recorded if isinstance(recorded, str) else None)
     if named and (needed or Path(named).is_dir()):
         return find_folder(named, section.get("pruned_model_revision"))
     if needed:
@@ -164,14 +165,14 @@ def _pruned_folder(
 
 def _check_pruned(pruned: Path, base: Base, record: Mapping[str, Any], output: Path) -> None:
     plan = PruningPlan.load(pruned)
+    check_plan(pruned, plan)
     if record.get("plan") not in (None, plan.digest):
         raise LoRAMError(
             f"expected the adapter in {output} to be trained on {pruned}, found it trained under "
             f"another plan ({record['plan'][:19]}…, not {plan.digest[:19]}…): name the pruned "
             "model that it was trained on"
         )
-    check_pruned(pruned, plan)
-    check_base(plan, base.id, base.revision)
+    check_pair(pruned, plan, base.id, base.revision)
 
 
 def _also(name: str, folder: Path, base: Base) -> Candidate:
@@ -182,6 +183,7 @@ def _also(name: str, folder: Path, base: Base) -> Candidate:
                 f"expected an adapter for the original model, found {folder} trained on the pruned "
                 f"one: run `axolotl-loram recover {folder}` first"
             )
+        check_recorded_base(read_record(folder), base.id, base.revision)
         return Candidate(f"{ALSO}{name}", base.id, base.revision, folder)
     if not has_weights(folder):
         raise LoRAMError(
@@ -216,7 +218,8 @@ def load_model(
         LoRAMError: transformers cannot load it.
     """
     auto = getattr(transformers, family_of(load_config(model, revision)).auto_class)
-    options: dict[str, Any] = {"dtype": dtype or ("float32" if device == "cpu" else "auto")}
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+    options["dtype"] = dtype or ("float32" if device == "cpu" else "auto")
     if load_in_4bit:
         compute = torch.float32 if device == "cpu" else torch.bfloat16
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -268,17 +271,18 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
     Raises:
         LoRAMError: It is for another model.
     """
-    named = named_model(adapter)
-    problem = ""
+    named, problem = named_model(adapter), ""
+    stored = Checkpoint(adapter, ADAPTER_FILE).tensors.keys()  # PEFT would take a pickle too
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, KeyError) as error:
         problem = one_line(error)
     else:
-        homeless = Checkpoint(adapter, ADAPTER_FILE).tensors.keys() - get_peft_model_state_dict(
-            adapted, save_embedding_layers=False
-        )
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        homeless = stored - expected
         problem = f"no place for {min(homeless)}" if homeless else ""
+        absent = expected - stored
+        problem = problem or (f"it has no {min(absent)}" if absent else "")
     if problem:
         raise LoRAMError(
             f"expected an adapter for {model.name_or_path}, found {adapter}, made for {named} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from axolotl_loram.records import refit_summary
 from axolotl_loram.sources import find_folder, find_local_file, is_hub_id
 from axolotl_loram.spaces import Group
 from axolotl_loram.training import TrainingArgs
-from axolotl_loram.untrusted import read_json
+from axolotl_loram.untrusted import MOST_YAML_BYTES, parse_yaml, read_json, read_text
 
 PLOT_FILE = "kept_width.png"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -343,8 +344,6 @@ def licence_of(base: str, revision: str | None, online: bool) -> dict[str, Any]:
         revision: Revision on the hub.
         online: Whether its card may be downloaded.
     """
-    from huggingface_hub.repocard import metadata_load
-
     file = find_local_file(base, "README.md", revision)
     if file is None and online and is_hub_id(base):
         try:
@@ -353,8 +352,10 @@ def licence_of(base: str, revision: str | None, online: bool) -> dict[str, Any]:
             file = None
     settings = find_local_file(base, "config.json", revision)
     found: Mapping[str, Any] = read_json(settings) if settings else {}
-    with suppress(ValueError, yaml.YAMLError, OSError):  # then the card says nothing
-        found = {**found, **((metadata_load(file) if file and file.exists() else None) or {})}
+    with suppress(LoRAMError):  # then the card says nothing
+        text = read_text(file, MOST_YAML_BYTES, "a model card") if file else ""
+        front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+        found = {**found, **(parse_yaml(front[1], file) if front else {})}
     return {name: found[name] for name in LICENCE_KEYS if isinstance(found.get(name), str)}
 
 

@@ -120,7 +120,7 @@ Chart = Lines | Bars | Strips | Dots
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2, 2.5 or 5 times a power of ten) within low…high, about so many."""
-    if not high > low:
+    if not (high - low) / about > 1e-300:  # below, powers of ten have no digits left
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]

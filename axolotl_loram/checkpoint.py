@@ -1,4 +1,4 @@
-"""Reading sharded safetensors lazily, and writing folders that are whole or absent.
+"""Reading sharded safetensors lazily, and writing them array by array.
 
 Tensors are handled as opaque bits: arrays of unsigned integers as wide as the elements. Pruning
 and recovery only move elements, so every dtype, 4-bit to 64-bit, goes through unchanged and
@@ -11,18 +11,14 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from axolotl_loram.errors import LoRAMError
@@ -32,6 +28,7 @@ MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 BLOCK_BYTES = 4 * 2**20
 """Most bytes of a tensor that are handled at once, unless a single row has more; fits in caches."""
+SMALL_BYTES = 2**16
 ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -161,11 +158,24 @@ class Checkpoint:
         self.tensors: dict[str, StoredTensor] = {}
         self.shards: dict[str, list[str]] = {}
         self.metadata: dict[str, str] = {}
+        listed = {} if (folder / file).exists() else _weight_map(folder, file)
         for name in shard_names(folder, file):
             tensors, metadata = open_safetensors(folder / name)
+            self._check_dealt(tensors, name, listed)
             self.shards[name] = list(tensors)
             self.tensors |= tensors
             self.metadata |= metadata
+
+    def _check_dealt(self, tensors: Iterable[str], shard: str, listed: Mapping[str, str]) -> None:
+        """Refuse a shard with tensors that another has, or should have by the index."""
+        for name in tensors:
+            other = self.tensors[name].file.name if name in self.tensors else listed.get(name)
+            if other not in (None, shard):
+                raise LoRAMError(
+                    f"expected every tensor in one file of {self.folder}, found {name} in {shard} "
+                    f"and, by the index or really, in {other}: the shards are of two runs, so "
+                    "download or write them again"
+                )
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
@@ -212,6 +222,11 @@ def shard_names(folder: Path, file: str = MODEL_FILE) -> list[str]:
     """
     if (folder / file).exists():
         return [file]
+    return sorted(set(_weight_map(folder, file).values()))
+
+
+def _weight_map(folder: Path, file: str) -> dict[str, str]:
+    """Tensor → shard, as the index says."""
     index = folder / f"{file}.index.json"
     if not index.exists():
         raise LoRAMError(
@@ -227,12 +242,7 @@ def shard_names(folder: Path, file: str = MODEL_FILE) -> list[str]:
                 f"expected {index} to list plain file names, found {name!r}: do not use this "
                 "checkpoint, its index points out of its folder"
             )
-    return sorted(set(weight_map.values()))
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write `value` as JSON for people to read."""
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return weight_map
 
 
 TensorShape = tuple[str, str, tuple[int, ...]]
@@ -272,6 +282,10 @@ def write_safetensors(
             expected, written = math.prod(shape) * ELEMENT_BYTES[dtype], 0
             for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
                 flat = _bytes_of(np.ascontiguousarray(array))
+                if flat.nbytes < SMALL_BYTES:  # another thread would take longer to wake up
+                    digest.update(flat)
+                    written += handle.write(flat)
+                    continue
                 hashed = pool.submit(digest.update, flat)  # takes as long as writing does
                 written += handle.write(flat)
                 hashed.result()
@@ -293,108 +307,3 @@ def ahead(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         while (array := coming.result()) is not None:
             coming = pool.submit(next, iterator, None)
             yield array
-
-
-@contextmanager
-def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends, and vanishes if it fails.
-
-    `target` is at every moment absent, the old folder, or the complete new one.
-
-    Raises:
-        LoRAMError: `target` holds something and `overwrite` is false, or nothing can be written.
-    """
-    check_vacant(target, overwrite)
-    with _scratch_beside(target) as scratch:
-        yield scratch
-        replace_folder(scratch, target)
-
-
-def replace_folder(scratch: Path, target: Path) -> None:
-    """Give a complete folder beside `target` its name, once all of it has reached the disk."""
-    _sync_all(scratch)
-    with _scratch_beside(target) as old:
-        if target.exists():
-            target.replace(old / "old")
-        scratch.replace(target)
-    sync(target.parent)
-
-
-def check_vacant(target: Path, overwrite: bool = False) -> None:
-    """Refuse a target that would be overwritten unasked; called before the long work."""
-    if target.is_file():
-        raise LoRAMError(f"expected {target} to be a folder to write, found a file")
-    if target.is_dir() and not overwrite and any(target.iterdir()):
-        raise LoRAMError(
-            f"expected {target} to be new or empty, found files in it: choose another folder or "
-            "pass --overwrite"
-        )
-
-
-def made_once(stem: Path, identity: list[Any], make: Callable[[Path], None]) -> Path:
-    """The folder ``stem-<digest of identity>``, made by whichever process comes first.
-
-    A file lock makes the others wait, so that no process group and no timeout is involved; each
-    node makes its own where they share no disk.
-    """
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = stem.with_name(f"{stem.name}-{digest[:16]}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not folder.exists():
-            make(folder)
-    return folder
-
-
-@contextmanager
-def updated_folder(target: Path, last: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `target` when the block ends.
-
-    For a folder that keeps other things too. The file `last`, without which the rest means nothing,
-    is taken away first and put back last: a reader finds the old files, no `last`, or the new ones.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    with _scratch_beside(target / last) as scratch:
-        yield scratch
-        _sync_all(scratch)
-        (target / last).unlink(missing_ok=True)
-        for file in sorted(scratch.iterdir(), key=lambda file: file.name == last):
-            file.replace(target / file.name)
-        sync(target)
-
-
-@contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to be able to write in {target.parent}, found: {error.strerror}"
-        ) from None
-    try:
-        yield scratch
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to write {target}, found: {error.strerror or error}; nothing of it was "
-            "kept, so make room or choose another folder and run it again"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sync_all(folder: Path) -> None:
-    """`sync` everything below `folder`, and itself."""
-    folder.chmod(0o755)  # mkdtemp gives 0o700; the result is an ordinary folder
-    for path in sorted(folder.rglob("*")):
-        sync(path)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Make sure that a file, or the list of a folder's files, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

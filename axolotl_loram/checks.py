@@ -17,11 +17,26 @@ from typing import Any, Literal
 from axolotl_loram.checkpoint import ADAPTER_FILE, BLOCK_BYTES, Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.matching import ADAPTER_CONFIG
-from axolotl_loram.pairing import check_tensors, shapes_of
-from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan, mask_digest, summary
+from axolotl_loram.pairing import (
+    check_base_shapes,
+    check_base_tokenizer,
+    check_base_weights,
+    check_fingerprint,
+    check_plan,
+    check_tensors,
+    shapes_of,
+)
+from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, Base, PruningPlan, mask_digest, summary
 from axolotl_loram.prequantized import logical_shapes
 from axolotl_loram.progress import Progress
-from axolotl_loram.sources import MODEL_PATTERNS, find_local_weights, load_config
+from axolotl_loram.sources import (
+    MODEL_PATTERNS,
+    commit_of,
+    find_local_file,
+    find_local_weights,
+    load_config,
+)
+from axolotl_loram.vocabulary import differ, vocabulary_digest
 
 Outcome = Literal["ok", "failed", "not checked"]
 Finding = tuple[Outcome, str]
@@ -121,7 +136,7 @@ def strays(subject: Subject) -> Iterator[Finding]:
 
 def plan(subject: Subject) -> Iterator[Finding]:
     """The plan is the recorded one, for the recorded base."""
-    check_digest(subject.plan, subject.record["plan"])
+    check_plan(subject.folder, subject.plan)
     recorded, planned = subject.record["base"], vars(subject.plan.base)
     differing = [name for name, value in planned.items() if recorded.get(name) != value]
     for name in differing:
@@ -143,6 +158,7 @@ def weights(subject: Subject) -> Iterator[Finding]:
     planned = (subject.folder / PLAN_FILE).exists()
     expected = subject.plan.pruned_config if planned else load_config(str(subject.folder))
     check_tensors(expected, logical_shapes(subject.weights.tensors), str(subject.folder))
+    check_fingerprint(subject.weights, subject.record)
     source = "plan" if planned else "config"
     yield "ok", f"{len(subject.weights.tensors)} tensors have the shapes of the {source}"
 
@@ -175,29 +191,41 @@ def masks(subject: Subject) -> Iterator[Finding]:
 
 
 def base(subject: Subject) -> Iterator[Finding]:
-    """The base is the one that was pruned, where its weights are on this machine."""
-    (model, revision), expected = subject.base_model, subject.plan.base.fingerprint
-    found = find_local_weights(model, revision)
-    if found is None or expected is None:
-        why = "no fingerprint was recorded" if found else f"no weights of {model} on this machine"
-        yield "not checked", f"{why}: pass --base FOLDER" if expected else why
+    """The base is the one that was pruned, where it is on this machine."""
+    (model, revision), recorded = (
+        subject.base_model,
+        Base.from_json(subject.record["base"], RECORD_FILE),
+    )
+    file = find_local_file(model, "config.json", revision)
+    if file is None and subject.base is None:
+        yield "not checked", f"no config of {model} on this machine: pass --base FOLDER"
         return
-    fingerprint = Checkpoint(found).fingerprint()
-    if fingerprint != expected:
-        raise LoRAMError(
-            f"expected the base {subject.plan.base.id} with fingerprint {expected[:23]}…, found "
-            f"{model} with {fingerprint[:23]}…: it is another model, such as a fine-tuned one"
-        )
+    if (subject.folder / PLAN_FILE).exists():
+        recorded = subject.plan.base
+        check_base_shapes(subject.plan, model, revision)
+    found = find_local_weights(model, revision)
+    if found is None or recorded.fingerprint is None:
+        why = "no fingerprint was recorded" if found else f"no weights of {model} on this machine"
+        yield "not checked", f"{why}: pass --base FOLDER" if recorded.fingerprint else why
+        return
+    commit = commit_of(found, revision)
+    fingerprint = check_base_weights(recorded, model, found, commit)
     yield "ok", f"{model} has the recorded fingerprint {fingerprint[:23]}…"
 
 
-def check_digest(found: PruningPlan, recorded: str) -> None:
-    """Refuse a plan that is not the recorded one."""
-    if found.digest != recorded:
-        raise LoRAMError(
-            f"expected the plan that {RECORD_FILE} records ({recorded[:23]}…), found "
-            f"{found.digest[:23]}…: they are from two prunings"
-        )
+def tokenizer(subject: Subject) -> Iterator[Finding]:
+    """The tokenizer is the one that was there when the model was pruned, and its base's."""
+    (model, revision), own = subject.base_model, vocabulary_digest(subject.folder)
+    recorded = subject.record.get("vocabulary")
+    if own is None:
+        if recorded:
+            raise LoRAMError(f"expected the tokenizer that {RECORD_FILE} records, found none")
+        yield "not checked", "there is no tokenizer"
+        return
+    if differ(own, recorded):
+        raise LoRAMError(f"the vocabulary is another than the one that {RECORD_FILE} records")
+    check_base_tokenizer(subject.folder, model, revision)
+    yield "ok", f"its vocabulary is the recorded one, and that of {model} where it is here"
 
 
 def _bits(subject: Subject, name: str) -> Any:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture import layer_fields
-from axolotl_loram.axolotl_data import read_yaml
 from axolotl_loram.calibration import load_tokenizer
 from axolotl_loram.candidates import (
     BASE,
@@ -33,15 +32,17 @@ from axolotl_loram.candidates import (
     trial_of,
     with_adapter,
 )
-from axolotl_loram.checkpoint import sync, write_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.findings import perplexity_section, task_sections
+from axolotl_loram.folders import sync, write_json
 from axolotl_loram.harness import Task, check_backend, resolve_tasks, score
 from axolotl_loram.heldout import HeldOut, held_out
 from axolotl_loram.perplexity import document_losses, fitting
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.records import versions
+from axolotl_loram.request import check_settings
 from axolotl_loram.sources import find_folder, load_config
+from axolotl_loram.untrusted import read_yaml
 from axolotl_loram.work import Work
 
 FILE = "evaluation.json"
@@ -118,6 +119,7 @@ class Evaluation:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.settings = read_yaml(request.config)
+        check_settings(self.settings, request.config)
         self.trial: Trial = trial_of(self.settings, request.models, request.also)
         check_backend(request.backend)
         self._check_backend_suits()

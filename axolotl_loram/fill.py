@@ -27,7 +27,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fit import fit, fittable
 from axolotl_loram.lora import Adapter, below, read_loras
 from axolotl_loram.matching import Moved, named_model
-from axolotl_loram.pairing import check_base, check_pruned
+from axolotl_loram.pairing import check_pair
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.recover import Filler, default_output, read_adapter_config, recover
@@ -230,9 +230,8 @@ def _find(
 ) -> Job:
     pruned = find_folder(pruned_model)
     plan = PruningPlan.load(pruned)
-    check_pruned(pruned, plan)
     check_fillable(pruned, plan)
-    check_base(plan, plan.base.id, plan.base.revision)
+    check_pair(pruned, plan, plan.base.id, plan.base.revision)
     base = find_folder(plan.base.id, plan.base.revision)
     work = default_output(adapter).parent
     return Job(settings, plan, base, pruned, work, progress, calibration)

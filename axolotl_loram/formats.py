@@ -8,7 +8,6 @@ reads a few rows, in the CPU's memory.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from axolotl_loram.args import NATIVE, QLORAM
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.spaces import EMBEDDING, HEAD
+from axolotl_loram.untrusted import read_json
 
 LOG = logging.getLogger(__name__)
 PARTS = {"lm_head": HEAD, "embedding": EMBEDDING}
@@ -158,8 +158,8 @@ def zero_stage(cfg: Any) -> int:
     settings = cfg.deepspeed
     if isinstance(settings, (str, os.PathLike)):
         try:
-            settings = json.loads(Path(settings).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            settings = read_json(Path(settings), linked=True)
+        except LoRAMError:
             return 0  # Axolotl says what is wrong with it
     stage = ((settings or {}).get("zero_optimization") or {}).get("stage", 0)
     return stage if isinstance(stage, int) else 0

@@ -19,10 +19,9 @@ from axolotl_loram.checkpoint import (
     StoredTensor,
     ahead,
     open_safetensors,
-    sync,
-    write_json,
     write_safetensors,
 )
+from axolotl_loram.folders import sync, write_json
 from axolotl_loram.pairing import untouched_prefixes
 from axolotl_loram.plan import Features, PruningPlan, gather
 from axolotl_loram.progress import Progress, no_progress

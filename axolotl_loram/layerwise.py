@@ -29,12 +29,13 @@ from axolotl_loram import __version__
 from axolotl_loram.architecture import layer_pieces, sizes_of, with_defaults
 from axolotl_loram.assemble import CARRIED, aligned_record
 from axolotl_loram.calibration import Calibration, load_calibration
-from axolotl_loram.checkpoint import Checkpoint, StoredTensor, write_json
+from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.compensate import split
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import write_json
 from axolotl_loram.gathering import write_weights
 from axolotl_loram.layerwise_args import LayerwiseArgs
-from axolotl_loram.pairing import check_base, check_pruned
+from axolotl_loram.pairing import check_pair
 from axolotl_loram.plan import RECORD_FILE, PruningPlan
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.records import versions
@@ -130,7 +131,6 @@ def align_layers(
 def _find(pruned: str, base: str | None) -> Pair:
     folder = find_folder(pruned)
     plan = PruningPlan.load(folder)
-    check_pruned(folder, plan)
     if "quantization_config" in read_json(folder / "config.json"):
         raise LoRAMError(
             f"expected a pruned model in 16 or 32 bits to align, found {pruned} in 4 bits: prune "
@@ -142,7 +142,7 @@ def _find(pruned: str, base: str | None) -> Pair:
             "layer-wise alignment would fill the zeros of a sparse model"
         )
     revision = plan.base.revision if base is None else None
-    check_base(plan, base or plan.base.id, revision)
+    check_pair(folder, plan, base or plan.base.id, revision)
     return Pair(plan, find_folder(base or plan.base.id, revision), folder)
 
 

@@ -15,23 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from axolotl_loram.checkpoint import (
-    ADAPTER_FILE,
-    Checkpoint,
-    StoredTensor,
-    check_vacant,
-    new_folder,
-    write_json,
-    write_safetensors,
-)
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, write_safetensors
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import check_vacant, new_folder, write_json
 from axolotl_loram.lora import scaling
 from axolotl_loram.masked import add_update, pack, read_support
 from axolotl_loram.matching import match, named_model, split_name
-from axolotl_loram.pairing import check_base, check_pruned, check_trained_under, read_record
+from axolotl_loram.pairing import (
+    check_adapter_tokenizer,
+    check_pair,
+    check_trained_under,
+    read_record,
+)
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.recover import read_adapter_config
+from axolotl_loram.soundness import check_modules, check_trained
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.streaming import TORCH_DTYPES
 from axolotl_loram.untrusted import copy_files
@@ -55,6 +54,7 @@ def merge_masked(
     base: Base | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    of_run: bool = False,
 ) -> dict[str, Any]:
     """Write the base model with the trained update added to it.
 
@@ -65,6 +65,7 @@ def merge_masked(
         base: The base model, by default the plan's; downloaded where it is not on this machine.
         overwrite: Replace what `output` holds.
         progress: Shows the bytes written.
+        of_run: As in `recover`.
 
     Returns:
         What the result's `loram.json` says, and "output", the folder.
@@ -79,11 +80,15 @@ def merge_masked(
     plan = PruningPlan.load(pruned)
     _check_masked(plan, recorded, adapter)
     check_trained_under(adapter, plan)
-    check_pruned(pruned, plan)
     base = base or plan.base
     folder = find_folder(base.id, base.revision)
-    check_base(plan, base.id, base.revision)
-    parts = _parts_by_tensor(adapter, plan)
+    check_pair(pruned, plan, base.id, base.revision)
+    checkpoint = Checkpoint(adapter, ADAPTER_FILE)
+    parts = _parts_by_tensor(checkpoint, plan)
+    check_modules(checkpoint, settings, plan)
+    if not of_run:
+        check_trained(checkpoint)
+        check_adapter_tokenizer(adapter, pruned)
     LOG.info("adding the masked update of %s to %s, into %s", adapter, base.id, output)
     merger = _Merger(Checkpoint(folder), Checkpoint(pruned), plan, settings, parts)
     with new_folder(output, overwrite) as scratch:
@@ -121,7 +126,7 @@ def _check_masked(plan: PruningPlan, recorded: Mapping[str, Any], adapter: Path)
         )
 
 
-def _parts_by_tensor(adapter: Path, plan: PruningPlan) -> dict[str, dict[str, StoredTensor]]:
+def _parts_by_tensor(adapter: Checkpoint, plan: PruningPlan) -> dict[str, dict[str, StoredTensor]]:
     """Weight of the base → what the adapter holds for it.
 
     Raises:
@@ -129,7 +134,7 @@ def _parts_by_tensor(adapter: Path, plan: PruningPlan) -> dict[str, dict[str, St
     """
     tied = plan.config.get("tie_word_embeddings")
     found: dict[str, dict[str, StoredTensor]] = {}
-    for moved in match(Checkpoint(adapter, ADAPTER_FILE), plan, full_size=False):
+    for moved in match(adapter, plan, full_size=False):
         module, part = split_name(moved.stored.name)
         end = module.rpartition(".")[2]
         if part not in PARTS or (tied and end in ("lm_head", "embed_tokens")):

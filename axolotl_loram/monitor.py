@@ -157,7 +157,7 @@ class RecoveredEvaluation(TrainerCallback):
         with tempfile.TemporaryDirectory(prefix="axolotl-loram-") as scratch:
             trained, recovered = Path(scratch, "trained"), Path(scratch, "recovered")
             model.save_pretrained(trained)
-            recover(trained, str(run.pruned), recovered, base=run.base)
+            recover(trained, str(run.pruned), recovered, base=run.base, of_run=True)
             with with_adapter(self.base, recovered, confined) as adapted:
                 losses, self.batch_size = fitting(
                     self.batch_size, lambda size: document_losses(adapted, held, size)

@@ -20,9 +20,10 @@ from torch.nn.functional import pad
 
 from axolotl_loram.align import Alignment
 from axolotl_loram.cache import cache_folder
-from axolotl_loram.checkpoint import Checkpoint, made_once
+from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.distil import IGNORED, Targets, distillation_loss
-from axolotl_loram.pairing import check_base
+from axolotl_loram.folders import made_once
+from axolotl_loram.pairing import check_base, check_base_tokenizer
 from axolotl_loram.plan import SCHEMA_VERSION
 from axolotl_loram.progress import progress_bar
 from axolotl_loram.sources import find_folder
@@ -45,6 +46,7 @@ def prepare_objective(run: Alignment, trainer: Any) -> None:
     model = section.teacher_path or base.id
     revision = section.teacher_revision if section.teacher_path else base.revision
     check_base(run.plan, model, revision)
+    check_base_tokenizer(run.pruned, model, revision)
     folder = find_folder(model, revision)
     teacher = Teacher(_outputs(run, folder, trainer))
     run.outcome.update(

@@ -37,7 +37,7 @@ def check_sharding(cfg: Mapping[str, Any]) -> None:
 def read_deepspeed(named: Any) -> dict[str, Any]:
     """A DeepSpeed configuration from a file, or as Axolotl has it in memory."""
     if isinstance(named, str):
-        return read_json(Path(named))
+        return read_json(Path(named), linked=True)
     return dict(named.to_dict() if hasattr(named, "to_dict") else named)
 
 

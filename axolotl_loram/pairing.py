@@ -7,18 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture import Config, family_of, tensors
+from axolotl_loram.architecture import Config, family_of, parameter_count, tensors
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.prequantized import logical_shapes
-from axolotl_loram.sources import commit_of, find_folder, find_local_weights, load_config
+from axolotl_loram.sources import (
+    commit_of,
+    find_folder,
+    find_local_file,
+    find_local_weights,
+    hub_id_of,
+    load_config,
+)
 from axolotl_loram.untrusted import check_types, read_json
+from axolotl_loram.vocabulary import differ, vocabulary_digest
 
 NESTED = (dict, type(None))
 RECORD_TYPES: dict[str, type | tuple] = {
     "kind": str,
     "plan": str,
+    "vocabulary": (str, type(None)),
+    "fingerprint": (str, type(None)),
     "base": dict,
     "pruning": NESTED,
     "parameters": NESTED,
@@ -28,6 +38,7 @@ RECORD_TYPES: dict[str, type | tuple] = {
     "files": NESTED,
 }
 """What `loram.json` holds, where it has it."""
+FINGERPRINT_SAMPLES = 256
 
 LOG = logging.getLogger(__name__)
 
@@ -104,16 +115,67 @@ def is_derived(name: str) -> bool:
 
 
 def check_pruned(folder: Path, plan: PruningPlan) -> None:
-    """Refuse a pruned model whose plan, record, config and weights do not fit one another."""
-    recorded = read_record(folder).get("plan")
-    if recorded not in (None, plan.digest):
-        raise LoRAMError(
-            f"expected the plan that {folder / RECORD_FILE} records ({recorded[:19]}…), found "
-            f"{plan.digest[:19]}…: plan and checkpoint are from two prunings"
-        )
-    config = plan.pruned_config
+    """Refuse a pruned model whose plan, record, config, weights and tokenizer do not fit."""
+    check_plan(folder, plan)
+    config, record = plan.pruned_config, read_record(folder)
     check_tensors(config, shapes_of(load_config(str(folder))), f"{folder / 'config.json'}")
-    check_tensors(config, logical_shapes(Checkpoint(folder).tensors), str(folder))
+    stored = Checkpoint(folder)
+    check_tensors(config, logical_shapes(stored.tensors), str(folder))
+    check_fingerprint(stored, record)
+    if differ(record.get("vocabulary"), vocabulary_digest(folder)):
+        raise LoRAMError(
+            f"expected the tokenizer that {folder} was pruned with, found one with another "
+            "vocabulary in it: put the base's tokenizer files there"
+        )
+
+
+def check_pair(pruned: Path, plan: PruningPlan, base: str, revision: str | None = None) -> None:
+    """Refuse a pruned model that is not whole, or another base than it was pruned from."""
+    check_pruned(pruned, plan)
+    check_base(plan, base, revision)
+    check_base_tokenizer(pruned, base, revision)
+
+
+def check_plan(folder: Path, plan: PruningPlan) -> None:
+    """Refuse a plan that is not the one that `loram.json` beside it records."""
+    record = read_record(folder)
+    if record.get("plan") in (None, plan.digest):
+        return
+    recorded, left = record["plan"], parameter_count(plan.pruned_config)
+    counted = (record.get("parameters") or {}).get("pruned_parameters", left)
+    if counted != left:
+        raise LoRAMError(
+            f"expected a plan that leaves {counted!r:.20} parameters, as {folder / RECORD_FILE} "
+            f"records, found one that leaves {left}: it was made with another pruning ratio or "
+            "other settings, for another checkpoint"
+        )
+    raise LoRAMError(
+        f"expected the plan that {folder / RECORD_FILE} records ({recorded[:19]}…), found "
+        f"{plan.digest[:19]}…: plan and checkpoint are from two prunings"
+    )
+
+
+def weights_fingerprint(checkpoint: Checkpoint) -> str:
+    """What `loram.json` records of a pruned model's weights, in milliseconds.
+
+    It samples so many tensors that some of every shard are among them.
+    """
+    return checkpoint.fingerprint(samples=FINGERPRINT_SAMPLES)
+
+
+def check_fingerprint(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Refuse weights that are not the recorded ones, as far as samples of them tell.
+
+    Raises:
+        LoRAMError: They differ. A record without a fingerprint says nothing.
+    """
+    recorded = record.get("fingerprint")
+    if recorded not in (None, weights_fingerprint(checkpoint)):
+        raise LoRAMError(
+            f"expected the weights that {RECORD_FILE} in {checkpoint.folder} records, found "
+            "others: a shard is from another run, or was changed; `axolotl-loram inspect --verify` "
+            "names the file"
+        )
 
 
 def check_base(plan: PruningPlan, model: str, revision: str | None = None) -> None:
@@ -122,31 +184,100 @@ def check_base(plan: PruningPlan, model: str, revision: str | None = None) -> No
     Compares shapes by config, and contents by fingerprint where the base's weights are on this
     machine. Where they are not, training does not need them, and the hub's id and commit decide.
     """
+    check_base_shapes(plan, model, revision)
+    commit = _commit(model, revision)
+    weights = find_local_weights(model, revision)
+    if weights is not None:
+        check_base_weights(plan.base, model, weights, commit)
+    elif (model, commit) != (plan.base.id, plan.base.revision):
+        LOG.warning(
+            "the weights of %s%s are not on this machine: only its config was compared with %s%s, "
+            "the base of the pruned model",
+            model,
+            _at(commit),
+            plan.base.id,
+            _at(plan.base.revision),
+        )
+
+
+def check_base_shapes(plan: PruningPlan, model: str, revision: str | None = None) -> None:
+    """Refuse a base model whose config is of another size than the plan's base."""
     expected, found = shapes_of(plan.config), shapes_of(load_config(model, revision))
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise LoRAMError(
                 f"expected base_model to be {plan.base.id}, for which the pruned model was made, "
-                f"found {model}: {name} is {found.get(name)}, not {expected.get(name)}"
+                f"found {model} of another size: {name} is {found.get(name)}, not "
+                f"{expected.get(name)}"
             )
-    weights = find_local_weights(model, revision)
-    if weights is not None:
-        fingerprint = Checkpoint(weights).fingerprint()
-        if fingerprint != plan.base.fingerprint:
-            raise LoRAMError(
-                f"expected base_model to be {plan.base.id} (fingerprint "
-                f"{str(plan.base.fingerprint)[:19]}…), found {model} of the same shape with "
-                f"{fingerprint[:19]}…: it is another model, such as a fine-tuned one"
-            )
-        return
-    commit = commit_of(find_folder(model, revision, ["config.json"]), revision)
-    if (model, commit) != (plan.base.id, plan.base.revision):
-        LOG.warning(
-            "the weights of %s are not on this machine: only its config was compared with %s, the "
-            "base of the pruned model",
-            model,
-            plan.base.id,
+
+
+def check_base_weights(base: Base, model: str, weights: Path, commit: str | None = None) -> str:
+    """Refuse weights that are not those of `base`; returns their fingerprint.
+
+    Args:
+        base: What was recorded.
+        model: What the user calls the weights.
+        weights: Their folder.
+        commit: Their commit on the hub, where it is known.
+    """
+    fingerprint = Checkpoint(weights).fingerprint()
+    if base.fingerprint in (None, fingerprint):
+        return fingerprint
+    if hub_id_of(weights) == base.id and base.revision not in (None, commit):
+        raise LoRAMError(
+            f"expected {base.id} at revision {base.revision}, which was pruned, found other weights"
+            f" at {commit}: set revision_of_model (or --revision) to {base.revision}"
         )
+    raise LoRAMError(
+        f"expected base_model to be {base.id} (fingerprint {str(base.fingerprint)[:19]}…), found "
+        f"{model} of the same shape with {fingerprint[:19]}…: it is another model, such as a "
+        "fine-tuned one, or a mixture of two"
+    )
+
+
+def check_recorded_base(record: Mapping[str, Any], model: str, revision: str | None = None) -> None:
+    """Refuse a base whose weights are here and are not those that an adapter's record names."""
+    weights = find_local_weights(model, revision)
+    if weights is not None and "base" in record:
+        recorded = Base.from_json(record["base"], RECORD_FILE)
+        check_base_weights(recorded, model, weights, commit_of(weights, revision))
+
+
+def check_base_tokenizer(folder: Path, model: str, revision: str | None = None) -> None:
+    """Refuse a base whose tokenizer, where it is on this machine, is not the pruned model's."""
+    found = find_local_file(model, "config.json", revision)
+    theirs = None if found is None else vocabulary_digest(found.parent)
+    if differ(vocabulary_digest(folder), theirs):
+        raise LoRAMError(
+            f"expected the tokenizer of {model} to be the pruned model's in {folder}, found "
+            "another vocabulary: the same text would be other tokens; put the tokenizer that both "
+            "were made with into both"
+        )
+
+
+def check_adapter_tokenizer(adapter: Path, pruned: Path) -> None:
+    """Refuse an adapter saved with another tokenizer than its pruned model's.
+
+    Args:
+        adapter: Its folder, in which there may be a tokenizer.
+        pruned: The pruned model's folder; where it has no tokenizer, its record tells.
+    """
+    theirs = vocabulary_digest(pruned) or read_record(pruned).get("vocabulary")
+    if differ(vocabulary_digest(adapter), theirs):
+        raise LoRAMError(
+            f"expected an adapter trained with the tokenizer of {pruned}, found another vocabulary "
+            f"in {adapter}: give the pruned model it was trained on; if the files there are not "
+            "the training's, remove them"
+        )
+
+
+def _commit(model: str, revision: str | None) -> str | None:
+    return commit_of(find_folder(model, revision, ["config.json"]), revision)
+
+
+def _at(revision: str | None) -> str:
+    return f" at revision {revision}" if revision else ""
 
 
 def check_trained_under(adapter: Path, plan: PruningPlan) -> None:

@@ -101,8 +101,9 @@ class PruningPlan:
                 around = self.kept_in(layer).get(group.inside)
                 rows = sizes[group.inside] if around is None else len(around)
             _check_units(name, units, sizes[group.kind], rows)
-        unknown = set(self.masks) - {tensor.name for tensor in tensors(self.config)}
-        if self.masks and unknown:
+        known = (tensor.name for tensor in tensors(self.config)) if self.masks else ()
+        unknown = set(self.masks).difference(known)
+        if unknown:
             raise LoRAMError(
                 f"expected masks of weights that the base has, found one of {min(unknown)}: the "
                 "plan was made for another model"

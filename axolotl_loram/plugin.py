@@ -37,6 +37,7 @@ from axolotl_loram.align import (
     is_first_rank,
 )
 from axolotl_loram.axolotl_data import training_data
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fill import Job
@@ -53,6 +54,7 @@ from axolotl_loram.publish import publish_adapter
 from axolotl_loram.quantized import prepare_packed, store_small_once_sized
 from axolotl_loram.recover import Filler, recover
 from axolotl_loram.runs import Run, begin_training, use_recovered_adapter
+from axolotl_loram.soundness import is_untrained
 from axolotl_loram.sources import find_folder
 from axolotl_loram.support import (
     ADAPTERS,
@@ -154,6 +156,12 @@ class LoRAMPlugin(BasePlugin):
         if self.run is None or not is_first_rank():
             return
         recover_after_training(self.run, _yaml_details(cfg))
+        if is_untrained(Checkpoint(self.run.trained, ADAPTER_FILE)):
+            LOG.warning(
+                "every B of the adapter in %s is zero: it changes nothing, as training did no step "
+                "at a learning rate above 0",
+                self.run.output,
+            )
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:
             sent = publish_adapter(self.run.output, self.run.hub_model_id)
@@ -234,7 +242,16 @@ def recover_after_training(run: Run, card: str) -> None:
     """Recover the adapter into output_dir, with zeros first: they are there if a fit fails."""
 
     def once(fill: Filler | None = None) -> None:
-        recover(run.trained, str(run.pruned), run.output, run.base, True, card=card, fill=fill)
+        recover(
+            run.trained,
+            str(run.pruned),
+            run.output,
+            run.base,
+            update=True,
+            card=card,
+            fill=fill,
+            of_run=True,
+        )
 
     once()
     if run.fill is not None:
@@ -264,7 +281,7 @@ def merge_after_training(run: Run) -> None:
     """Write the original with the masked update to output_dir/merged."""
     output = run.output / MERGED_FOLDER
     with progress_bar("merging") as progress:
-        merge_masked(run.trained, str(run.pruned), output, run.base, True, progress)
+        merge_masked(run.trained, str(run.pruned), output, run.base, True, progress, of_run=True)
     LOG.info("%s is %s with the masked update", output, run.base.id)
 
 

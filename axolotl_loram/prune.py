@@ -15,18 +15,14 @@ import numpy as np
 from axolotl_loram import __version__
 from axolotl_loram.architecture import Config, changed, family_of, layer_count, sizes_of
 from axolotl_loram.args import CALIBRATED, PruningArgs
-from axolotl_loram.checkpoint import (
-    Checkpoint,
-    StoredTensor,
-    check_vacant,
-    write_json,
-)
+from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.evidence import Evidence
+from axolotl_loram.folders import check_vacant, write_json
 from axolotl_loram.gathering import needed_bytes, write_weights
 from axolotl_loram.importance import choose
-from axolotl_loram.pairing import check_tensors
+from axolotl_loram.pairing import check_tensors, weights_fingerprint
 from axolotl_loram.plan import (
     RECORD_FILE,
     SCHEMA_VERSION,
@@ -42,6 +38,7 @@ from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
 from axolotl_loram.sparsity import by_magnitude, load_sparse, sparse_layers, sparse_summary
 from axolotl_loram.untrusted import copy_files, read_json
+from axolotl_loram.vocabulary import vocabulary_digest
 from axolotl_loram.work import Work, resumable, work_folder
 
 if TYPE_CHECKING:
@@ -364,6 +361,7 @@ def _write_rest(
     """Write config, tokenizer, plan and record beside the weights."""
     plan, calibration = outcome.plan, job.calibration
     raw = read_json(base_folder / "config.json")
+    raw.pop("auto_map", None)  # names code of the base's repository, which is not copied
     quantized = {"quantization_config": job.packing.settings} if job.packing else {}
     write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
     copy_files(base_folder, folder, (*TOKENIZER_PATTERNS, "generation_config.json"))
@@ -371,6 +369,7 @@ def _write_rest(
     for file in sorted(folder.iterdir()):
         if file.name not in files:  # the weights' are known, and large
             files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    written = Checkpoint(folder)
     record = {
         "schema_version": SCHEMA_VERSION,
         "kind": "pruned-model",
@@ -380,8 +379,10 @@ def _write_rest(
         "refit": dict(outcome.refit) or None,
         "alignments": [],
         "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
-        "weight_bytes": sum(tensor.nbytes for tensor in Checkpoint(folder).tensors.values()),
+        "weight_bytes": sum(tensor.nbytes for tensor in written.tensors.values()),
         "plan": plan.digest,
+        "fingerprint": weights_fingerprint(written),
+        "vocabulary": vocabulary_digest(folder),
         "versions": versions(),
         "files": dict(sorted(files.items())),
     }

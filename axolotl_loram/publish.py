@@ -14,8 +14,9 @@ from typing import Any
 
 from axolotl_loram import __version__
 from axolotl_loram.card import PLOT_FILE, Card, kept_units, licence_of
-from axolotl_loram.checkpoint import ADAPTER_FILE, check_vacant, new_folder, write_json
+from axolotl_loram.checkpoint import ADAPTER_FILE
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import check_vacant, new_folder, write_json
 from axolotl_loram.hub import Repository, full_name
 from axolotl_loram.inspection import EVALUATION_FILE
 from axolotl_loram.matching import ADAPTER_CONFIG

@@ -10,22 +10,22 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from axolotl_loram.checkpoint import (
-    ADAPTER_FILE,
-    Checkpoint,
-    new_folder,
-    updated_folder,
-    write_json,
-    write_safetensors,
-)
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, write_safetensors
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import new_folder, updated_folder, write_json
 from axolotl_loram.matching import ADAPTER_CONFIG, Moved, match, named_model
-from axolotl_loram.pairing import check_trained_under, read_record
+from axolotl_loram.pairing import (
+    check_adapter_tokenizer,
+    check_plan,
+    check_trained_under,
+    read_record,
+)
 from axolotl_loram.plan import (
     PLAN_FILE,
     RECORD_FILE,
@@ -33,6 +33,7 @@ from axolotl_loram.plan import (
     Base,
     PruningPlan,
 )
+from axolotl_loram.soundness import check_modules, check_trained
 from axolotl_loram.sources import TOKENIZER_PATTERNS, find_folder, is_hub_id
 from axolotl_loram.untrusted import copy_files, read_json
 
@@ -52,6 +53,7 @@ def recover(
     overwrite: bool = False,
     card: str = "",
     fill: Filler | None = None,
+    of_run: bool = False,
 ) -> dict[str, Any]:
     """Turn an adapter trained on a pruned model into an ordinary PEFT adapter for the base.
 
@@ -65,6 +67,8 @@ def recover(
         overwrite: Replace what `output` holds.
         card: Text to append to the model card.
         fill: What to put in the place of zeros (see `fill.filler`); by default, zeros stay.
+        of_run: Whether the run that trained the adapter is the caller: then it may be untrained,
+            as before the first step, and its tokenizer is not held against the pruned model's.
 
     Returns:
         What the result's `loram.json` says, and "output", the folder.
@@ -73,12 +77,19 @@ def recover(
         LoRAMError: The adapter cannot be recovered exactly, or does not belong to the plan.
     """
     settings = read_adapter_config(adapter)
-    plan = PruningPlan.load(_plan_folder(pruned_model or named_model(adapter)))
+    pruned = _plan_folder(pruned_model or named_model(adapter))
+    plan = PruningPlan.load(pruned)
+    check_plan(pruned, plan)
     check_trained_under(adapter, plan)
     recorded = read_record(adapter)
     checkpoint = Checkpoint(adapter, ADAPTER_FILE)
     moved = match(checkpoint, plan, full_size=False)
+    check_modules(checkpoint, settings, plan)
+    if not of_run:
+        check_trained(checkpoint)
+        check_adapter_tokenizer(adapter, pruned)
     base, output = base or plan.base, output or default_output(adapter)
+    base = replace(base, fingerprint=base.fingerprint or plan.base.fingerprint)
     LOG.info("recovering %d tensors of %s to %s", len(moved), adapter, output)
     filled, about = fill(moved, settings) if fill else ({}, None)
     manager = updated_folder(output, ADAPTER_CONFIG) if update else new_folder(output, overwrite)
@@ -128,7 +139,9 @@ def gather_adapter(adapter: Path, plan: PruningPlan, pruned_model: str, output: 
         LoRAMError: The adapter is not one for the plan's base.
     """
     settings = read_adapter_config(adapter)
-    moved = match(Checkpoint(adapter, ADAPTER_FILE), plan, full_size=True)
+    checkpoint = Checkpoint(adapter, ADAPTER_FILE)
+    moved = match(checkpoint, plan, full_size=True)
+    check_modules(checkpoint, settings, plan)
     with new_folder(output, overwrite=True) as scratch:
         _write_adapter(scratch, moved, Moved.gather, settings, Base(pruned_model))
 

@@ -9,6 +9,7 @@ from typing import Any
 from axolotl_loram.artefacts import Artefact, Evaluation, read, training_of
 from axolotl_loram.charts import Lines, Series, Strip, Strips
 from axolotl_loram.comparison import Outcome, outcomes, perplexity_parts, task_parts
+from axolotl_loram.errors import LoRAMError
 from axolotl_loram.footprint import memory_figure, memory_section
 from axolotl_loram.records import refit_summary
 from axolotl_loram.sections import KeyFigure, Report, Section, Table, arrow, count, number, percent
@@ -27,6 +28,17 @@ def build(paths: Sequence[Path]) -> Report:
         LoRAMError: A path holds no artefact, a damaged one, or one of a newer version.
     """
     runs = read(list({path.resolve(): path for path in paths}.values()))
+    try:
+        return _build(runs)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        raise LoRAMError(
+            f"expected the records of {', '.join(run.label for run in runs)} as this package "
+            f"writes them, found one that cannot be shown ({type(error).__name__}: {error!s:.200}):"
+            " it is damaged, or was changed"
+        ) from error
+
+
+def _build(runs: Sequence[Artefact]) -> Report:
     evaluations = [(run.label, run.evaluation) for run in runs if run.evaluation is not None]
     if len(evaluations) == 1:
         evaluations = [("", evaluations[0][1])]  # nothing to tell it from

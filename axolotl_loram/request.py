@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axolotl_loram import untrusted
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.training import TrainingArgs, settings_of
@@ -23,6 +24,21 @@ NOT_COUNTED = (
     "context_parallel_size",
 )
 """Keys of an Axolotl config that change the memory in ways that are not predicted."""
+NOTHING = type(None)
+TYPES: dict[str, type | tuple] = {
+    "base_model": (str, NOTHING),
+    "revision_of_model": (str, NOTHING),
+    "loram": (dict, NOTHING),
+    "plugins": (list, NOTHING),
+    "lora_modules_to_save": (list, NOTHING),
+    "lora_target_modules": (list, str, NOTHING),
+}
+SECTION_TYPES: dict[str, type | tuple] = {
+    "pruning": (dict, NOTHING),
+    "pruned_model_path": (str, NOTHING),
+    "pruned_model_revision": (str, NOTHING),
+}
+"""Of settings that are read before Axolotl, or a schema, has looked at them."""
 UNITS = {"": 1} | {
     unit: base**power
     for base, end in ((1000, ""), (1024, "I"))
@@ -85,15 +101,16 @@ def request(
         )
     pruning = {**({"ratio": 0.5} if fit else {}), **(section.get("pruning") or {}), **given}
     pruned = None if pruning else section.get("pruned_model_path")
+    how = None if pruned else PruningArgs.parse(**pruning)
     in_4_bits = {
-        "prequantized": bool(pruning.get("quantize")),
-        "block_size": int(pruning.get("quantize_block_size") or 64),
+        "prequantized": bool(how and how.quantize),
+        "block_size": how.quantize_block_size if how else 64,
     }
     four_bit = "q" in str(cfg.get("adapter") or "q") or bool(cfg.get("load_in_4bit"))
     return Request(
         str(cfg.get("base_model") or model),
         revision or cfg.get("revision_of_model"),
-        None if pruned else PruningArgs.parse(**pruning),
+        how,
         (str(pruned), section.get("pruned_model_revision")) if pruned else None,
         TrainingArgs.parse(**(settings_of(cfg) if cfg else {}) | training | in_4_bits),
         adapter or ("qloram" if four_bit else "loram"),
@@ -115,20 +132,27 @@ def read_yaml(file: Path) -> dict[str, Any]:
     Raises:
         LoRAMError: There is no such file, it does not parse, or it names no base_model.
     """
-    import yaml
-
-    try:
-        cfg = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LoRAMError(f"expected an Axolotl YAML, found no {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise LoRAMError(f"expected {file} to be YAML, found that it is not: {reason}") from None
-    if not isinstance(cfg, dict) or not cfg.get("base_model"):
+    cfg = untrusted.read_yaml(file)
+    check_settings(cfg, file)
+    if not cfg.get("base_model"):
         raise LoRAMError(
             f"expected {file} to name a base_model, found none: give an Axolotl config, or a model"
         )
     return cfg
+
+
+def check_settings(cfg: Mapping[str, Any], file: Path) -> None:
+    """Refuse an Axolotl config in which a setting that is read here is of another type.
+
+    Raises:
+        LoRAMError: The first that is.
+    """
+    untrusted.check_types(cfg, TYPES, file)
+    for name in ("loram", "pruning"):
+        cfg = cfg.get(name) or {}
+        untrusted.check_types(cfg, SECTION_TYPES, file)
+        if not all(isinstance(key, str) for key in cfg):
+            raise LoRAMError(f"expected names of settings in `{name}:` of {file}, found a number")
 
 
 def parse_size(text: str) -> int:

@@ -15,18 +15,20 @@ from axolotl_loram.args import FillArgs
 from axolotl_loram.axolotl_data import token_rows
 from axolotl_loram.cache import own_text, prune_into_cache
 from axolotl_loram.calibration import Calibration
-from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, made_once, write_json
+from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fill import check_fillable
+from axolotl_loram.folders import made_once, write_json
 from axolotl_loram.formats import Formats
 from axolotl_loram.loram_args import LoRAMConfig
-from axolotl_loram.pairing import check_base, check_pruned, read_record
+from axolotl_loram.pairing import check_pair, check_recorded_base, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.quantized import decide_formats
 from axolotl_loram.records import losses_of, versions
 from axolotl_loram.recover import gather_adapter, read_adapter_config
 from axolotl_loram.sources import find_folder
 from axolotl_loram.support import switch_off_kernels, trains_masked
+from axolotl_loram.vocabulary import differ
 from axolotl_loram.watch import predict_run
 
 LOG = logging.getLogger(__name__)
@@ -115,9 +117,8 @@ def begin_training(cfg: Any) -> Run:
         rows = functools.partial(token_rows, cfg, settings.seed)
         pruned = prune_into_cache(model, revision, settings, section.cache_dir, rows)
     plan = PruningPlan.load(pruned)
-    check_pruned(pruned, plan)
+    check_pair(pruned, plan, model, revision)
     masked = trains_masked(section, plan)
-    check_base(plan, model, revision)
     _check_modules_to_save(cfg, plan)
     fill, fill_text = _fill(section, cfg, pruned, plan)
     run = Run(
@@ -171,6 +172,12 @@ def _fill(
 def gather_warm_start(run: Run, adapter: str) -> Path:
     """The full-size adapter cut to the pruned model, by whichever rank comes first."""
     folder = find_folder(adapter, patterns=["adapter_*", RECORD_FILE])
+    made_for = (read_record(folder).get("base") or {}).get("fingerprint")
+    if differ(made_for, run.plan.base.fingerprint):
+        raise LoRAMError(
+            f"expected a warm start for {run.plan.base.id}, found {adapter}, recovered for another "
+            "model of the same size: give an adapter of this base as lora_model_dir"
+        )
     fingerprint = Checkpoint(folder, ADAPTER_FILE).fingerprint()
     settings = read_adapter_config(folder)
     return made_once(
@@ -192,11 +199,13 @@ def use_recovered_adapter(cfg: Any) -> None:
     output = Path(str(cfg.output_dir or DEFAULT_OUTPUT))
     started_from = (read_record(output).get("trained") or {}).get("warm_start")
     if cfg.lora_model_dir and cfg.lora_model_dir != started_from:
-        if read_record(Path(cfg.lora_model_dir)).get("kind") == "trained-adapter":
+        record = read_record(Path(cfg.lora_model_dir))
+        if record.get("kind") == "trained-adapter":
             raise LoRAMError(
                 f"expected an adapter for the original model, found {cfg.lora_model_dir} trained "
                 f"on the pruned one: run `axolotl-loram recover {cfg.lora_model_dir}` first"
             )
+        check_recorded_base(record, str(cfg.base_model), cfg.revision_of_model)
         return
     if read_record(output).get("kind") != "recovered-adapter":
         raise LoRAMError(
@@ -204,6 +213,7 @@ def use_recovered_adapter(cfg: Any) -> None:
             f"train` first, or `axolotl-loram recover {output / PRUNED_FOLDER}/checkpoint-N` and "
             "pass --lora-model-dir"
         )
+    check_recorded_base(read_record(output), str(cfg.base_model), cfg.revision_of_model)
     LOG.info("using the recovered adapter in %s", output)
     cfg.lora_model_dir = str(output)
 

@@ -44,7 +44,7 @@ def find_folder(
     Raises:
         LoRAMError: There is no such folder and no such model within reach.
     """
-    if Path(model).is_dir():
+    if is_folder(model):
         return Path(model)
     if _looks_local(model):
         raise LoRAMError(f"no such model: expected a folder or a hub id, found {model!r}")
@@ -76,7 +76,7 @@ def reason(error: BaseException) -> str:
 
 def find_local_weights(model: str, revision: str | None = None) -> Path | None:
     """The folder that holds a model's weights on this machine, or None: downloads nothing."""
-    if Path(model).is_dir():
+    if is_folder(model):
         return Path(model) if has_weights(Path(model)) else None
     for name in (MODEL_FILE, f"{MODEL_FILE}.index.json"):
         found = find_local_file(model, name, revision)
@@ -89,7 +89,7 @@ def find_local_weights(model: str, revision: str | None = None) -> Path | None:
 
 def find_local_file(model: str, name: str, revision: str | None = None) -> Path | None:
     """A file of a folder, or of a model in the hub's cache, or None: downloads nothing."""
-    if Path(model).is_dir() or _looks_local(model):
+    if is_folder(model) or _looks_local(model):
         return Path(model, name) if Path(model, name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -99,6 +99,14 @@ def find_local_file(model: str, name: str, revision: str | None = None) -> Path 
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name, of any length, is that of a folder."""
+    try:
+        return Path(name).is_dir()
+    except OSError:
+        return False
 
 
 def is_hub_id(model: str) -> bool:
@@ -116,6 +124,14 @@ def is_hub_id(model: str) -> bool:
 def commit_of(folder: Path, revision: str | None) -> str | None:
     """The hub commit that a folder is a snapshot of, if it lies in the hub's cache."""
     return folder.name if folder.parent.name == "snapshots" else revision
+
+
+def hub_id_of(folder: Path) -> str | None:
+    """The hub id that a folder is a snapshot of, if it lies in the hub's cache."""
+    repository = folder.resolve().parent.parent.name
+    if folder.resolve().parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")
 
 
 def stored_config(model: str, revision: str | None = None) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     with torch.device("meta"), _not_partitioned():
         auto_class = getattr(transformers, family_of(config).auto_class)
-        model = auto_class.from_config(settings, dtype=dtype)
+        model = auto_class.from_config(settings, dtype=dtype, trust_remote_code=False)
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in names:

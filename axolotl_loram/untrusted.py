@@ -1,10 +1,11 @@
-"""Files that strangers wrote: ordinary ones that lie in their folder, and JSON of bounded size."""
+"""Files that strangers wrote: ordinary ones in their folder, JSON and YAML of bounded size."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from axolotl_loram.errors import LoRAMError
 
 MOST_JSON_BYTES = 100 * 2**20
 """As safetensors bounds its headers; the index of a model with 100,000 tensors has a tenth."""
+MOST_YAML_BYTES = 2**18
+"""Takes seconds to parse; libyaml, which is faster, crashes where brackets nest deeply."""
+MOST_YAML_VALUES = 100_000
+DEEPEST = 50
+LONGEST_NUMBER = 1_000
 
 
 def own_file(file: Path) -> Path:
@@ -57,20 +63,116 @@ def parse_json(text: str, where: object) -> dict[str, Any]:
     return value
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, linked: bool = False) -> dict[str, Any]:
     """A JSON object from a file.
+
+    Args:
+        file: The file.
+        linked: Whether it may be a link out of its folder: one that users themselves name may.
 
     Raises:
         LoRAMError: There is no such file, it is not an ordinary one, or it is no JSON object.
     """
+    return parse_json(read_text(file, MOST_JSON_BYTES, "a JSON object", linked), file)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A mapping from a YAML file that users name, such as an Axolotl config; empty if it is none.
+
+    Raises:
+        LoRAMError: There is no such file, it is too large, or no YAML.
+    """
+    return parse_yaml(read_text(file, MOST_YAML_BYTES, "YAML", linked=True), file)
+
+
+def parse_yaml(text: str, where: object) -> dict[str, Any]:
+    """A mapping; empty if the YAML is none.
+
+    Plain values alone: tags that make objects are refused, and so are aliases that stand for more
+    than a file of the largest size could hold.
+
+    Args:
+        text: The YAML.
+        where: What to call its place in the message.
+
+    Raises:
+        LoRAMError: It is no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Gives up where brackets nest deeply, which PyYAML takes seconds for."""
+
+        def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+            if self.flow_level > DEEPEST:
+                raise LoRAMError(f"expected at most {DEEPEST} brackets in one another in {where}")
+            super().fetch_flow_collection_start(TokenClass)
+
     try:
-        if own_file(file).stat().st_size > MOST_JSON_BYTES:
-            raise LoRAMError(f"expected at most {MOST_JSON_BYTES} bytes in {file}, found more")
-        return parse_json(file.read_text(encoding="utf-8"), file)
+        loader = Loader(text)
+        node = loader.get_single_node()
+        _check_expansion(node, where)
+        value = loader.construct_document(node) if node else None
+    except LoRAMError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
+        raise LoRAMError(f"expected {where} to be YAML, found that it is not: {reason}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _check_expansion(root: Any, where: object) -> None:
+    """Refuse YAML in which aliases, or one number, take much longer to work out than to read."""
+    from yaml import ScalarNode
+
+    counted: dict[int, int] = {}
+
+    def count(node: Any) -> int:
+        if isinstance(node, ScalarNode):
+            if len(node.value) > LONGEST_NUMBER and not node.tag.endswith(":str"):
+                raise LoRAMError(
+                    f"expected numbers of at most {LONGEST_NUMBER} characters in {where}, found "
+                    f"{len(node.value)}: do not use this file"
+                )
+            return 1
+        if id(node) not in counted:
+            counted[id(node)] = MOST_YAML_VALUES + 1  # what a node that holds itself stands for
+            parts = (part for pair in node.value for part in pair)
+            inner = parts if node.id == "mapping" else node.value
+            counted[id(node)] = 1 + sum(map(count, inner))
+        if counted[id(node)] > MOST_YAML_VALUES:
+            raise LoRAMError(
+                f"expected aliases in {where} that stand for at most {MOST_YAML_VALUES} values, "
+                "found more: do not use this file, it is made to fill the memory"
+            )
+        return counted[id(node)]
+
+    if root is not None:
+        count(root)
+
+
+def read_text(file: Path, most: int, what: str, linked: bool = False) -> str:
+    """The text of a file of at most `most` bytes.
+
+    Args:
+        file: The file.
+        most: Bytes.
+        what: What to call the content in messages.
+        linked: As in `read_json`.
+
+    Raises:
+        LoRAMError: There is no such file, it is not an ordinary one, too large, or no UTF-8.
+    """
+    try:
+        if not (linked and file.is_file()):
+            own_file(file)
+        if file.stat().st_size > most:
+            raise LoRAMError(f"expected at most {most} bytes in {file}, found more")
+        return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise LoRAMError(f"expected the file {file}, found none") from None
     except (UnicodeDecodeError, OSError) as error:
-        raise LoRAMError(f"expected a JSON object in {file}, found {error}") from None
+        raise LoRAMError(f"expected {what} in {file}, found {error}") from None
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
@@ -85,7 +187,9 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
                 shutil.copyfile(own_file(file), target / file.name)
 
 
-def check_types(value: dict[str, Any], expected: dict[str, type | tuple], where: object) -> None:
+def check_types(
+    value: Mapping[str, Any], expected: Mapping[str, type | tuple], where: object
+) -> None:
     """Refuse a JSON object in which a known key has a value of another type; all may be missing.
 
     Raises:

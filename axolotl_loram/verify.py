@@ -19,12 +19,20 @@ from axolotl_loram.progress import Progress, no_progress
 
 CheckFunction = Callable[[Subject], Iterator[Finding]]
 MODEL = (checks.files, checks.strays, checks.weights)
-ADAPTER = (checks.strays, adapters.tensors, adapters.trained_under, adapters.shapes)
+PRUNED = (checks.plan, checks.config, checks.counts, checks.masks, checks.base, checks.tokenizer)
+ADAPTER = (
+    checks.strays,
+    adapters.tensors,
+    adapters.trained_under,
+    adapters.shapes,
+    adapters.modules,
+    adapters.tokenizer,
+)
 CHECKS: Mapping[str, tuple[CheckFunction, ...]] = {
-    "pruned-model": (*MODEL, checks.plan, checks.config, checks.counts, checks.masks, checks.base),
+    "pruned-model": (*MODEL, *PRUNED),
     "recovered-model": MODEL,
     "trained-adapter": ADAPTER,
-    "recovered-adapter": (checks.files, adapters.settings, *ADAPTER),
+    "recovered-adapter": (checks.files, adapters.settings, *ADAPTER, checks.base),
 }
 """Kind of folder → what can be checked of it."""
 

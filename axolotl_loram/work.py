@@ -20,15 +20,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from axolotl_loram.checkpoint import (
-    StoredTensor,
-    check_vacant,
-    open_safetensors,
-    replace_folder,
-    sync,
-    write_safetensors,
-)
+from axolotl_loram.checkpoint import StoredTensor, open_safetensors, write_safetensors
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import check_vacant, replace_folder, sync
 
 LOG = logging.getLogger(__name__)
 

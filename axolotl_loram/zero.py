@@ -17,7 +17,6 @@ Frozen parameters take c and nothing else.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.optimizers import optimizer_bytes
+from axolotl_loram.untrusted import check_types, read_json
 
 FLOAT32 = 4
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -93,19 +93,16 @@ def read_zero(file: Path) -> Zero:
     Raises:
         LoRAMError: There is no such file, it is no DeepSpeed config, or it partitions nothing.
     """
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror
-        raise LoRAMError(f"expected a DeepSpeed config, found no {file}: {reason}") from None
-    except ValueError as error:
-        raise LoRAMError(f"expected {file} to be JSON, found that it is not: {error}") from None
-    section = config.get("zero_optimization") if isinstance(config, dict) else None
+    config = read_json(file, linked=True)
+    section = config.get("zero_optimization")
     if not isinstance(section, dict):
         raise LoRAMError(
             f"expected {file} to be a DeepSpeed config with zero_optimization, found none: give "
             "one such as deepspeed_configs/zero3.json"
         )
+    nested = (dict, type(None))
+    check_types(section, dict.fromkeys(("offload_optimizer", "offload_param"), nested), file)
+    check_types(config, {"data_types": nested}, file)
     return zero_of(section, config.get("data_types") or {}, str(file))
 
 
@@ -138,22 +135,32 @@ def zero_of(section: Mapping[str, Any], data_types: Mapping[str, Any], file: str
         optimizer=places[0],
         parameters=places[1],
         pinned_optimizer=bool(optimizer.get("pin_memory")),
-        reduce_bucket=_size(section.get("reduce_bucket_size", 5 * 10**8)),
-        prefetch_bucket=_size(section.get("stage3_prefetch_bucket_size", 5 * 10**7)),
-        persistent_below=_size(section.get("stage3_param_persistence_threshold", 10**5)),
-        live=int(section.get("stage3_max_live_parameters", 10**9)),
-        sub_group=int(section.get("sub_group_size", 10**9)),
+        reduce_bucket=_size(section, "reduce_bucket_size", 5 * 10**8),
+        prefetch_bucket=_size(section, "stage3_prefetch_bucket_size", 5 * 10**7),
+        persistent_below=_size(section, "stage3_param_persistence_threshold", 10**5),
+        live=_number(section, "stage3_max_live_parameters", 10**9),
+        sub_group=_number(section, "sub_group_size", 10**9),
         overlaps=bool(section.get("overlap_comm", stage == 3)),
-        gradient_bytes=DTYPES.get(accumulated) if accumulated else None,
-        optimizer_buffers=int(optimizer.get("buffer_count", 4)),
-        parameter_buffers=int(parameters.get("buffer_count", 5)),
-        parameter_buffer=int(parameters.get("buffer_size", 10**8)),
-        parameters_in_host=int(parameters.get("max_in_cpu", 10**9)),
+        gradient_bytes=DTYPES.get(str(accumulated)) if accumulated else None,
+        optimizer_buffers=_number(optimizer, "buffer_count", 4),
+        parameter_buffers=_number(parameters, "buffer_count", 5),
+        parameter_buffer=_number(parameters, "buffer_size", 10**8),
+        parameters_in_host=_number(parameters, "max_in_cpu", 10**9),
     )
 
 
-def _size(value: Any) -> int | None:
-    return None if value == "auto" else int(value)
+def _size(section: Mapping[str, Any], name: str, default: int) -> int | None:
+    return None if section.get(name) == "auto" else _number(section, name, default)
+
+
+def _number(section: Mapping[str, Any], name: str, default: int) -> int:
+    """A number of a DeepSpeed config, where 1e9 is a usual way to write one."""
+    value = section.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+        raise LoRAMError(
+            f"expected a number as {name} in the DeepSpeed config, found {value!r:.80}: correct it"
+        )
+    return int(value)
 
 
 @dataclass(frozen=True)

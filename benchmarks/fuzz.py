@@ -5,13 +5,17 @@ whole files: JSON with values replaced, removed or swapped, headers that claim o
 and cut bytes, links out of the folder. A case passes if the door opens, or refuses in one sentence
 (LoRAMError), in time, and nothing was written beside the result.
 
-    python benchmarks/fuzz.py                     # 40,000 cases for each door and model: a million
+    python benchmarks/fuzz.py                     # 30,000 cases for each door and model: a million
     python benchmarks/fuzz.py --cases 100 --json  # what the tests run
+
+Every thousand seeds add a row to fuzz.csv. Interrupted, or run again, it goes on with the seeds
+after those that the rows have: what they sum to is what was tried.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
 import re
@@ -35,36 +39,64 @@ SLOW = 5.0
 """Seconds that no case may take."""
 
 
+BLOCK = 1_000
+"""Seeds of one row."""
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--cases", type=int, default=40_000, help="for each door and model")
-    options.add_argument("--seed", type=int, default=0, help="the first of the cases' seeds")
+    options.add_argument("--cases", type=int, default=30_000, help="for each door and model")
+    options.add_argument("--seed", type=int, help="the first; by default, after all in fuzz.csv")
+    options.add_argument("--doors", default="", help="only those with this in their names")
     options.add_argument("--json", action="store_true", help="print, and add no row")
     given = options.parse_args()
     logging.disable(logging.WARNING)
+    first = tried(given.doors) if given.seed is None else given.seed
+    last = first + given.cases
+    for start in range(first, last, BLOCK):
+        result = block(range(start, min(start + BLOCK, last)), given.doors)
+        if given.json:
+            print(json.dumps(result))
+        else:
+            print(*result["failures"], sep="\n", file=sys.stderr)
+            append_row(ROWS, {**result, "failures": len(result["failures"]), **surroundings()})
+
+
+def tried(doors: str) -> int:
+    """The seed after the last one in the rows of these doors."""
+    if not ROWS.exists():
+        return 0
+    with ROWS.open(newline="", encoding="utf-8") as handle:
+        mine = [row for row in csv.DictReader(handle) if row["doors"] == (doors or "all")]
+    return max((int(row["first_seed"]) + int(row["seeds"]) for row in mine), default=0)
+
+
+def block(seeds: range, doors: str) -> dict:
+    """Some seeds at all doors that have `doors` in their names."""
     ram = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=ram if ram.is_dir() else None) as scratch:
-        result = campaign(Path(scratch), given.cases, given.seed)
-    if given.json:
-        print(json.dumps(result))
-    else:
-        failures = result.pop("failures")
-        print(*failures, sep="\n", file=sys.stderr)
-        append_row(ROWS, {**result, "first_seed": given.seed, **surroundings()})
+        chosen = {name: door for name, door in hostile.DOORS.items() if doors in name}
+        return {
+            "first_seed": seeds.start,
+            "seeds": len(seeds),
+            "doors": doors or "all",
+            **campaign(Path(scratch), seeds, chosen),
+        }
 
 
-def campaign(scratch: Path, cases: int, first: int) -> dict:
+def campaign(scratch: Path, seeds: range, doors: dict[str, hostile.Door]) -> dict:
     """Counts of outcomes over all doors and models, the slowest case and the peak memory."""
     outcomes: Counter[str] = Counter()
     failures: dict[str, str] = {}
-    slowest, start = 0.0, time.perf_counter()
+    slowest, start, idle = 0.0, time.perf_counter(), 0
     for model_type in hostile.CONFIGS:
         whole = hostile.Artefacts.make(scratch / model_type, model_type)
-        for number, (name, door) in enumerate(hostile.DOORS.items()):
+        idle = idle or resident("VmRSS")  # now that torch is imported
+        for number, (name, door) in enumerate(doors.items()):
             around = scratch / f"{model_type}-{number}"
             suspect = hostile.Suspect(door, whole, around / "suspect")
             where = f"{model_type}, {name}"
-            for seed in tqdm(range(first, first + cases), where, disable=None):
+            for seed in tqdm(seeds, where, disable=None, leave=False):
                 began = time.perf_counter()
                 outcome = attempt(suspect, seed)
                 took = time.perf_counter() - began
@@ -81,7 +113,8 @@ def campaign(scratch: Path, cases: int, first: int) -> dict:
         "cases": outcomes.total(),
         **{name: outcomes[name] for name in ("opened", "refused", "failed")},
         "slowest_seconds": round(slowest, 3),
-        "peak_bytes": peak_bytes(),
+        "idle_bytes": idle,
+        "peak_bytes": resident("VmHWM"),
         "seconds": round(time.perf_counter() - start, 1),
         "failures": list(failures.values()),
     }
@@ -100,10 +133,10 @@ def attempt(suspect: hostile.Suspect, seed: int) -> str:
     return "opened"
 
 
-def peak_bytes() -> int:
-    """Resident, of this process alone: ru_maxrss would count who started it, before the exec."""
+def resident(what: str) -> int:
+    """Bytes of this process alone: ru_maxrss would count who started it, before the exec."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
+    return int(re.search(rf"{what}:\s*(\d+)", status)[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def test_rows_may_be_texts_segments_or_messages(make_model, tmp_path):
         ("a.jsonl", b'{"text": null}\n', r"in line 1 of .*found text"),
         ("a.jsonl", b'{"segments": [{"label": true}]}\n', r"found segments, refused \(KeyError"),
         ("a.jsonl", b'{"messages": []}\n', r"found messages, .*no chat template"),
-        ("a.yml", b"a: [", r"expected an Axolotl YAML, found .*a\.yml unreadable"),
+        ("a.yml", b"a: [", r"expected .*a\.yml to be YAML, found that it is not"),
         ("a.yml", b"- a", r"with `datasets:` for calibration, found none in .*a\.yml"),
         ("a.yaml", b"base_model: x\ndatasets:\n", r"with `datasets:`.*found none in .*a\.yaml"),
         ("a.yml", b"datasets: [{path: x}]\n", r"a\.yml refused \(.*base_model.*preprocess"),

@@ -12,6 +12,7 @@ from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
 from conftest import write_yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_recover import train_on
 from test_training import adapter_weights, train
 from torch.nn.functional import cross_entropy
@@ -31,6 +32,7 @@ from axolotl_loram.plan import Base
 from axolotl_loram.prune import prune
 from axolotl_loram.recover import recover
 
+UP = "base_model.model.model.layers.1.mlp.up_proj"
 TOKENS = torch.arange(3, 60)[None]
 
 
@@ -258,6 +260,12 @@ def test_what_does_not_belong_together_is_refused(run, make_model, tmp_path):
     train_on(make_model(intermediate_size=64), tmp_path / "wider")
     with pytest.raises(LoRAMError, match=r"expected an adapter for .*, found .*wider"):
         put_on(load_model(str(make_model())), tmp_path / "wider")
+    train_on(make_model(), tmp_path / "half")
+    weights = load_file(tmp_path / "half/adapter_model.safetensors")
+    weights.pop(f"{UP}.lora_B.weight")
+    save_file(weights, tmp_path / "half/adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoRAMError, match=rf"it has no {UP}.lora_B.weight"):
+        put_on(load_model(str(make_model())), tmp_path / "half")
     with pytest.raises(LoRAMError, match="axolotl-loram recover"):
         evaluate(requests(run, also={"narrow": run / "out/pruned"}))
     (tmp_path / "empty.jsonl").write_text(json.dumps({"text": ""}))

@@ -210,7 +210,7 @@ def test_sizes_that_are_none(text):
         (("{large}", "--pruning-ratio", "0.5", "--optimizer", "sophia"), 2, "found 'sophia'"),
         (("{broken}",), 2, "found that it is not"),
         (("{nameless}",), 2, "to name a base_model"),
-        (("./nowhere.yml",), 2, "found no nowhere.yml"),
+        (("./nowhere.yml",), 2, "expected the file nowhere.yml, found none"),
         (("{large}", "--pruning-ratio", "0.5", "--plot", "/proc/a.png"), 1, "able to write"),
         (("{large}", "--pruning-ratio", "0.5", "--plot", "{large}/a.foo"), 1, "able to write"),
     ],

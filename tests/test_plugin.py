@@ -1,14 +1,16 @@
 import json
+import logging
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_recover import train_on
 
 from axolotl_loram.args import PruningArgs
@@ -160,6 +162,23 @@ def test_an_output_of_another_pruned_model_is_refused(run, make_model, tmp_path)
     run.loram = {"pruned_model_path": str(tmp_path / "other")}
     with pytest.raises(LoRAMError, match="another output_dir"):
         begin_training(run)
+
+
+def test_an_adapter_that_was_not_trained_is_recovered_with_a_warning(
+    run, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("axolotl_loram"), "propagate", True)
+    plugin = LoRAMPlugin()
+    plugin.run = begin_training(run)
+    file = plugin.run.trained / "adapter_model.safetensors"
+    train_on(plugin.run.pruned, plugin.run.trained)
+    plugin.run = replace(plugin.run, hub_model_id=None)
+    plugin.post_train_unload(run)
+    assert "changes nothing" not in caplog.text
+    weights = load_file(file)
+    save_file({n: w * ("lora_A" in n) for n, w in weights.items()}, file, {"format": "pt"})
+    plugin.post_train_unload(run)
+    assert "it changes nothing" in caplog.text and (tmp_path / "out/adapter_config.json").exists()
 
 
 def test_tokens_that_the_run_adds_are_not_calibrated_on(make_model):

@@ -100,7 +100,8 @@ def test_recovered_update_is_the_trained_one_where_kept_and_zero_elsewhere(plan,
             assert recovered[f"{prefix}.lora_A.weight"].dtype == dtype
             base = torch.randn(full.shape, dtype=torch.float64)
             merged = (base + full)[rows][:, columns]
-            assert torch.equal(merged, base[rows][:, columns] + small)
+            expected = base[rows][:, columns] + small  # sums of another shape may round otherwise
+            torch.testing.assert_close(merged, expected, rtol=0, atol=1e-12)
             full[np.ix_(rows, columns)] = 0
             assert not full.any()
 

@@ -275,7 +275,7 @@ def test_a_newer_evaluation_is_refused(tmp_path):
     ("name", "text", "message"),
     [
         ("none.json", None, "found nothing there"),
-        ("x.json", "{", "expected JSON in"),
+        ("x.json", "{", "expected a JSON object in"),
         ("x.json", "[1]", "found a list"),
         ("x.json", '{"a": 1}', "found other JSON"),
         ("x.json", '{"kind": "evaluation", "perplexity": {"a": {"models": 3}}}', "perplexity.a"),

@@ -28,7 +28,9 @@ def made(make_model, tmp_path_factory):
     prune(str(make_model()), folder / "pruned", PruningArgs(ratio=0.5))
     plan = PruningPlan.load(folder / "pruned")
     shapes = linear_shapes(plan.pruned_config)
-    write_adapter(folder / "trained", shapes, 2, torch.bfloat16, str(folder / "pruned"))
+    named = {"target_modules": sorted({module.split(".")[-1] for module in shapes})}
+    write_adapter(folder / "trained", shapes, 2, torch.bfloat16, str(folder / "pruned"), **named)
+    shutil.copy(folder / "pruned/tokenizer.json", folder / "trained")
     training = {"pruned_model": str(folder / "pruned")}
     record = {"kind": "trained-adapter", "base": vars(plan.base), "plan": plan.digest}
     (folder / "trained/loram.json").write_text(json.dumps(record | {"training": training}))
@@ -73,11 +75,11 @@ def outcomes(folder, **options):
 
 
 def test_whole_folders_pass_every_check(made):
-    names = {"files", "strays", "weights", "plan", "config", "counts", "base"}
+    names = {"files", "strays", "weights", "plan", "config", "counts", "base", "tokenizer"}
     assert outcomes(made / "pruned") == dict.fromkeys(names, "ok")
-    names = {"strays", "tensors", "trained under", "shapes"}
+    names = {"strays", "tensors", "trained under", "shapes", "modules", "tokenizer"}
     assert outcomes(made / "trained") == dict.fromkeys(names, "ok")
-    names |= {"files", "settings"}
+    names |= {"files", "settings", "base"}
     assert outcomes(made / "recovered") == dict.fromkeys(names, "ok")
 
 
@@ -99,9 +101,13 @@ def outside(folder):
 
 
 DAMAGES = {
-    "a flipped bit": (lambda f: flip(f / WEIGHTS), {"files"}, "damaged"),
+    "a flipped bit": (lambda f: flip(f / WEIGHTS), {"files", "weights"}, "damaged"),
     "a cut file": (truncate, {"files", "weights", "counts"}, "truncated"),
-    "a missing file": (lambda f: (f / "tokenizer.json").unlink(), {"files"}, "tokenizer.json is m"),
+    "a missing file": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        {"files", "tokenizer"},
+        "tokenizer.json is m",
+    ),
     "a second shard": (
         lambda f: shutil.copy(f / WEIGHTS, f / "model-2.safetensors"),
         {"strays"},
@@ -144,14 +150,14 @@ def test_all_failures_are_named_and_the_command_fails(copy):
     result = CliRunner().invoke(main, ["inspect", str(folder), "--verify", "--json"])
     assert result.exit_code == 1
     told = json.loads(result.stdout)
-    assert (told["kind"], told["failed"]) == ("pruned-model", 3)
+    assert (told["kind"], told["failed"]) == ("pruned-model", 5)
     bad = [check for check in told["checks"] if check["outcome"] == "failed"]
-    assert [check["name"] for check in bad] == ["files", "files", "strays"]
+    assert [check["name"] for check in bad] == ["files", "files", "strays", "weights", "tokenizer"]
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    for part in ("3 failed", WEIGHTS, "tokenizer.json is missing", "pytorch_model.bin"):
+    for part in ("5 failed", WEIGHTS, "tokenizer.json is missing", "pytorch_model.bin"):
         assert part in line
     shown = CliRunner().invoke(main, ["inspect", str(folder), "--verify"])
-    assert shown.stdout.count("\nfailed ") == 3 and shown.exit_code == 1
+    assert shown.stdout.count("\nfailed ") == 5 and shown.exit_code == 1
 
 
 def test_the_base_is_checked_where_it_is_on_this_machine(copy, make_model, tmp_path):
@@ -175,7 +181,7 @@ def test_moved_zeros_of_a_sparse_model_are_found(make_model, tmp_path):
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     record = json.loads((folder / "loram.json").read_text())
     edit(folder / "loram.json", files=record["files"] | {WEIGHTS: digest})
-    assert set(failed(folder)) == {"masks"}
+    assert set(failed(folder)) == {"masks", "weights"}
 
 
 def change(folder, harm):
