@@ -9,7 +9,6 @@ where pruned) differ by along it, (W + s B' A) Qᵀ = (Wᴾ + s B A) Qᵀ, each 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from axolotl_loram.calibration import Calibration, load_calibration
 from axolotl_loram.checkpoint import Checkpoint, read_json
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fit import fit, fittable
+from axolotl_loram.folders import scratch_folder
 from axolotl_loram.lora import Adapter, below, read_loras
 from axolotl_loram.matching import Moved, named_model
 from axolotl_loram.pairing import check_base, check_pruned
@@ -33,6 +33,7 @@ from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.recover import Filler, default_output, read_adapter_config, recover
 from axolotl_loram.sources import find_folder, load_config
 from axolotl_loram.streaming import LayerStream
+from axolotl_loram.targets import hidden
 from axolotl_loram.walk import Walk
 from axolotl_loram.work import Work
 
@@ -49,7 +50,7 @@ class Job:
         plan: The plan that binds the models.
         base: Folder of the base.
         pruned: Folder of the pruned model.
-        work: Folder for hidden states, with room for three times the calibration text's.
+        work: Where hidden states go, with room for three times the calibration text's.
         progress: Shows how far it is.
         calibration: Text to fit on, by default what the settings name.
     """
@@ -156,8 +157,8 @@ def _fitted(job: Job, full: Adapter, narrow: Adapter) -> dict[str, Any]:
         )
     calibration = job.calibration or load_calibration(job.settings, job.base)
     base, pruned = job.streams()
-    with tempfile.TemporaryDirectory(prefix=".fitting-", dir=job.work) as folder:
-        stop, work = max(job.plan.counts) + 1, Work(Path(folder))
+    with scratch_folder(job.work) as folder:
+        stop, work = max(job.plan.counts) + 1, Work(folder)
         walk = Walk(base, work, calibration.tokens, "fitting", stop, job.progress)
         layers = fit(walk, pruned, job.plan, full, narrow)
     return {"calibration": calibration.record(), "layers": layers}
@@ -227,5 +228,5 @@ def _find(
         )
     check_base(plan, plan.base.id, plan.base.revision)
     base = find_folder(plan.base.id, plan.base.revision)
-    work = default_output(adapter).parent
+    work = hidden(default_output(adapter), "fitting")
     return Job(settings, plan, base, pruned, work, progress, calibration)

@@ -17,7 +17,7 @@ import numpy as np
 
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, write_safetensors
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.folders import new_folder, updated_folder, write_json
+from axolotl_loram.folders import check_vacant, new_folder, updated_folder, write_json
 from axolotl_loram.matching import ADAPTER_CONFIG, Moved, match, named_model
 from axolotl_loram.pairing import check_trained_under, read_record
 from axolotl_loram.plan import (
@@ -73,6 +73,8 @@ def recover(
     checkpoint = Checkpoint(adapter, ADAPTER_FILE)
     moved = match(checkpoint, plan, full_size=False)
     base, output = base or plan.base, output or default_output(adapter)
+    if not update:
+        check_vacant(output, overwrite)
     LOG.info("recovering %d tensors of %s to %s", len(moved), adapter, output)
     filled, about = fill(moved, settings) if fill else ({}, None)
     manager = updated_folder(output, ADAPTER_CONFIG) if update else new_folder(output, overwrite)

@@ -14,7 +14,7 @@ from axolotl_loram.axolotl_data import token_rows
 from axolotl_loram.cache import prune_into_cache
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.folders import made_once, write_json
+from axolotl_loram.folders import made_once, new_file, write_json
 from axolotl_loram.formats import Formats
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.pairing import check_base, check_pruned, read_record
@@ -87,7 +87,8 @@ class Run:
             "masked": self.masked,
             "training": training,
         }
-        write_json(folder / RECORD_FILE, record)
+        with new_file(folder / RECORD_FILE) as file:
+            write_json(file, record)
 
 
 def begin_training(cfg: Any) -> Run:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from axolotl_loram.checkpoint import StoredTensor, open_safetensors, write_safetensors
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.folders import check_vacant, replace_folder, sync
+from axolotl_loram.folders import refuse_occupied
+from axolotl_loram.targets import alone, hidden, real, sync
 
 LOG = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Work:
 def work_folder(target: Path, identity: Mapping[str, Any]) -> Path:
     """Where the steps of a job lie until it is complete: a hidden folder beside its target."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return target.resolve().with_name(f".{target.resolve().name}.{digest[:16]}")
+    return hidden(real(target), digest[:16])
 
 
 def check_free(target: Path, identity: Mapping[str, Any], needed: int, remedy: str) -> None:
@@ -108,36 +108,20 @@ def resumable(target: Path, identity: Mapping[str, Any], overwrite: bool = False
     Raises:
         LoRAMError: `target` may not be replaced, cannot be written, or another process is at it.
     """
-    check_vacant(target, overwrite)
-    target = target.resolve()
+    target = real(target)
     work = Work(work_folder(target, identity))
-    resumed = work.folder.exists()
-    try:
+    goes_on = f"goes on with what is done in {work.folder}"
+    with alone(target, f"make room and run the same command again, which {goes_on}") as place:
+        refuse_occupied(target, overwrite)
+        if work.folder.exists():
+            LOG.warning("going on with the interrupted work in %s", work.folder)
         work.result.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to be able to write in {target.parent}, found: {error.strerror}"
-        ) from None
-    try:
-        lock = FileLock(work.folder / "lock", timeout=0)
-        with lock:
-            if resumed:
-                LOG.warning("going on with the interrupted work in %s", work.folder)
+        try:
             yield work
-            replace_folder(work.result, target)
-        shutil.rmtree(work.folder)
-    except Timeout:
-        raise LoRAMError(
-            f"expected to be alone in writing {target}, found another process at it: wait for it"
-        ) from None
-    except LoRAMError:
-        shutil.rmtree(work.folder, ignore_errors=True)
-        raise
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to write {target}, found: {error.strerror or error}; make room and run the "
-            f"same command again, which goes on with what is done in {work.folder}"
-        ) from error
-    except KeyboardInterrupt:
-        LOG.warning("interrupted; the same command goes on with what is in %s", work.folder)
-        raise
+        except LoRAMError:
+            shutil.rmtree(work.folder, ignore_errors=True)
+            raise
+        except KeyboardInterrupt:
+            LOG.warning("the same command %s", goes_on)
+            raise
+        place.replace(work.result)

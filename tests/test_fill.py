@@ -271,7 +271,7 @@ def test_what_cannot_be_filled_is_refused_in_one_sentence(adapter, tmp_path):
     readers = train(tmp_path, ["down_proj", "o_proj"])
     with pytest.raises(LoRAMError, match="expected LoRA on a projection that lost outputs"):
         recover_filled(readers, FITTED, output=tmp_path / "none", calibration=TEXT)
-    assert not (tmp_path / "none").exists() and not list(tmp_path.glob(".fitting*"))
+    assert not (tmp_path / "none").exists() and not list(tmp_path.glob("*.fitting*"))
     sparse = PruningArgs(method="magnitude", sparsity=0.5)
     prune(str(tmp_path / "base"), tmp_path / "sparse", sparse)
     with pytest.raises(LoRAMError, match="expected a model that units were removed from"):
