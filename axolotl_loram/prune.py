@@ -36,6 +36,7 @@ from axolotl_loram.records import versions
 from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
 from axolotl_loram.sparsity import by_magnitude, load_sparse, sparse_layers, sparse_summary
+from axolotl_loram.targets import locked, real
 from axolotl_loram.untrusted import copy_files, read_json
 from axolotl_loram.work import Work, resumable, work_folder
 
@@ -259,7 +260,7 @@ def check_room(job: Job, output: Path) -> None:
     """Refuse to start without the disk space for the result and the work before it.
 
     Raises:
-        LoRAMError: Too little is free.
+        LoRAMError: Too little is free, or nothing can be written there.
     """
     needed = needed_bytes(job.checkpoint, job.sketch)
     refitted = needed if job.settings.sparsity or job.settings.refits else 0
@@ -275,6 +276,8 @@ def check_room(job: Job, output: Path) -> None:
     found = shutil.disk_usage(existing).free + sum(
         file.stat().st_size for file in started.rglob("*") if file.is_file()
     )
+    with locked(real(output)):
+        pass  # something can be written there
     if found < needed:
         raise LoRAMError(
             f"expected {needed / 2**30:.3g} GiB free for {output} and the work on it, found "

@@ -179,7 +179,8 @@ def alone(
             raise
         finally:
             if not place.rest and not place.hidden("ready").exists():
-                os.ftruncate(lock, 0)
+                with suppress(OSError):
+                    os.ftruncate(lock, 0)
 
 
 @contextmanager

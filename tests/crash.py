@@ -8,6 +8,7 @@ looks at what is left. `benchmarks/crash.py` runs all sweeps, and real kills at 
 from __future__ import annotations
 
 import builtins
+import ctypes
 import errno
 import io
 import json
@@ -17,31 +18,36 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import hostile
 
-from axolotl_loram import folders
+from axolotl_loram import targets
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.assemble import assemble, remove_weights
 from axolotl_loram.checkpoint import MODEL_FILE, Checkpoint, write_safetensors
 from axolotl_loram.errors import LONGEST, LoRAMError
-from axolotl_loram.plan import Base
+from axolotl_loram.formats import Formats
+from axolotl_loram.plan import Base, PruningPlan
 from axolotl_loram.prune import prune
 from axolotl_loram.publish import Publication
 from axolotl_loram.recover import default_output, recover
 
-GROWING = ("open", "write", "mkdir", "sendfile", "link", "symlink")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+GROWING = ("open", "write", "pwrite", "mkdir", "sendfile", "link", "symlink")
 """Calls that a full disk does not let through."""
 CALLS = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "symlink", "fsync")
 OPEN = io.open
-CALLS += ("sendfile", "truncate", "ftruncate", "chmod")
+CALLS += ("pwrite", "sendfile", "truncate", "ftruncate", "chmod")
 
 
 class Faults:
@@ -60,8 +66,7 @@ class Faults:
         """Put counting calls in the place of the real ones, until this process ends."""
         for name in CALLS:
             setattr(os, name, self._counting(name, getattr(os, name)))
-        if hasattr(folders, "_exchange"):
-            folders._exchange = self._counting("exchange", folders._exchange)
+        targets._exchange = self._counting("exchange", targets._exchange)
         real_open = os.open
 
         def low_open(path: Any, flags: int, *rest: Any, **options: Any) -> int:
@@ -151,7 +156,7 @@ class Child:
 
     def wait(self) -> Outcome:
         """How it went."""
-        with open(self.readable, "rb") as told:
+        with OPEN(self.readable, "rb") as told:
             text = told.read()
         os.waitpid(self.pid, 0)
         return Outcome(**json.loads(text)) if text else Outcome("killed")
@@ -205,6 +210,7 @@ class Operation:
         prepare: Puts into that folder what is there before.
         again: What happens before the same command is given once more.
         last: Without this file, the target means nothing; None: the target comes and goes whole.
+        gap: Whether the target is away for a moment, where names cannot be exchanged.
         others: Names in the target that are not its business.
         replaces: Whether a complete target may be replaced.
     """
@@ -214,6 +220,7 @@ class Operation:
     prepare: Callable[[Path], Any] = lambda place: None
     again: Callable[[Path], Any] = lambda place: None
     last: str | None = None
+    gap: bool = False
     others: Collection[str] = ()
     replaces: bool = True
 
@@ -266,7 +273,8 @@ class Stage:
             return "new"
         if found == self.old:
             return "none" if found is None else "old"
-        return "between" if found is None and self.operation.last else "torn"
+        gap = self.operation.last or self.operation.gap
+        return "between" if found is None and gap else "torn"
 
     def faults_of(self, outcome: Outcome) -> Iterator[str]:
         """What is wrong after a run that something happened to; then the same command is given."""
@@ -294,24 +302,38 @@ class Stage:
                 yield f"from {state}, the next run leaves {sorted(left)[:3]}"
 
 
+NOT_BEGUN = ("expected to be able to write in", "GiB free")
+TOLD = {
+    "none": ("there is still none", "the next run puts them in their place", *NOT_BEGUN),
+    "old": ("it is as it was", "the next run puts them in their place", *NOT_BEGUN),
+    "new": ("the new one is complete", "new or empty"),
+    "between": ("the next run puts",),
+}
+"""State of the target → what a message may say of it."""
+
+
 def _badly_told(told: str, state: str) -> Iterator[str]:
     if "\n" in told or len(told) >= LONGEST:
         yield f"talked long: {told}"
+    if not any(words in told for words in TOLD.get(state, ())):
+        yield f"does not say that the target is {state}: {told}"
 
 
-def sweep(operation: Operation, place: Path, error: int | None = None) -> tuple[int, list[str]]:
-    """Let each call in turn go wrong.
+def sweep(
+    operation: Operation, place: Path, error: int | None = None, step: int = 1
+) -> tuple[int, list[str]]:
+    """Let each call in turn go wrong, or each `step`-th.
 
     Returns:
-        How many there are, and what was found wrong.
+        How many went wrong, and what of that was not as it should be.
     """
     stage, wrong = Stage(operation, place), []
-    for at in range(1, 10_000):
+    for count, at in enumerate(range(1, 100_000, step)):
         stage.set()
         outcome = stage.start(Faults(at, error)).wait()
         if not outcome.reached:
             assert outcome.ended == "done" and stage.state() == "new", outcome
-            return at - 1, wrong
+            return count, wrong
         wrong += [f"call {at}: {fault}" for fault in stage.faults_of(outcome)]
     raise AssertionError("an operation without an end")
 
@@ -319,7 +341,7 @@ def sweep(operation: Operation, place: Path, error: int | None = None) -> tuple[
 def at_random(
     operation: Operation, place: Path, count: int, chance: random.Random
 ) -> tuple[int, list[str]]:
-    """Kill the operation at random moments; how many kills came before its end, and what is wrong."""
+    """Kill it at random moments; how many kills came before its end, and what is wrong."""
     stage, wrong, kills = Stage(operation, place), [], 0
     for number in range(count):
         stage.set()
@@ -351,13 +373,67 @@ def at_once(
     return refused, wrong
 
 
+def own_mounts() -> bool:
+    """Give this process mounts of its own, which end with it; whether it may have such."""
+    libc, user = ctypes.CDLL(None, use_errno=True), os.getuid()
+    ids = {"uid_map": f"0 {user} 1", "setgroups": "deny", "gid_map": f"0 {os.getgid()} 1"}
+    new_mounts, new_users, everything_private = 0x20000, 0x10000000, 0x44000
+    if libc.unshare(new_mounts if user == 0 else new_mounts | new_users):
+        return False
+    for name, line in ids.items() if user else ():
+        Path("/proc/self", name).write_text(line)
+    return libc.mount(b"none", b"/", None, everything_private, None) == 0
+
+
+@contextmanager
+def small_disk(room: Path) -> Iterator[Callable[[str], None]]:
+    """A disk of its own at `room`; gives a function that changes its options, such as its size."""
+    room.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", room], check=True)
+    try:
+        yield lambda how: subprocess.run(["mount", "-o", f"remount,{how}", room], check=True)
+    finally:
+        subprocess.run(["umount", room], check=True)
+
+
+def full_disk(operation: Operation, room: Path, step: int = 1) -> tuple[int, list[str]]:
+    """Disks that are full after any number of pages; how many were, and what is wrong."""
+    wrong: list[str] = []
+    with small_disk(room) as change:
+        stage = Stage(operation, room / "place")
+        for count, pages in enumerate(range(0, 10_000, step)):
+            stage.set()
+            used = shutil.disk_usage(room).used
+            change(f"size={used + pages * PAGE}" if used + pages else "size=1")
+            outcome = stage.start().wait()
+            change("size=100%")
+            wrong += [f"{pages} pages: {fault}" for fault in stage.faults_of(outcome)]
+            if outcome.ended == "done":
+                return count, wrong
+    raise AssertionError("an operation without an end")
+
+
+def read_only(operation: Operation, room: Path) -> tuple[int, list[str]]:
+    """A disk that cannot be written: refused, and nothing is another."""
+    with small_disk(room) as change:
+        stage = Stage(operation, room / "place")
+        stage.set()
+        before = snapshot(stage.place)
+        change("ro")
+        outcome = stage.start().wait()
+        wrong = [] if outcome.ended == "refused" else [f"{outcome.ended} on a read-only disk"]
+        wrong += [] if snapshot(stage.place) == before else ["changed a read-only disk"]
+        change("rw")
+        return 1, wrong + list(stage.faults_of(outcome))
+
+
 @dataclass
 class Scene:
     """What operations start from: artefacts that they only read, and what each changes."""
 
     whole: hostile.Artefacts
     other: Path
-    folder: Path
+    recovered: Path
 
     @classmethod
     def make(cls, folder: Path) -> Scene:
@@ -369,10 +445,13 @@ class Scene:
         other = folder / "other"
         prune(str(whole.base), other, PruningArgs(ratio=0.25, protect_first=1, protect_last=1))
         (other / "notes.txt").write_text("what somebody put there")
-        return cls(whole, other, folder)
+        recover(whole.adapter, str(whole.pruned), folder / "recovered")
+        return cls(whole, other, folder / "recovered")
 
-    def operations(self) -> dict[str, Operation]:
-        """All of them by name."""
+    def operations(self, plugin: bool = False) -> dict[str, Operation]:
+        """All of them by name; with the plugin, runs end in its hook (half a minute to import)."""
+        end_training = self._end_by_plugin if plugin else self._end_training
+        end_alignment = self._end_alignment_by_plugin if plugin else self._end_alignment
         base, pruned, adapter = self.whole.base, self.whole.pruned, self.whole.adapter
         half = PruningArgs(ratio=0.5, protect_first=1, protect_last=1)
         sparse = PruningArgs(sparsity=0.5, method="magnitude")
@@ -386,6 +465,14 @@ class Scene:
         def old_recovered(place: Path) -> None:
             own_adapter(place)
             shutil.copytree(self.other, default_output(place / "adapter"))
+
+        def old_behind_link(place: Path) -> None:
+            shutil.copytree(self.other, place / "elsewhere")
+            (place / "out").symlink_to("elsewhere")
+
+        def recover_without_exchange(place: Path) -> None:
+            with patch.object(targets, "_exchange", return_value=False):
+                recover(place / "adapter", overwrite=True)
 
         def run_folder(place: Path) -> None:
             shutil.copytree(adapter, place / "out/pruned")
@@ -413,34 +500,39 @@ class Scene:
                 "recovered-adapter",
                 old_recovered,
             ),
-            "publish --dry-run": Operation(
-                lambda place: Publication(pruned, "me/it", output=place / "out").rehearse(),
+            "recover --overwrite through a link": Operation(
+                lambda place: recover(adapter, output=place / "out", overwrite=True),
                 "out",
-                replaces=False,
+                old_behind_link,
+            ),
+            "recover --overwrite without exchange": Operation(
+                recover_without_exchange, "recovered-adapter", old_recovered, gap=True
+            ),
+            "publish --dry-run": Operation(
+                lambda place: self._rehearse(self.recovered, place), "out", replaces=False
             ),
             "publish --dry-run --overwrite": Operation(
-                lambda place: Publication(
-                    pruned, "me/it", output=place / "out", overwrite=True
-                ).rehearse(),
-                "out",
-                old,
+                lambda place: self._rehearse(self.recovered, place, overwrite=True), "out", old
+            ),
+            "publish --dry-run of a model": Operation(
+                lambda place: self._rehearse(pruned, place), "out", replaces=False
             ),
             "end of training": Operation(
-                lambda place: self._end_training(place / "out"),
+                lambda place: end_training(place / "out"),
                 "out",
                 run_folder,
                 last="adapter_config.json",
                 others=("pruned",),
             ),
             "end of training, again": Operation(
-                lambda place: self._end_training(place / "out"),
+                lambda place: end_training(place / "out"),
                 "out",
                 run_folder_again,
                 last="adapter_config.json",
                 others=("pruned",),
             ),
             "end of alignment": Operation(
-                lambda place: self._end_alignment(place / "out"),
+                lambda place: end_alignment(place / "out"),
                 "out",
                 self._save_trained,
                 again=self._save_trained,
@@ -448,7 +540,7 @@ class Scene:
                 others=("training",),
             ),
             "end of alignment, again": Operation(
-                lambda place: self._end_alignment(place / "out"),
+                lambda place: end_alignment(place / "out"),
                 "out",
                 self._save_trained_over_old,
                 again=self._save_trained,
@@ -457,12 +549,35 @@ class Scene:
             ),
         }
 
+    def _rehearse(self, folder: Path, place: Path, **options: bool) -> None:
+        Publication(folder, "me/it", output=place / "out", **options).rehearse()
+
     def _end_training(self, output: Path) -> None:
         base, pruned = Base(str(self.whole.base)), str(self.whole.pruned)
         recover(output / "pruned", pruned, output=output, base=base, update=True, card="a card")
 
     def _end_alignment(self, output: Path) -> None:
         assemble(output / "training", self.whole.pruned, output, {"objective": "a test"})
+
+    def _end_by_plugin(self, output: Path) -> None:
+        from axolotl_loram.plugin import LoRAMPlugin
+        from axolotl_loram.runs import Run
+
+        plan, plugin = PruningPlan.load(self.whole.pruned), LoRAMPlugin()
+        base = Base(str(self.whole.base))
+        plugin.run = Run(base, self.whole.pruned, plan, output, None, None, Formats())
+        plugin.post_train_unload(SimpleNamespace(axolotl_config_path=None))
+
+    def _end_alignment_by_plugin(self, output: Path) -> None:
+        from axolotl_loram.align import Alignment
+        from axolotl_loram.loram_args import LoRAMConfig
+        from axolotl_loram.plugin import LoRAMPlugin
+
+        plan, plugin = PruningPlan.load(self.whole.pruned), LoRAMPlugin()
+        told = {"steps": 1, "tokens": 1, "data": [], "heldout_loss": None}
+        section = LoRAMConfig(stage="align")
+        plugin.alignment = Alignment("it", self.whole.pruned, plan, output, section, "", told)
+        plugin.post_train_unload(SimpleNamespace())
 
     def _save_trained(self, place: Path) -> None:
         """What a run that is resumed leaves: the weights that it found are gone, and saved anew."""
