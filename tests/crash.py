@@ -19,6 +19,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -30,6 +31,7 @@ from typing import Any
 from unittest.mock import patch
 
 import hostile
+from tqdm import tqdm
 
 from axolotl_loram import targets
 from axolotl_loram.args import PruningArgs
@@ -42,6 +44,8 @@ from axolotl_loram.prune import prune
 from axolotl_loram.publish import Publication
 from axolotl_loram.recover import default_output, recover
 
+tqdm.set_lock(threading.RLock())  # tqdm's own is shared with children, also if one dies holding it
+tqdm.monitor_interval = 0  # no second thread, which a fork leaves behind
 PAGE = os.sysconf("SC_PAGE_SIZE")
 GROWING = ("open", "write", "pwrite", "mkdir", "sendfile", "link", "symlink")
 """Calls that a full disk does not let through."""
