@@ -18,7 +18,7 @@ from typing import Any
 from axolotl_loram.assemble import assemble, remove_weights
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.folders import write_json
+from axolotl_loram.folders import new_file, write_json
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.nodes import STATE_FILE, bring_state, last_on_all_ranks
 from axolotl_loram.overrides import check_sharding
@@ -70,7 +70,8 @@ class Alignment:
             "plan": self.plan.digest,
             "seconds": seconds,
         }
-        write_json(folder / RECORD_FILE, record)
+        with new_file(folder / RECORD_FILE) as file:
+            write_json(file, record)
 
 
 def begin_alignment(cfg: Any) -> Alignment:

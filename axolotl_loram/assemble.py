@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -33,6 +34,7 @@ from axolotl_loram.pairing import (
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.sources import TOKENIZER_PATTERNS
 
+LOG = logging.getLogger(__name__)
 CARRIED = ("config.json", "generation_config.json", PLAN_FILE, *TOKENIZER_PATTERNS)
 """What an aligned checkpoint takes over from the pruned one as it is."""
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -66,7 +68,7 @@ def assemble(
     """
     plan = PruningPlan.load(pruned)
     check_plan(pruned, plan)
-    with updated_folder(output, "config.json") as scratch:
+    with updated_folder(output, "config.json", weight_files) as scratch:
         files = _write_weights(trained, pruned, scratch, set(frozen))
         for pattern in CARRIED:
             for file in pruned.glob(pattern):
@@ -74,8 +76,10 @@ def assemble(
         check_pruned(scratch, plan)
         record = aligned_record(pruned, scratch, files, alignment)
         write_json(scratch / RECORD_FILE, record)
-        remove_weights(output)  # an earlier result's, which may have other names
-    remove_weights(trained)
+    try:
+        remove_weights(trained)
+    except OSError as error:
+        LOG.warning("%s is complete, but weights stay in %s: %s", output, trained, error)
     return record
 
 
@@ -107,9 +111,14 @@ def aligned_record(
 
 def remove_weights(folder: Path) -> None:
     """Remove a model's weights from a folder that keeps other things too."""
-    stem = MODEL_FILE.partition(".")[0]
-    for file in [*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{MODEL_FILE}.index.json")]:
+    for file in weight_files(folder):
         file.unlink(missing_ok=True)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A model's weights and their index, under whatever names."""
+    stem = MODEL_FILE.partition(".")[0]
+    return [*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{MODEL_FILE}.index.json")]
 
 
 def _write_weights(trained: Path, pruned: Path, folder: Path, frozen: set[str]) -> dict[str, str]:

@@ -34,7 +34,7 @@ from axolotl_loram.candidates import (
 )
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.findings import perplexity_section, task_sections
-from axolotl_loram.folders import sync, write_json
+from axolotl_loram.folders import new_file, write_json
 from axolotl_loram.harness import Task, check_backend, resolve_tasks, score
 from axolotl_loram.heldout import HeldOut, held_out
 from axolotl_loram.perplexity import document_losses, fitting
@@ -42,6 +42,7 @@ from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.records import versions
 from axolotl_loram.request import check_settings
 from axolotl_loram.sources import find_folder, load_config
+from axolotl_loram.targets import locked
 from axolotl_loram.untrusted import read_yaml
 from axolotl_loram.work import Work
 
@@ -204,12 +205,11 @@ class Evaluation:
         Returns:
             What the JSON says.
         """
-        try:
-            self.work.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LoRAMError(
-                f"expected to be able to write {self.output}, found: {error.strerror}"
-            ) from None
+        with locked(self.work.folder):
+            self._run_missing(progress)
+            return self._write()
+
+    def _run_missing(self, progress: Progress) -> None:
         missing = [step for step in self.steps if not self.work.has(step.key)]
         by_vllm = self.request.backend == "vllm"
         alone = [step for step in missing if by_vllm and isinstance(step.what, Task)]
@@ -217,7 +217,6 @@ class Evaluation:
             self._run_on(model, steps, progress)
         for step in alone:
             self._run_step(step, None, progress)
-        return self._write()
 
     def _run_on(self, model: tuple[str, str | None], steps: list[Step], progress: Progress) -> None:
         loaded = load_model(*model, self.device, self.request.dtype, self.request.load_in_4bit)
@@ -249,15 +248,15 @@ class Evaluation:
             about = {"tasks": found}
         about |= {"seconds": time.monotonic() - started, "batch_size": self.batch_size}
         bits = {k: ("F64", v.astype(np.float64).view("u8")) for k, v in arrays.items()}
-        self.work.save(step.key, bits, about)
-        self._write()
+        with new_file(self.output) as file:
+            self.work.folder.mkdir(exist_ok=True)
+            self.work.save(step.key, bits, about)
+            write_json(file, self.result())
 
     def _write(self) -> dict[str, Any]:
         result = self.result()
-        partial = self.output.with_name(f".{self.output.name}.partial")
-        write_json(partial, result)
-        sync(partial)
-        partial.replace(self.output)
+        with new_file(self.output) as file:
+            write_json(file, result)
         return result
 
     def result(self) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class Job:
         plan: The plan that binds the models.
         base: Folder of the base.
         pruned: Folder of the pruned model.
-        work: Folder for hidden states, with room for three times the calibration text's; a fit that
-            is interrupted leaves there what it has done.
+        work: Beside this path, under hidden names, hidden states go, with room for three times the
+            calibration text's; what an interrupted fit has done stays there.
         progress: Shows how far it is.
         calibration: Text to fit on, by default what the settings name.
     """
@@ -163,7 +163,7 @@ def _fitted(job: Job, full: Adapter, narrow: Adapter) -> dict[str, Any]:
         "calibration": calibration.record(),
         "device": job.device,
     }
-    with unfinished(job.work / "fitting", identity) as work:
+    with unfinished(job.work, identity) as work:
         stop = max(job.plan.counts) + 1
         walk = Walk(base, work, calibration.tokens, "fitting", stop, job.progress)
         layers = fit(walk, pruned, job.plan, full, narrow)
@@ -233,7 +233,7 @@ def _find(
     check_fillable(pruned, plan)
     check_pair(pruned, plan, plan.base.id, plan.base.revision)
     base = find_folder(plan.base.id, plan.base.revision)
-    work = default_output(adapter).parent
+    work = default_output(adapter).with_name(f"fitting-{adapter.name}")
     return Job(settings, plan, base, pruned, work, progress, calibration)
 
 

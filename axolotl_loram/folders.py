@@ -1,13 +1,10 @@
-"""Writing folders that are whole or absent, and files that have reached the disk."""
+"""Writing folders and files that are whole or absent, whenever their writer is killed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.targets import GONE, alone, hidden, real, remove, sync_all
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -29,28 +27,97 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     `target` is at every moment absent, the old folder, or the complete new one.
 
     Raises:
-        LoRAMError: `target` holds something and `overwrite` is false, or nothing can be written.
+        LoRAMError: `target` holds something and `overwrite` is false, or nothing can be written,
+            or another process writes it.
     """
-    check_vacant(target, overwrite)
-    with _scratch_beside(target) as scratch:
+    with alone(real(target)) as place:
+        refuse_occupied(place.path, overwrite)
+        with place.scratch() as scratch:
+            yield scratch
+            place.replace(scratch)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path for a file that becomes `target` when the block ends, and vanishes if it fails.
+
+    Raises:
+        LoRAMError: It cannot be written, or another process writes it.
+    """
+    with alone(real(target)) as place:
+        if place.path.is_dir():
+            raise LoRAMError(f"expected {target} to be a file to write, found a folder")
+        partial = place.hidden("partial")
+        try:
+            yield partial
+            place.replace(partial)
+        finally:
+            remove(partial)
+
+
+@contextmanager
+def updated_folder(
+    target: Path, last: str, outdated: Callable[[Path], Iterable[Path]] = lambda folder: ()
+) -> Iterator[Path]:
+    """A temporary folder whose files move into `target` when the block ends.
+
+    For a folder that keeps other things too. The file `last`, without which the rest means nothing,
+    is taken away first and put back last: a reader finds the old files, no `last`, or the new ones.
+    By then the new ones are complete: if their move is cut off, the next call ends it first.
+
+    Args:
+        target: The folder; made where there is none.
+        last: Name of the file.
+        outdated: Files of `target` that must not stay beside the new ones, found in the end.
+
+    Raises:
+        LoRAMError: It cannot be written, or another process writes it.
+    """
+    with alone(real(target) / last) as place:
+        with place.scratch() as scratch:
+            yield scratch
+            names = [file.name for file in outdated(place.path.parent)]
+            for name in names:
+                if not (scratch / name).exists():
+                    (scratch / GONE).mkdir(exist_ok=True)
+                    (scratch / GONE / name).touch()
+            sync_all(scratch)
+            scratch.replace(place.hidden("ready"))
+        place.move_in()
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder for what is in the way afterwards; `path` itself is never made.
+
+    What a killed process left in one goes when the next is made for the same `path`.
+    """
+    with alone(real(path)) as place, place.scratch() as scratch:
         yield scratch
-        replace_folder(scratch, target)
-
-
-def replace_folder(scratch: Path, target: Path) -> None:
-    """Give a complete folder beside `target` its name, once all of it has reached the disk."""
-    _sync_all(scratch)
-    with _scratch_beside(target) as old:
-        if target.exists():
-            target.replace(old / "old")
-        scratch.replace(target)
-    sync(target.parent)
 
 
 def check_vacant(target: Path, overwrite: bool = False) -> None:
-    """Refuse a target that would be overwritten unasked; called before the long work."""
+    """Refuse a target that would be overwritten unasked; called before the long work.
+
+    Raises:
+        LoRAMError: It may not be written, or another process writes it.
+    """
+    target = real(target)
+    if hidden(target, "lock").exists():
+        with alone(target):  # in which what a killed process left is settled
+            pass
+    refuse_occupied(target, overwrite)
+
+
+def refuse_occupied(target: Path, overwrite: bool) -> None:
+    """`check_vacant`, for the one process that writes `target`."""
     if target.is_file():
         raise LoRAMError(f"expected {target} to be a folder to write, found a file")
+    if target.is_mount():
+        raise LoRAMError(
+            f"expected {target} to be a folder that can be renamed, found that another disk is "
+            "mounted there: choose a folder in it"
+        )
     if target.is_dir() and not overwrite and any(target.iterdir()):
         raise LoRAMError(
             f"expected {target} to be new or empty, found files in it: choose another folder or "
@@ -71,57 +138,3 @@ def made_once(stem: Path, identity: list[Any], make: Callable[[Path], None]) -> 
         if not folder.exists():
             make(folder)
     return folder
-
-
-@contextmanager
-def updated_folder(target: Path, last: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `target` when the block ends.
-
-    For a folder that keeps other things too. The file `last`, without which the rest means nothing,
-    is taken away first and put back last: a reader finds the old files, no `last`, or the new ones.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    with _scratch_beside(target / last) as scratch:
-        yield scratch
-        _sync_all(scratch)
-        (target / last).unlink(missing_ok=True)
-        for file in sorted(scratch.iterdir(), key=lambda file: file.name == last):
-            file.replace(target / file.name)
-        sync(target)
-
-
-@contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to be able to write in {target.parent}, found: {error.strerror}"
-        ) from None
-    try:
-        yield scratch
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to write {target}, found: {error.strerror or error}; nothing of it was "
-            "kept, so make room or choose another folder and run it again"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sync_all(folder: Path) -> None:
-    """`sync` everything below `folder`, and itself."""
-    folder.chmod(0o755)  # mkdtemp gives 0o700; the result is an ordinary folder
-    for path in sorted(folder.rglob("*")):
-        sync(path)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Make sure that a file, or the list of a folder's files, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,10 +21,11 @@ from axolotl_loram.checkpoint import (
     open_safetensors,
     write_safetensors,
 )
-from axolotl_loram.folders import sync, write_json
+from axolotl_loram.folders import write_json
 from axolotl_loram.pairing import untouched_prefixes
 from axolotl_loram.plan import Features, PruningPlan, gather
 from axolotl_loram.progress import Progress, no_progress
+from axolotl_loram.targets import sync
 from axolotl_loram.untrusted import read_json
 
 FINISHED = "finished.json"
@@ -97,6 +98,9 @@ def write_weights(
     done = progress(total, "pruning")
     identity = _identity(checkpoint, plan, replaced)
     finished = _finished(folder, identity)
+    for later in folder.iterdir():  # what came after the weights is written anew
+        if later.name not in (*finished, FINISHED):
+            later.unlink()
     for file, parts in files.items():
         if file in finished:
             done(_size(parts))

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from axolotl_loram import __version__
 from axolotl_loram.charts import NARROW, WIDE, Chart, draw
-from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import new_file
 from axolotl_loram.sections import Report
 
 
@@ -34,11 +34,8 @@ def write(report: Report, file: Path) -> None:
     Raises:
         LoRAMError: The file cannot be written.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(html(report).encode("utf-8", "replace"))  # of half a surrogate, "?"
-    except OSError as error:
-        raise LoRAMError(f"expected to be able to write {file}, found: {error}") from None
+    with new_file(file) as partial:
+        partial.write_bytes(html(report).encode("utf-8", "replace"))  # of half a surrogate, "?"
 
 
 def _code(text: str) -> Markup:

@@ -11,6 +11,7 @@ from typing import Any
 
 from axolotl_loram.charts import Bars, Chart, Dots, Lines, Strips
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import new_file
 
 COLORS = {
     "blue": "#0b5cad",
@@ -38,18 +39,15 @@ def draw_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
             "expected matplotlib for --png-dir, found none: pip install 'axolotl-loram[plot]'"
         ) from None
     files: list[Path] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for chart in charts:
-            # A label may hold what matplotlib takes for mathematics.
-            with rc_context({"text.parse_math": False, "font.size": 9}):
-                figure = Figure(figsize=(8, _height(chart)), layout="constrained")
-                _draw(chart, figure)
-                figure.suptitle(chart.title, fontweight="bold")
-                files.append(folder / _file_name(chart.name, [file.name for file in files]))
-                figure.savefig(files[-1], dpi=150)
-    except OSError as error:
-        raise LoRAMError(f"expected to be able to write in {folder}, found: {error}") from None
+    for chart in charts:
+        # A label may hold what matplotlib takes for mathematics.
+        with rc_context({"text.parse_math": False, "font.size": 9}):
+            figure = Figure(figsize=(8, _height(chart)), layout="constrained")
+            _draw(chart, figure)
+            figure.suptitle(chart.title, fontweight="bold")
+            files.append(folder / _file_name(chart.name, [file.name for file in files]))
+            with new_file(files[-1]) as file:
+                figure.savefig(file, dpi=150, format="png")
     return files
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.folders import new_file
 from axolotl_loram.gpus import GPUS
 from axolotl_loram.tables import memory_rows
 
@@ -39,7 +40,11 @@ def plot_memory(methods: Mapping[str, Mapping[str, Any]], file: Path, title: str
             axes.annotate(name, (1, memory), xycoords=("axes fraction", "data"), fontsize=7)
     axes.set(ylabel="GiB on the device (predicted)", title=title)
     axes.legend(fontsize=7)
-    _save(figure, file)
+    with new_file(file) as partial:
+        try:
+            figure.savefig(partial, dpi=150, format=file.suffix[1:])
+        except ValueError as error:  # of an ending that is no format
+            raise LoRAMError(f"expected to be able to write {file}, found: {error}") from None
 
 
 def plot_kept(shares: Mapping[str, Sequence[float | None]], file: Path, title: str) -> None:
@@ -51,7 +56,7 @@ def plot_kept(shares: Mapping[str, Sequence[float | None]], file: Path, title: s
         title: What is shown.
 
     Raises:
-        LoRAMError: matplotlib is missing, or the file cannot be written.
+        LoRAMError: matplotlib is missing.
     """
     figure = _figure(8, 3)
     axes = figure.subplots()
@@ -63,7 +68,7 @@ def plot_kept(shares: Mapping[str, Sequence[float | None]], file: Path, title: s
         axes.bar(positions, heights, width, label=kind.replace("_", " "))
     axes.set(xlabel="layer", ylabel="share kept", ylim=(0, 1.05), title=title)
     axes.legend(fontsize=7, loc="upper center")
-    _save(figure, file)
+    figure.savefig(file, dpi=150)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -75,10 +80,3 @@ def _figure(width: float, height: float) -> Any:
             "expected matplotlib for plots, found none: pip install 'axolotl-loram[plot]'"
         ) from None
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, file: Path) -> None:
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise LoRAMError(f"expected to be able to write {file}, found: {error}") from None

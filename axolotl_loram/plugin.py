@@ -257,7 +257,7 @@ def recover_after_training(run: Run, card: str) -> None:
     if run.fill is not None:
         base = find_folder(run.base.id, run.base.revision)
         with progress_bar("recovery") as progress:
-            pair = (base, run.pruned, run.output)
+            pair = (base, run.pruned, run.output / "fitting")
             once(Job(run.fill, run.plan, *pair, progress, run.fill_text).fill)
 
 

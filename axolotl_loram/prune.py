@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from axolotl_loram.records import versions
 from axolotl_loram.reference import read_indices
 from axolotl_loram.sources import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
 from axolotl_loram.sparsity import by_magnitude, load_sparse, sparse_layers, sparse_summary
+from axolotl_loram.targets import locked, real
 from axolotl_loram.untrusted import copy_files, read_json
 from axolotl_loram.vocabulary import vocabulary_digest
 from axolotl_loram.work import Work, resumable, work_folder
@@ -277,12 +277,8 @@ def check_room(job: Job, output: Path) -> None:
     found = shutil.disk_usage(existing).free + sum(
         file.stat().st_size for file in started.rglob("*") if file.is_file()
     )
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to be able to write in {existing}, found: {error.strerror}"
-        ) from None
+    with locked(real(output)):
+        pass  # something can be written there
     if found < needed:
         raise LoRAMError(
             f"expected {needed / 2**30:.3g} GiB free for {output} and the work on it, found "

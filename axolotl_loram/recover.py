@@ -18,7 +18,7 @@ import numpy as np
 
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, write_safetensors
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.folders import new_folder, updated_folder, write_json
+from axolotl_loram.folders import check_vacant, new_folder, updated_folder, write_json
 from axolotl_loram.matching import ADAPTER_CONFIG, Moved, match, named_model
 from axolotl_loram.pairing import (
     check_adapter_tokenizer,
@@ -90,6 +90,8 @@ def recover(
         check_adapter_tokenizer(adapter, pruned)
     base, output = base or plan.base, output or default_output(adapter)
     base = replace(base, fingerprint=base.fingerprint or plan.base.fingerprint)
+    if not update:
+        check_vacant(output, overwrite)
     LOG.info("recovering %d tensors of %s to %s", len(moved), adapter, output)
     filled, about = fill(moved, settings) if fill else ({}, None)
     manager = updated_folder(output, ADAPTER_CONFIG) if update else new_folder(output, overwrite)

@@ -18,7 +18,7 @@ from axolotl_loram.calibration import Calibration
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fill import check_fillable
-from axolotl_loram.folders import made_once, write_json
+from axolotl_loram.folders import made_once, new_file, write_json
 from axolotl_loram.formats import Formats
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.pairing import check_pair, check_recorded_base, read_record
@@ -96,7 +96,8 @@ class Run:
             "masked": self.masked,
             "training": training,
         }
-        write_json(folder / RECORD_FILE, record)
+        with new_file(folder / RECORD_FILE) as file:
+            write_json(file, record)
 
 
 def begin_training(cfg: Any) -> Run:

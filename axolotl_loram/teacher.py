@@ -23,10 +23,11 @@ from axolotl_loram.architecture import layer_count
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor, open_safetensors, write_safetensors
 from axolotl_loram.distil import Targets
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.folders import sync, write_json
+from axolotl_loram.folders import write_json
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.sources import load_config
 from axolotl_loram.streaming import LayerStream, to_bits
+from axolotl_loram.targets import sync
 from axolotl_loram.untrusted import read_json
 from axolotl_loram.walk import Walk
 from axolotl_loram.work import Work, check_free, resumable

@@ -11,18 +11,18 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from axolotl_loram.checkpoint import StoredTensor, open_safetensors, write_safetensors
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.folders import check_vacant, replace_folder, sync
+from axolotl_loram.folders import refuse_occupied
+from axolotl_loram.targets import Target, alone, hidden, real, remove, sync
 
 LOG = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Work:
 def work_folder(target: Path, identity: Mapping[str, Any]) -> Path:
     """Where the steps of a job lie until it is complete: a hidden folder beside its target."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return target.resolve().with_name(f".{target.resolve().name}.{digest[:16]}")
+    return hidden(real(target), digest[:16])
 
 
 def check_free(target: Path, identity: Mapping[str, Any], needed: int, remedy: str) -> None:
@@ -108,52 +108,46 @@ def resumable(target: Path, identity: Mapping[str, Any], overwrite: bool = False
     Raises:
         LoRAMError: `target` may not be replaced, cannot be written, or another process is at it.
     """
-    check_vacant(target, overwrite)
-    target = target.resolve()
-    with unfinished(target, identity) as work:
+    with _kept(target, identity, lambda place: refuse_occupied(place.path, overwrite)) as found:
+        place, work = found
         work.result.mkdir(exist_ok=True)
         yield work
-        replace_folder(work.result, target)
+        place.replace(work.result)
 
 
 @contextmanager
 def unfinished(target: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
-    """The finished steps on the way to `target`, which go when the block ends well.
+    """The finished steps of a job whose result is no folder; they go when the block ends well.
 
     Args:
-        target: What is written with them, or what they lie beside.
-        identity: Everything that decides what comes out, as JSON.
+        target: Beside it they lie; it is never made itself.
+        identity: Everything that decides the result, as JSON.
 
     Raises:
         LoRAMError: Nothing can be written there, or another process is at it.
     """
+    with _kept(target, identity, lambda place: None) as (_, work):
+        yield work
+        remove(work.folder)
+
+
+@contextmanager
+def _kept(
+    target: Path, identity: Mapping[str, Any], check: Callable[[Target], None]
+) -> Iterator[tuple[Target, Work]]:
+    target = real(target)
     work = Work(work_folder(target, identity))
-    resumed = work.folder.exists()
-    try:
+    goes_on = f"goes on with what is done in {work.folder}"
+    with alone(target, f"make room and run the same command again, which {goes_on}") as place:
+        check(place)
+        if work.folder.exists():
+            LOG.warning("going on with the interrupted work in %s", work.folder)
         work.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to be able to write in {target.parent}, found: {error.strerror}"
-        ) from None
-    try:
-        lock = FileLock(work.folder / "lock", timeout=0)
-        with lock:
-            if resumed:
-                LOG.warning("going on with the interrupted work in %s", work.folder)
-            yield work
-        shutil.rmtree(work.folder)
-    except Timeout:
-        raise LoRAMError(
-            f"expected to be alone in writing {target}, found another process at it: wait for it"
-        ) from None
-    except LoRAMError:
-        shutil.rmtree(work.folder, ignore_errors=True)
-        raise
-    except OSError as error:
-        raise LoRAMError(
-            f"expected to write {target}, found: {error.strerror or error}; make room and run the "
-            f"same command again, which goes on with what is done in {work.folder}"
-        ) from error
-    except KeyboardInterrupt:
-        LOG.warning("interrupted; the same command goes on with what is in %s", work.folder)
-        raise
+        try:
+            yield place, work
+        except LoRAMError:
+            shutil.rmtree(work.folder, ignore_errors=True)
+            raise
+        except KeyboardInterrupt:
+            LOG.warning("the same command %s", goes_on)
+            raise

@@ -121,12 +121,12 @@ def test_an_interrupted_fit_goes_on_where_it_was(adapter, monkeypatch, at):
     folder, name = adapter.parent, f"again-{at}"
     with pytest.raises(KeyboardInterrupt):
         filled(adapter, FITTED, name, calibration=TEXT, progress=Interruption(at))
-    assert not (folder / name).exists() and list(folder.glob(".fitting.*"))
+    assert not (folder / name).exists() and list(folder.glob(".fitting-*"))
     again, record = filled(adapter, FITTED, name, calibration=TEXT)
     whole = load_file(folder / "fitted/adapter_model.safetensors")
     assert fits == [1, 2] and record == recorded(adapter)
     assert all(torch.equal(again[key], whole[key]) for key in whole)
-    assert not list(folder.glob(".fitting.*"))
+    assert not list(folder.glob(".fitting-*"))
 
 
 def layer_inputs(model, layers, tokens):
@@ -291,7 +291,7 @@ def test_what_cannot_be_filled_is_refused_in_one_sentence(adapter, tmp_path):
     readers = train(tmp_path, ["down_proj", "o_proj"])
     with pytest.raises(LoRAMError, match="expected LoRA on a projection that lost outputs"):
         recover_filled(readers, FITTED, output=tmp_path / "none", calibration=TEXT)
-    assert not (tmp_path / "none").exists() and not list(tmp_path.glob(".fitting*"))
+    assert not (tmp_path / "none").exists() and not list(tmp_path.glob("*.fitting*"))
     sparse = PruningArgs(method="magnitude", sparsity=0.5)
     prune(str(tmp_path / "base"), tmp_path / "sparse", sparse)
     with pytest.raises(LoRAMError, match="expected a model that units were removed from"):
