@@ -10,16 +10,17 @@ from axolotl_loram.architecture import Config
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, finite
 from axolotl_loram.checks import Finding, Subject, check_digest
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.matching import ADAPTER_CONFIG, LORA_AXES, match, named_model, split_name
+from axolotl_loram.matching import (
+    ADAPTER_CONFIG,
+    LORA_AXES,
+    match,
+    named_model,
+    split_name,
+    unpaired_tensors,
+)
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.sources import find_local_file, load_config
 
-PARTNERS = {
-    "lora_A.weight": "lora_B.weight",
-    "lora_B.weight": "lora_A.weight",
-    "lora_embedding_A": "lora_embedding_B",
-    "lora_embedding_B": "lora_embedding_A",
-}
 STARTS_AT_ZERO = ("lora_B.weight", "lora_embedding_A")
 """What PEFT begins with zeros: still zero, it was never trained."""
 
@@ -103,15 +104,6 @@ def empty_tensors(adapter: Checkpoint) -> list[str]:
     return [name for name, tensor in adapter.tensors.items() if 0 in tensor.shape]
 
 
-def unpaired_tensors(adapter: Checkpoint) -> list[str]:
-    """A without B, or B without A."""
-    return [
-        name
-        for name in adapter.tensors
-        if split_name(name)[1] in PARTNERS and _partner(name) not in adapter.tensors
-    ]
-
-
 def untrained_tensors(adapter: Checkpoint) -> list[str]:
     """Of each pair the one that starts at zero, where it still is zero: BA is no update."""
     return [
@@ -126,11 +118,6 @@ def untrained_tensors(adapter: Checkpoint) -> list[str]:
 def broken_tensors(adapter: Checkpoint) -> list[str]:
     """Tensors with an infinity or NaN."""
     return [tensor.name for tensor in adapter.tensors.values() if not _finite(tensor)]
-
-
-def _partner(name: str) -> str:
-    part = split_name(name)[1]
-    return name.removesuffix(part) + PARTNERS[part]
 
 
 def _values(tensor: StoredTensor) -> Iterator[np.ndarray]:

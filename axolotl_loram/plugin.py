@@ -19,6 +19,7 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -36,6 +37,7 @@ from axolotl_loram.align import (
     is_first_rank,
 )
 from axolotl_loram.axolotl_data import training_data
+from axolotl_loram.complete import check_complete, trained_shapes
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.heterogeneous import check_widths
@@ -129,6 +131,8 @@ class LoRAMPlugin(BasePlugin):
         if self.alignment is not None:
             prepare_trainer(self.alignment, cfg, trainer)
             prepare_objective(self.alignment, trainer)
+        if self.run is not None:
+            self.run.trained_shapes.update(trained_shapes(trainer.model))
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
 
@@ -136,7 +140,7 @@ class LoRAMPlugin(BasePlugin):
         """Record the plan with each checkpoint, and never train the original by accident."""
         if self.alignment is not None:
             return [NodeCallback()]  # `prepare_trainer` adds another, which needs the trainer
-        return [LoRAMCallback(lambda: self.run)]
+        return [LoRAMCallback(lambda: self.run), NodeCallback()]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """Evaluate the recovered adapter during training, where the YAML wants that."""
@@ -151,6 +155,7 @@ class LoRAMPlugin(BasePlugin):
             finish_alignment(self.alignment)
         if self.run is None or not is_first_rank():
             return
+        check_complete(self.run.trained, self.run.trained_shapes)
         recover(
             self.run.trained,
             str(self.run.pruned),
@@ -184,22 +189,38 @@ class LoRAMCallback(TrainerCallback):
             )
         run.memory["measured"] = start_measuring()
         if state.is_world_process_zero:
-            run.write_record(Path(args.output_dir))
+            _record(run, state, Path(args.output_dir))
+            _record_on_interrupt(lambda: _record(run, state, Path(args.output_dir)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add to the record the losses, and what memory training took."""
         run = self.current_run()
         if run is not None and state.is_world_process_zero:
             run.memory["measured"] |= measure_run()
-            run.keep_history(state.log_history)
-            run.write_record(Path(args.output_dir))
+            _record(run, state, Path(args.output_dir))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the plan in the checkpoint that was just saved."""
         run, folder = self.current_run(), Path(args.output_dir, f"checkpoint-{state.global_step}")
         if run is not None and state.is_world_process_zero and folder.is_dir():
-            run.keep_history(state.log_history)
-            run.write_record(folder)
+            _record(run, state, folder)
+
+
+def _record(run: Run, state: Any, folder: Path) -> None:
+    run.follow(state)
+    run.write_record(folder)
+
+
+def _record_on_interrupt(write: Callable[[], None]) -> None:
+    """Have the record say how far the adapter is that Axolotl saves on SIGINT before it exits."""
+    save_and_exit = signal.getsignal(signal.SIGINT)
+
+    def interrupted(number: int, frame: Any) -> None:
+        write()
+        if callable(save_and_exit):
+            save_and_exit(number, frame)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def _log_as_axolotl_does() -> None:
