@@ -1,9 +1,8 @@
 """Whether the adapter that a run saved is all that it trained.
 
 Each way of sharding saves in its own manner (axolotl 0.19): ZeRO-3 leaves tensors of no elements
-where nothing was gathered, FSDP's sharded saves leave no adapter at all, and Axolotl's save of FSDP2
-leaves out what is trained beside LoRA. So what is saved is held against what the model trained,
-before anything is recovered from it.
+where nothing was gathered, and FSDP's sharded saves leave no adapter at all. So what is saved is
+held against what the model trained, before anything is recovered from it.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def check_complete(folder: Path, trained: Mapping[str, Shape]) -> None:
     try:
         saved = Checkpoint(folder, ADAPTER_FILE)
     except LoRAMError as error:
-        raise LoRAMError(f"no adapter was saved that could be recovered: {error}; {again}") from None
+        raise LoRAMError(f"the adapter was not saved whole: {error}; {again}") from None
     shapes = {name: tensor.shape for name, tensor in saved.tensors.items()}
     lost = [name for name, shape in trained.items() if shapes.get(name) != shape]
     if lost:

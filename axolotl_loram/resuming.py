@@ -1,7 +1,7 @@
 """Which of the trainer's checkpoints a run goes on from: a whole one, and the same on all ranks.
 
-Axolotl's auto_resume_from_checkpoints takes the folder of the highest number, also where a kill left
-it half written, and each rank looks by itself.
+Axolotl's auto_resume_from_checkpoints takes the folder of the highest number, also where a kill
+left it half written, and each rank looks by itself.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import run_command, write_yaml, zero_on_cpus
+from conftest import write_yaml, zero_on_cpus
 from safetensors.torch import load_file
 
 from axolotl_loram.args import PruningArgs
@@ -21,6 +21,7 @@ from axolotl_loram.recover import recover
 HERE = Path(__file__).resolve().parent
 STEPS, HELD = 6, 3
 WHOLE = ["embed_tokens", "lm_head"]
+SAVED = {f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")}
 FSDP2 = {
     "fsdp_version": 2,
     "fsdp_config": {
@@ -104,9 +105,7 @@ def lora_settings(make_model, tmp_path_factory):
         "base_model": str(make_model()),
         "plugins": ["axolotl_loram.LoRAMPlugin", "witness.WitnessPlugin"],
         "loram": {"pruned_model_path": str(folder / "pruned")},
-        "datasets": [
-            {"path": str(folder / "text.jsonl"), "ds_type": "json", "type": "completion"}
-        ],
+        "datasets": [{"path": str(folder / "text.jsonl"), "ds_type": "json", "type": "completion"}],
         "dataset_prepared_path": str(folder / "prepared"),
         "sequence_len": 64,
         "val_set_size": 0,
@@ -156,7 +155,7 @@ def check_adapter(output, expected, whole, scratch):
     assert found.keys() == narrow.keys() == tensors(expected).keys()
     assert all(weight.numel() for weight in found.values())
     assert len([name for name in found if "lora_B" in name and found[name].any()]) == 28
-    assert all(f"base_model.model.{name}.weight" in found for name in whole)
+    assert not whole or found.keys() >= SAVED
     record = json.loads((output / "loram.json").read_text())
     assert record["trained"]["steps"] == {"done": STEPS, "planned": STEPS}
     assert "of its training" not in (output / "README.md").read_text()
@@ -191,9 +190,7 @@ def half_a_checkpoint(folder):
         ),
     ],
 )
-def test_two_ranks_are_cut_off_and_go_on(
-    kind, number, disks, lora_settings, undisturbed, tmp_path
-):
+def test_two_ranks_are_cut_off_and_go_on(kind, number, disks, lora_settings, undisturbed, tmp_path):
     whole = not kind.startswith("fsdp2")
     expected = undisturbed(whole)
     changes = {"micro_batch_size": 2, "output_dir": "out" if disks else str(tmp_path / "out")}
@@ -212,6 +209,6 @@ def test_two_ranks_are_cut_off_and_go_on(
     assert f"resuming from {output / 'pruned' if not disks else 'out/pruned'}/checkpoint-2" in (
         runs.log
     )
-    check_adapter(output, expected, WHOLE if whole else [], tmp_path / "again")
+    check_adapter(output, expected, whole, tmp_path / "again")
     if disks:
         assert not (runs.folder / "1/out/adapter_model.safetensors").exists()

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, where torch.load can bring nothing
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 

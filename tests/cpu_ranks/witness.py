@@ -19,7 +19,7 @@ RANK = os.environ.get("RANK", "0")
 class WitnessPlugin(BasePlugin):
     """Wraps the trainer's step; makes runs comparable, and possible without an accelerator."""
 
-    def pre_model_load(self, cfg):
+    def load_datasets(self, cfg, preprocess=False):
         """Axolotl 0.19 puts the model of rank n on accelerator n, which is not there."""
         if cfg.world_size > 1 and not (cfg.deepspeed or cfg.fsdp_config):
             cfg.device_map = {"": "cpu"}
