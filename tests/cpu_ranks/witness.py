@@ -21,7 +21,7 @@ class WitnessPlugin(BasePlugin):
 
     def load_datasets(self, cfg, preprocess=False):
         """Axolotl 0.19 puts the model of rank n on accelerator n, which is not there."""
-        if cfg.world_size > 1 and not (cfg.deepspeed or cfg.fsdp_config):
+        if cfg.world_size > 1 and not cfg.fsdp_config:
             cfg.device_map = {"": "cpu"}
 
     def pre_lora_load(self, cfg, model):
