@@ -63,18 +63,23 @@ def check_deepspeed(cfg: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> Non
 
 
 def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
-    """Refuse settings under which Axolotl would not save all of an adapter.
+    """Refuse settings under which an adapter would not be trained or saved whole.
 
     Raises:
         LoRAMError: One sentence.
     """
+    whole, reason = cfg.get("lora_modules_to_save"), None
     if cfg.get("deepspeed"):
-        return check_gathering(read_deepspeed(cfg["deepspeed"]))
-    version = cfg.get("fsdp_version") or (cfg.get("fsdp_config") or {}).get("fsdp_version")
-    if str(version) == "2" and cfg.get("lora_modules_to_save"):
+        deepspeed = read_deepspeed(cfg["deepspeed"])
+        check_gathering(deepspeed)
+        if _value(deepspeed, "zero_optimization.stage", 0) == 3:
+            reason = "ZeRO-3, found {}: DeepSpeed 0.18 fails in the first step (its issue 7615)"
+    elif str(_fsdp_version(cfg)) == "2":
+        reason = "FSDP2, found {}: Axolotl 0.19 fails when it saves the adapter in the end"
+    if whole and reason:
         raise LoRAMError(
-            f"expected no lora_modules_to_save with FSDP2, found {cfg['lora_modules_to_save']}: "
-            "Axolotl 0.19 saves LoRA alone there; adapt them by LoRA, or use DeepSpeed or DDP"
+            f"expected no lora_modules_to_save with {reason.format(', '.join(whole))}; adapt them "
+            "by LoRA, or use ZeRO-1, ZeRO-2 or DDP"
         )
 
 
@@ -127,8 +132,7 @@ def _agreed(cfg: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _check_fsdp(cfg: Mapping[str, Any]) -> None:
-    config = cfg.get("fsdp_config") or {}
-    version = cfg.get("fsdp_version") or config.get("fsdp_version")
+    config, version = cfg.get("fsdp_config") or {}, _fsdp_version(cfg)
     if str(version) != "2":
         raise LoRAMError(
             f"expected fsdp_version: 2 with `stage: align`, found {version}: FSDP1 cannot freeze "
@@ -141,6 +145,10 @@ def _check_fsdp(cfg: Mapping[str, Any]) -> None:
             " sharded weights are no checkpoint (state_dict_type, which the checkpoints on the way "
             "have, may be SHARDED_STATE_DICT)"
         )
+
+
+def _fsdp_version(cfg: Mapping[str, Any]) -> Any:
+    return cfg.get("fsdp_version") or (cfg.get("fsdp_config") or {}).get("fsdp_version")
 
 
 def _value(config: Mapping[str, Any], name: str, absent: Any) -> Any:

@@ -19,6 +19,7 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -212,10 +213,16 @@ def _record(run: Run, state: Any, folder: Path) -> None:
 
 
 def _record_on_interrupt(write: Callable[[], None]) -> None:
-    """Have the record say how far the adapter is that Axolotl saves on SIGINT before it exits."""
-    save_and_exit = signal.getsignal(signal.SIGINT)
+    """Have the record say how far the adapter is that Axolotl saves on SIGINT before it exits.
+
+    Ctrl-C reaches the data loader's workers too, which are forks: Axolotl (0.19) would have each save
+    the adapter over the other, as it was when they were forked.
+    """
+    save_and_exit, trainer = signal.getsignal(signal.SIGINT), os.getpid()
 
     def interrupted(number: int, frame: Any) -> None:
+        if os.getpid() != trainer:
+            raise KeyboardInterrupt
         write()
         if callable(save_and_exit):
             save_and_exit(number, frame)

@@ -134,7 +134,8 @@ GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
         (zero3(**GATHERS, stage3_allgather_sequential=True), 2, None),
         (zero3(stage3_gather_16bit_weights_on_model_save=False), 1, "model_save true.*found False"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, 2, None),
-        ({"fsdp_version": 2, "lora_modules_to_save": ["lm_head"]}, 2, "FSDP2, found.*lm_head"),
+        ({"fsdp_version": 2, "lora_modules_to_save": ["lm_head"]}, 2, "FSDP2, found lm_head"),
+        ({**zero3(**GATHERS), "lora_modules_to_save": ["lm_head"]}, 1, "ZeRO-3, found lm_head"),
         ({"fsdp_version": 2, "lora_modules_to_save": []}, 2, None),
     ],
 )

@@ -15,6 +15,7 @@ from conftest import write_yaml, zero_on_cpus
 from safetensors.torch import load_file
 
 from axolotl_loram.args import PruningArgs
+from axolotl_loram.errors import LoRAMError
 from axolotl_loram.prune import prune
 from axolotl_loram.recover import recover
 
@@ -165,6 +166,19 @@ def check_adapter(output, expected, whole, scratch):
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
+def check_interrupted(folder, saved):
+    """On SIGINT Axolotl saves an adapter, which says how far it is; or there is none to recover."""
+    if saved:
+        record = recover(folder, output=folder.parent / "interrupted")
+        assert record["trained"]["steps"] == {"done": HELD, "planned": STEPS}
+        saved, before = tensors(folder), tensors(folder / f"checkpoint-{HELD - 1}")
+        assert all(weight.any() for weight in saved.values())
+        assert not any(torch.equal(weight, before[name]) for name, weight in saved.items())
+        return
+    with pytest.raises(LoRAMError, match=r"found neither|was not gathered"):
+        recover(folder, output=folder.parent / "interrupted")
+
+
 def half_a_checkpoint(folder):
     """What a kill leaves while the trainer saves: a later one, without its state."""
     half = folder / "checkpoint-1000"
@@ -182,6 +196,7 @@ def half_a_checkpoint(folder):
             for case in [
                 ("ddp", signal.SIGINT, False),
                 ("zero1", signal.SIGTERM, False),
+                ("zero2", signal.SIGTERM, False),
                 ("zero3", signal.SIGINT, False),
                 ("zero3", signal.SIGTERM, True),
                 ("fsdp2-full", signal.SIGINT, False),
@@ -191,7 +206,7 @@ def half_a_checkpoint(folder):
     ],
 )
 def test_two_ranks_are_cut_off_and_go_on(kind, number, disks, lora_settings, undisturbed, tmp_path):
-    whole = not kind.startswith("fsdp2")
+    whole = kind in ("ddp", "zero1", "zero2")  # the others refuse lora_modules_to_save
     expected = undisturbed(whole)
     changes = {"micro_batch_size": 2, "output_dir": "out" if disks else str(tmp_path / "out")}
     changes |= {"lora_modules_to_save": WHOLE} if whole else {}
@@ -203,6 +218,7 @@ def test_two_ranks_are_cut_off_and_go_on(kind, number, disks, lora_settings, und
 
     runs.cut_off(2, number, *two, disks=disks)
     assert not (output / "adapter_config.json").exists()
+    check_interrupted(output / "pruned", saved=number == signal.SIGINT and kind == "ddp")
     assert (output / f"pruned/checkpoint-{HELD - 1}/trainer_state.json").exists()
     half_a_checkpoint(output / "pruned")
     runs.finish(*two, disks=disks)
