@@ -215,8 +215,8 @@ def _record(run: Run, state: Any, folder: Path) -> None:
 def _record_on_interrupt(write: Callable[[], None]) -> None:
     """Have the record say how far the adapter is that Axolotl saves on SIGINT before it exits.
 
-    Ctrl-C reaches the data loader's workers too, which are forks: Axolotl (0.19) would have each save
-    the adapter over the other, as it was when they were forked.
+    Ctrl-C reaches the data loader's workers too, which are forks: Axolotl (0.19) would have each
+    save the adapter over the other, as it was when they were forked.
     """
     save_and_exit, trainer = signal.getsignal(signal.SIGINT), os.getpid()
 
