@@ -76,6 +76,12 @@ def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
             reason = "ZeRO-3, found {}: DeepSpeed 0.18 fails in the first step (its issue 7615)"
     elif str(_fsdp_version(cfg)) == "2":
         reason = "FSDP2, found {}: Axolotl 0.19 fails when it saves the adapter in the end"
+        if (cfg.get("fsdp_config") or {}).get("state_dict_type") == FULL:
+            raise LoRAMError(
+                f"expected fsdp_config.state_dict_type: SHARDED_STATE_DICT, found {FULL}: of such a "
+                "checkpoint accelerate 1.13 restores an adapter on rank 0 only, so that a run would "
+                "go on from half of one (the adapter saved in the end is whole with either)"
+            )
     if whole and reason:
         raise LoRAMError(
             f"expected no lora_modules_to_save with {reason.format(', '.join(whole))}; adapt them "

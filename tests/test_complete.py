@@ -123,6 +123,10 @@ def zero3(**changes):
     return {"deepspeed": {"zero_optimization": {"stage": 3, **changes}}}
 
 
+def fsdp2(state):
+    return {"fsdp_config": {"fsdp_version": 2, "state_dict_type": state}}
+
+
 GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
 
 
@@ -137,6 +141,8 @@ GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
         ({"fsdp_version": 2, "lora_modules_to_save": ["lm_head"]}, 2, "FSDP2, found lm_head"),
         ({**zero3(**GATHERS), "lora_modules_to_save": ["lm_head"]}, 1, "ZeRO-3, found lm_head"),
         ({"fsdp_version": 2, "lora_modules_to_save": []}, 2, None),
+        (fsdp2("SHARDED_STATE_DICT"), 2, None),
+        (fsdp2("FULL_STATE_DICT"), 2, "SHARDED_STATE_DICT, found FULL_STATE_DICT.*half"),
     ],
 )
 def test_what_would_not_be_saved_is_refused_at_the_start(cfg, ranks, message, monkeypatch):

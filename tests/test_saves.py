@@ -28,7 +28,7 @@ FSDP2 = {
     "fsdp_config": {
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-        "state_dict_type": "FULL_STATE_DICT",
+        "state_dict_type": "SHARDED_STATE_DICT",
         "reshard_after_forward": True,
     },
 }
@@ -38,10 +38,7 @@ def sharding(kind, folder):
     """Axolotl's settings of one kind of sharding."""
     if kind.startswith("zero"):
         return {"deepspeed": str(zero_on_cpus(folder, int(kind[4])))}
-    if kind.startswith("fsdp2"):
-        state = "SHARDED_STATE_DICT" if kind.endswith("sharded") else "FULL_STATE_DICT"
-        return {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], "state_dict_type": state}}
-    return {}
+    return FSDP2 if kind == "fsdp2" else {}
 
 
 class Runs:
@@ -199,8 +196,8 @@ def half_a_checkpoint(folder):
                 ("zero2", signal.SIGTERM, False),
                 ("zero3", signal.SIGINT, False),
                 ("zero3", signal.SIGTERM, True),
-                ("fsdp2-full", signal.SIGINT, False),
-                ("fsdp2-sharded", signal.SIGTERM, False),
+                ("fsdp2", signal.SIGINT, False),
+                ("fsdp2", signal.SIGTERM, False),
             ]
         ),
     ],
