@@ -78,9 +78,9 @@ def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
         reason = "FSDP2, found {}: Axolotl 0.19 fails when it saves the adapter in the end"
         if (cfg.get("fsdp_config") or {}).get("state_dict_type") == FULL:
             raise LoRAMError(
-                f"expected fsdp_config.state_dict_type: SHARDED_STATE_DICT, found {FULL}: accelerate "
-                "1.13 restores such a checkpoint's adapter on rank 0 only, so that a run would go on "
-                "from half of one (the adapter saved in the end is whole with either)"
+                f"expected fsdp_config.state_dict_type: SHARDED_STATE_DICT, found {FULL}: "
+                "accelerate 1.13 restores such a checkpoint's adapter on rank 0 only, and a run "
+                "would go on from half of one (the adapter saved in the end is whole with either)"
             )
     if whole and reason:
         raise LoRAMError(

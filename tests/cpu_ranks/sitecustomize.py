@@ -12,6 +12,7 @@ from pathlib import Path
 
 if int(os.environ.get("WORLD_SIZE", "1")) > 1:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, where torch.load can bring nothing
+    import torch
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
@@ -30,6 +31,9 @@ if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = start_with_fsdp
+    # ZeRO-1 and 2 gather into views of a weight, which autograd refuses of gloo.
+    gather = torch.distributed.all_gather_into_tensor
+    torch.distributed.all_gather_into_tensor = torch.no_grad()(gather)
     if "DISKS" in os.environ:
         os.chdir(Path(os.environ["DISKS"], os.environ["RANK"]))
         os.environ["LOCAL_RANK"] = "0"
