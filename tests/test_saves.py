@@ -164,16 +164,21 @@ def check_adapter(output, expected, whole, scratch):
 
 
 def check_interrupted(folder, saved):
-    """On SIGINT Axolotl saves an adapter, which says how far it is; or there is none to recover."""
-    if saved:
+    """On SIGINT Axolotl saves an adapter, whole and with its steps, or there is none to recover.
+
+    Args:
+        folder: The trainer's.
+        saved: Whether there has to be one; ZeRO-3 has small weights whole on each rank.
+    """
+    try:
         record = recover(folder, output=folder.parent / "interrupted")
-        assert record["trained"]["steps"] == {"done": HELD, "planned": STEPS}
-        saved, before = tensors(folder), tensors(folder / f"checkpoint-{HELD - 1}")
-        assert all(weight.any() for weight in saved.values())
-        assert not any(torch.equal(weight, before[name]) for name, weight in saved.items())
+    except LoRAMError as error:
+        assert not saved and ("found neither" in str(error) or "not gathered" in str(error))
         return
-    with pytest.raises(LoRAMError, match=r"found neither|was not gathered"):
-        recover(folder, output=folder.parent / "interrupted")
+    assert record["trained"]["steps"] == {"done": HELD, "planned": STEPS}
+    saved, before = tensors(folder), tensors(folder / f"checkpoint-{HELD - 1}")
+    assert all(weight.any() for weight in saved.values())
+    assert not any(torch.equal(weight, before[name]) for name, weight in saved.items())
 
 
 def half_a_checkpoint(folder):
