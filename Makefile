@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export AXOLOTL_DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: quickstart test test-fast test-nodes lint format bench bench-criteria bench-ablation families clean
+.PHONY: quickstart test test-fast test-nodes test-saves lint format bench bench-criteria bench-ablation families clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -21,14 +21,18 @@ quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not multinode'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not multinode and not matrix'
 
 # Two network namespaces for two nodes: as root, with iproute2; some minutes.
 test-nodes: .venv/installed
 	$(BIN)/python -m pytest -m multinode
 
+# Two ranks under each kind of sharding, cut off and gone on with: a quarter of an hour.
+test-saves: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix
+
 test-fast: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not multinode'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not multinode and not matrix'
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -20,10 +20,10 @@ from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.folders import new_file, write_json
 from axolotl_loram.loram_args import LoRAMConfig
-from axolotl_loram.nodes import STATE_FILE, bring_state, last_on_all_ranks
 from axolotl_loram.overrides import check_sharding
 from axolotl_loram.pairing import check_pruned, read_record
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, SCHEMA_VERSION, PruningPlan
+from axolotl_loram.resuming import choose_checkpoint
 from axolotl_loram.sources import find_folder, stored_config
 
 LOG = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def begin_alignment(cfg: Any) -> Alignment:
     fingerprint = Checkpoint(pruned).fingerprint()
     run = Alignment(model, pruned, plan, Path(cfg.output_dir), section, fingerprint)
     _check_output(run)
-    choose_checkpoint(cfg, run)
+    choose_checkpoint(cfg, run.trained, "fingerprint", fingerprint)
     if is_first_rank():
         remove_weights(run.trained)  # Axolotl takes those of an earlier end for its own
     cfg.base_model = cfg.base_model_config = str(pruned)
@@ -172,44 +172,6 @@ def _check_output(run: Alignment) -> None:
             f"expected output_dir to be new or of an alignment, found {run.output} with a {kind}: "
             "choose another output_dir"
         )
-
-
-def choose_checkpoint(cfg: Any, run: Alignment) -> None:
-    """Settle which checkpoint training goes on from, the same for all ranks.
-
-    Axolotl's auto_resume_from_checkpoints takes the one of the highest number, also where a kill
-    left it half written, and each rank looks by itself.
-
-    Raises:
-        LoRAMError: The one that is named is not whole, or of another alignment.
-    """
-    found = cfg.resume_from_checkpoint
-    if not found and cfg.auto_resume_from_checkpoints:
-        found = last_on_all_ranks(_whole_checkpoints(run.trained))
-        cfg.auto_resume_from_checkpoints = False
-        cfg.resume_from_checkpoint = found
-        LOG.info("resuming from %s", found or "no checkpoint: there is none that is whole")
-    if not found:
-        return
-    bring_state(Path(found))
-    if not is_first_rank():
-        return
-    if not (Path(found) / STATE_FILE).exists():
-        raise LoRAMError(
-            f"expected a whole checkpoint to resume from, found {found} without {STATE_FILE}: name "
-            f"another in {run.trained}"
-        )
-    recorded = read_record(Path(found)).get("fingerprint", run.fingerprint)
-    if recorded != run.fingerprint:
-        raise LoRAMError(
-            f"expected a checkpoint of an alignment of {run.model}, found {found} of another model:"
-            " choose another output_dir"
-        )
-
-
-def _whole_checkpoints(folder: Path) -> list[Path]:
-    """The trainer's checkpoints that are whole, as far as this disk tells."""
-    return [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
 
 
 def _data_sets(cfg: Any) -> list[Any]:

@@ -30,6 +30,12 @@ LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
 
 A is (r, input), B is (output, r), and a linear weight is (output, input). Embeddings never prune.
 """
+PARTNERS = {
+    "lora_A.weight": "lora_B.weight",
+    "lora_B.weight": "lora_A.weight",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_embedding_B": "lora_embedding_A",
+}
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,10 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
         The tensors in stored order, each with the shape it will have.
 
     Raises:
-        LoRAMError: A tensor is none of LoRA's, or its shape does not fit the plan.
+        LoRAMError: A tensor is none of LoRA's, has no partner of A and B, is empty, or its shape
+            does not fit the plan.
     """
+    check_pairs(checkpoint)
     declared: dict[str, list[Tensor]] = {}
     for tensor in parameters(plan.config):
         if not tensor.bias:
@@ -127,8 +135,8 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
     for stored in checkpoint.tensors.values():
         module, part = split_name(stored.name)
         adapted = declared.get(module, [])
+        _check_dimensions(stored, part)
         if part in LORA_AXES and adapted:
-            _check_dimensions(stored, part)
             if adapted[0].role == EXPERTS:
                 adapted = _targeted(adapted, module, targets, depths[module])
                 adapted = adapted[depths[module] - depth_of(stored.name) :]
@@ -140,10 +148,35 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
 
 def _check_dimensions(stored: StoredTensor, part: str) -> None:
     """Refuse what is no matrix (or vector, of a bias): ZeRO-3 leaves tensors of shape (0,)."""
-    if len(stored.shape) != (1 if part == "lora_B.bias" else 2):
+    wanted = (1 if part == "lora_B.bias" else 2) if part in LORA_AXES else len(stored.shape)
+    if 0 in stored.shape or len(stored.shape) != wanted:
         raise LoRAMError(
-            f"expected {stored.name} to be a whole matrix, found shape {list(stored.shape)}: the "
+            f"expected {stored.name} to be whole, found shape {list(stored.shape)}: the "
             "adapter was not gathered when it was saved"
+        )
+
+
+def unpaired_tensors(adapter: Checkpoint) -> list[str]:
+    """A without B, or B without A."""
+    parts = ((name, split_name(name)[1]) for name in adapter.tensors)
+    return [
+        name
+        for name, part in parts
+        if part in PARTNERS and name.removesuffix(part) + PARTNERS[part] not in adapter.tensors
+    ]
+
+
+def check_pairs(adapter: Checkpoint) -> None:
+    """Refuse an adapter in which an A or a B is alone.
+
+    Raises:
+        LoRAMError: The first that is.
+    """
+    lone = unpaired_tensors(adapter)
+    if lone:
+        raise LoRAMError(
+            f"expected A and B of every module in {adapter.folder}, found {lone[0]} without its "
+            f"partner ({len(lone)} such): the adapter was not saved whole, so save it again"
         )
 
 

@@ -3,7 +3,8 @@
 Of a checkpoint, the trainer and DeepSpeed write `trainer_state.json`, `scheduler.pt` and `latest`
 on global rank 0 only, and read them on every rank (transformers 5.16, DeepSpeed 0.18.9); Axolotl
 has no key for `save_on_each_node`, which would also write weights that are not there. So they are
-brought along. Its share of weights and optimizer each rank writes and reads by itself.
+brought along. Its share of weights and optimizer each rank writes and reads by itself; without
+DeepSpeed and FSDP there are none, and the adapter and its optimizer are brought too.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from axolotl_loram.checkpoint import ADAPTER_FILE
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.matching import ADAPTER_CONFIG
 
 STATE_FILE = "trainer_state.json"
 """What the trainer writes last into a checkpoint: where it is missing, the rest may be too."""
 BROUGHT = ("scheduler.pt", "latest", "loram.json", STATE_FILE)
+ADAPTERS = (ADAPTER_CONFIG, ADAPTER_FILE, "optimizer.pt")
+"""What rank 0 alone writes of an adapter in training, without shares: hundreds of MB at most."""
 
 
 def number_of(checkpoint: Path) -> int:
@@ -54,11 +59,14 @@ def last_on_all_ranks(checkpoints: Sequence[Path]) -> str | None:
 
 def bring_state(checkpoint: Path) -> None:
     """Write what only rank 0 wrote of a checkpoint to disks that lack it; all ranks call this."""
-    found = {name: checkpoint / name for name in BROUGHT if (checkpoint / name).exists()}
+    adapter = ADAPTERS if (checkpoint / ADAPTER_FILE).exists() else ()
+    paths = [checkpoint / name for name in (*BROUGHT, *adapter)]
+    found = {path.name: path for path in paths if path.exists()}
     state = from_first_rank({name: file.read_bytes() for name, file in found.items()})
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for name, content in state.items():
             file = checkpoint / name
+            checkpoint.mkdir(parents=True, exist_ok=True)
             if not file.exists() or file.read_bytes() != content:
                 file.write_bytes(content)
     from_first_rank(None)  # nobody reads before all are written

@@ -19,6 +19,8 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -37,7 +39,7 @@ from axolotl_loram.align import (
     is_first_rank,
 )
 from axolotl_loram.axolotl_data import training_data
-from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
+from axolotl_loram.complete import check_complete, trained_shapes
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.fill import Job
@@ -54,7 +56,6 @@ from axolotl_loram.publish import publish_adapter
 from axolotl_loram.quantized import prepare_packed, store_small_once_sized
 from axolotl_loram.recover import Filler, recover
 from axolotl_loram.runs import Run, begin_training, use_recovered_adapter
-from axolotl_loram.soundness import is_untrained
 from axolotl_loram.sources import find_folder
 from axolotl_loram.support import (
     ADAPTERS,
@@ -133,6 +134,8 @@ class LoRAMPlugin(BasePlugin):
         if self.alignment is not None:
             prepare_trainer(self.alignment, cfg, trainer)
             prepare_objective(self.alignment, trainer)
+        if self.run is not None:
+            self.run.trained_shapes.update(trained_shapes(trainer.model))
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
 
@@ -140,7 +143,7 @@ class LoRAMPlugin(BasePlugin):
         """Record the plan with each checkpoint, and never train the original by accident."""
         if self.alignment is not None:
             return [NodeCallback()]  # `prepare_trainer` adds another, which needs the trainer
-        return [LoRAMCallback(lambda: self.run)]
+        return [LoRAMCallback(lambda: self.run), NodeCallback()]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """Evaluate the recovered adapter during training, where the YAML wants that."""
@@ -155,13 +158,8 @@ class LoRAMPlugin(BasePlugin):
             finish_alignment(self.alignment)
         if self.run is None or not is_first_rank():
             return
+        check_complete(self.run.trained, self.run.trained_shapes)
         recover_after_training(self.run, _yaml_details(cfg))
-        if is_untrained(Checkpoint(self.run.trained, ADAPTER_FILE)):
-            LOG.warning(
-                "every B of the adapter in %s is zero: it changes nothing, as training did no step "
-                "at a learning rate above 0",
-                self.run.output,
-            )
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:
             sent = publish_adapter(self.run.output, self.run.hub_model_id)
@@ -187,22 +185,44 @@ class LoRAMCallback(TrainerCallback):
             )
         run.memory["measured"] = start_measuring()
         if state.is_world_process_zero:
-            run.write_record(Path(args.output_dir))
+            _record(run, state, Path(args.output_dir))
+            _record_on_interrupt(lambda: _record(run, state, Path(args.output_dir)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add to the record the losses, and what memory training took."""
         run = self.current_run()
         if run is not None and state.is_world_process_zero:
             run.memory["measured"] |= measure_run()
-            run.keep_history(state.log_history)
-            run.write_record(Path(args.output_dir))
+            _record(run, state, Path(args.output_dir))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the plan in the checkpoint that was just saved."""
         run, folder = self.current_run(), Path(args.output_dir, f"checkpoint-{state.global_step}")
         if run is not None and state.is_world_process_zero and folder.is_dir():
-            run.keep_history(state.log_history)
-            run.write_record(folder)
+            _record(run, state, folder)
+
+
+def _record(run: Run, state: Any, folder: Path) -> None:
+    run.follow(state)
+    run.write_record(folder)
+
+
+def _record_on_interrupt(write: Callable[[], None]) -> None:
+    """Have the record say how far the adapter is that Axolotl saves on SIGINT before it exits.
+
+    Ctrl-C reaches the data loader's workers too, which are forks: Axolotl (0.19) would have each
+    save the adapter over the other, as it was when they were forked.
+    """
+    save_and_exit, trainer = signal.getsignal(signal.SIGINT), os.getpid()
+
+    def interrupted(number: int, frame: Any) -> None:
+        if os.getpid() != trainer:
+            raise KeyboardInterrupt
+        write()
+        if callable(save_and_exit):
+            save_and_exit(number, frame)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def _log_as_axolotl_does() -> None:

@@ -108,7 +108,8 @@ def recover(
             **({"fill": about} if about else {}),
         }
         write_json(scratch / RECORD_FILE, record)
-        (scratch / "README.md").write_text(model_card(base, card), encoding="utf-8")
+        text = model_card(base, _steps(recorded.get("training") or {}) + card)
+        (scratch / "README.md").write_text(text, encoding="utf-8")
         copy_files(adapter, scratch, TOKENIZER_PATTERNS)
     return {**record, "output": str(output)}
 
@@ -116,6 +117,14 @@ def recover(
 def _filled(moved: Moved, filled: Mapping[str, np.ndarray]) -> np.ndarray:
     bits = filled.get(moved.stored.name)
     return moved.scatter() if bits is None else bits
+
+
+def _steps(training: Mapping[str, Any]) -> str:
+    """What a card says of an adapter that was saved before its training ended."""
+    steps = training.get("steps") or {}
+    if steps.get("done", 0) >= steps.get("planned", 0):
+        return ""
+    return f"Saved after {steps['done']} of the {steps['planned']} steps of its training.\n\n"
 
 
 def default_output(adapter: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from axolotl_loram.fill import check_fillable
 from axolotl_loram.folders import made_once, new_file, write_json
 from axolotl_loram.formats import Formats
 from axolotl_loram.loram_args import LoRAMConfig
+from axolotl_loram.overrides import check_adapter_saves
 from axolotl_loram.pairing import check_pair, check_recorded_base, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.quantized import decide_formats
 from axolotl_loram.records import losses_of, versions
 from axolotl_loram.recover import gather_adapter, read_adapter_config
+from axolotl_loram.resuming import choose_checkpoint
 from axolotl_loram.sources import find_folder
 from axolotl_loram.support import switch_off_kernels, trains_masked
 from axolotl_loram.vocabulary import differ
@@ -54,6 +55,8 @@ class Run:
         fill_text: The run's own data, for a fit; on the rank that recovers.
         memory: What was predicted, and in the end measured.
         history: What the trainer has logged so far, of losses.
+        steps: How many are "done" and "planned".
+        trained_shapes: Name → shape of what is trained (see `complete`).
     """
 
     base: Base
@@ -69,23 +72,27 @@ class Run:
     fill_text: Calibration | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    steps: dict[str, int] = field(default_factory=dict)
+    trained_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def trained(self) -> Path:
         """Folder of the adapter as trained, and of the checkpoints."""
         return self.output / PRUNED_FOLDER
 
-    def keep_history(self, log_history: Iterable[Mapping[str, Any]]) -> None:
-        """Keep the losses of the trainer's log, which it leaves in its checkpoints only."""
-        self.history[:] = losses_of(log_history)
+    def follow(self, state: Any) -> None:
+        """Keep what the trainer's state says of steps and losses, for the record."""
+        self.steps.update(done=state.global_step, planned=state.max_steps)
+        self.history[:] = losses_of(state.log_history)
 
     def write_record(self, folder: Path) -> None:
-        """Write down in a folder under which plan its adapter is trained."""
+        """Write down in a folder under which plan its adapter is trained, and how far it is."""
         training = {
             "pruned_model": str(self.pruned),
             "warm_start": self.warm_start,
             "memory": self.memory,
             "versions": versions(),
+            "steps": self.steps,
             "history": self.history,
         }
         record = {
@@ -107,6 +114,7 @@ def begin_training(cfg: Any) -> Run:
         LoRAMError: The pruned model does not belong to base_model, or cannot be trained on.
     """
     section = LoRAMConfig.model_validate(dict(cfg.loram))
+    check_adapter_saves(cfg)
     model, revision = str(cfg.base_model), cfg.revision_of_model
     if section.pruned_model_path:
         pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)
@@ -142,6 +150,7 @@ def begin_training(cfg: Any) -> Run:
             "expected output_dir to be another folder than the pruned model's, found "
             f"{run.output}: the adapter would be written into the model"
         )
+    choose_checkpoint(cfg, run.trained, "plan", plan.digest)
     if run.masked:
         switch_off_kernels(cfg)
     if run.warm_start:

@@ -11,16 +11,16 @@ import numpy as np
 from axolotl_loram.architecture import parameters
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor, finite
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.matching import LORA_AXES, split_name
+from axolotl_loram.matching import (
+    LORA_AXES,
+    PARTNERS,
+    check_pairs,
+    split_name,
+    unpaired_tensors,
+)
 from axolotl_loram.plan import PruningPlan
 from axolotl_loram.spaces import EXPERTS
 
-PARTNERS = {
-    "lora_A.weight": "lora_B.weight",
-    "lora_B.weight": "lora_A.weight",
-    "lora_embedding_A": "lora_embedding_B",
-    "lora_embedding_B": "lora_embedding_A",
-}
 STARTS_AT_ZERO = ("lora_B.weight", "lora_embedding_A")
 """What PEFT begins with zeros: still zero, it was never trained."""
 MOST_REPETITIONS = 4
@@ -30,15 +30,6 @@ MOST_REPETITIONS = 4
 def empty_tensors(adapter: Checkpoint) -> list[str]:
     """Tensors without elements: what a rank saves of weights that ZeRO-3 keeps elsewhere."""
     return [name for name, tensor in adapter.tensors.items() if 0 in tensor.shape]
-
-
-def unpaired_tensors(adapter: Checkpoint) -> list[str]:
-    """A without B, or B without A."""
-    return [
-        name
-        for name in adapter.tensors
-        if split_name(name)[1] in PARTNERS and _partner(name) not in adapter.tensors
-    ]
 
 
 def untrained_tensors(adapter: Checkpoint) -> list[str]:
@@ -95,12 +86,7 @@ def check_modules(adapter: Checkpoint, settings: Mapping[str, Any], plan: Prunin
         LoRAMError: A tensor has no partner or none of its rank, is of a module that is not named,
             or a module has none.
     """
-    lone = unpaired_tensors(adapter)
-    if lone:
-        raise LoRAMError(
-            f"expected A and B of every module in {adapter.folder}, found {lone[0]} without its "
-            f"partner ({len(lone)} such): the adapter was not saved whole, so save it again"
-        )
+    check_pairs(adapter)
     _check_ranks(adapter)
     if not names_modules(settings):
         return

@@ -166,7 +166,7 @@ def from_half_a_checkpoint(run, make_model, folder):
 
 def from_anothers_checkpoint(run, make_model, folder):
     from_half_a_checkpoint(run, make_model, folder)
-    (folder / "checkpoint-2/trainer_state.json").write_text("{}")
+    (folder / "checkpoint-2/trainer_state.json").write_text('{"global_step": 2}')
     (folder / "checkpoint-2/loram.json").write_text('{"fingerprint": "sha256:0"}')
 
 
@@ -181,7 +181,7 @@ def from_anothers_checkpoint(run, make_model, folder):
         (over_an_adapter, "with a recovered-adapter"),
         (with_two_optimizers, "no `optimizer` in the DeepSpeed file, found AdamW"),
         (from_half_a_checkpoint, "without trainer_state.json"),
-        (from_anothers_checkpoint, "checkpoint-2 of another model"),
+        (from_anothers_checkpoint, "checkpoint-2 of another"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(change, message, run, make_model, tmp_path):
@@ -264,7 +264,8 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed_from(run, tmp_path):
     assert run.resume_from_checkpoint is None and not run.auto_resume_from_checkpoints
     run.output_dir, run.auto_resume_from_checkpoints = str(tmp_path / "out"), True
     for step in (2, 10):
-        (folder / f"checkpoint-{step}/trainer_state.json").write_text("{}")
+        state = folder / f"checkpoint-{step}/trainer_state.json"
+        state.write_text(json.dumps({"global_step": step}))
         Alignment(**vars(with_record)).write_record(folder / f"checkpoint-{step}", 1.5)
     begin_alignment(run)
     assert run.resume_from_checkpoint == str(folder / "checkpoint-10")

@@ -24,6 +24,7 @@ ZERO3 = {
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu"},
         "stage3_gather_16bit_weights_on_model_save": True,
+        "stage3_allgather_sequential": True,  # see zero_on_cpus
     },
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import run_command, write_yaml
+from conftest import run_command, write_yaml, zero_on_cpus
 
 from axolotl_loram.align import TRAINING_FOLDER
 from axolotl_loram.nodes import STATE_FILE, surplus
@@ -144,7 +144,7 @@ def align_yaml(tmp_path):
     def write(disk):
         write_yaml(disk / "align.yml", settings)
         (disk / "text.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        shutil.copy(ROOT / "deepspeed_configs/zero3.json", disk)
+        zero_on_cpus(disk)
 
     return write
 

@@ -257,7 +257,7 @@ def test_other_commands_use_the_recovered_adapter(tmp_path):
 
 def test_training_that_bypasses_the_substitution_is_stopped():
     plugin = LoRAMPlugin()
-    (callback,) = plugin.add_callbacks_pre_trainer(DictDefault({}), None)
+    callback, _ = plugin.add_callbacks_pre_trainer(DictDefault({}), None)
     with pytest.raises(LoRAMError, match="use `axolotl train`"):
         callback.on_train_begin(None, None, None)
 

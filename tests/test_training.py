@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, write_yaml
+from conftest import run_command, write_yaml, zero_on_cpus
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_recover import train_on
@@ -209,6 +209,7 @@ def test_a_killed_run_is_recovered_from_a_checkpoint_and_resumes(
         "max_steps": 6,
         "save_strategy": "steps",
         "save_steps": 2,
+        "auto_resume_from_checkpoints": True,
     }
     whole = {**settings(base, **changes), "output_dir": str(tmp_path / "whole")}
     train(write_yaml(tmp_path / "whole.yml", whole))
@@ -221,16 +222,21 @@ def test_a_killed_run_is_recovered_from_a_checkpoint_and_resumes(
     deadline = time.monotonic() + 300
     while not (checkpoint / "loram.json").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGTERM)  # as a machine that is taken away does; it gives no time
+    process.wait(timeout=30)
     assert not (tmp_path / "out/adapter_config.json").exists()
 
     record = recover(checkpoint)
     assert record["plan"] == PruningPlan.load(pruned).digest
+    assert record["trained"]["steps"] == {"done": 4, "planned": 6}
     assert not torch.allclose(logits_of(base), logits_of(base, record["output"]), atol=0.01)
 
     (tmp_path / "out/pruned/checkpoint-6").exists() and pytest.skip("the kill came too late")
-    train(yaml_file, "--resume-from-checkpoint", checkpoint)
+    half = tmp_path / "out/pruned/checkpoint-5"  # one that was not whole when the kill came
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    log = train(yaml_file)
+    assert f"resuming from {checkpoint}" in log.stdout + log.stderr
     resumed, uninterrupted = adapter_weights(tmp_path / "out"), adapter_weights(tmp_path / "whole")
     for name, weight in uninterrupted.items():
         torch.testing.assert_close(resumed[name], weight, rtol=1e-4, atol=1e-6)
@@ -252,7 +258,12 @@ def test_an_interrupted_run_leaves_an_adapter_to_recover(pruned, make_model, set
             time.sleep(0.1)
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=120) == 0
+    assert not (tmp_path / "out/adapter_config.json").exists()
     record = recover(tmp_path / "out/pruned")
+    steps = record["trained"]["steps"]
+    assert 0 < steps["done"] < steps["planned"] == changes["max_steps"]
+    said = (Path(record["output"]) / "README.md").read_text()
+    assert f"Saved after {steps['done']} of the {steps['planned']} steps" in said
     assert not torch.allclose(
         logits_of(make_model()), logits_of(make_model(), record["output"]), atol=0.001
     )
@@ -305,7 +316,7 @@ def test_two_ranks_under_zero_3_leave_one_complete_adapter(pruned, make_model, s
     root = Path(__file__).resolve().parent
     changes = {
         "loram": {"pruned_model_path": str(pruned)},
-        "deepspeed": str(root.parent / "deepspeed_configs/zero3.json"),
+        "deepspeed": str(zero_on_cpus(tmp_path)),
     }
     yaml_file = write_yaml(tmp_path / "loram.yml", settings(make_model(), **changes))
     environment = {
