@@ -38,6 +38,12 @@ RECORD_TYPES: dict[str, type | tuple] = {
     "files": NESTED,
 }
 """What `loram.json` holds, where it has it."""
+REFIT_TYPES: dict[str, type | tuple] = {
+    "heldout_error_before": (int, float),
+    "heldout_error_after": (int, float),
+    "accepted": bool,
+}
+"""What it holds of each refitted projection."""
 FINGERPRINT_SAMPLES = 256
 
 LOG = logging.getLogger(__name__)
@@ -58,6 +64,10 @@ def read_record(folder: Path) -> dict[str, Any]:
             "axolotl-loram"
         )
     check_types(record, RECORD_TYPES, file)
+    for module, found in (record.get("refit") or {}).items():
+        where = f"the refit of {module[:80]} in {file}"
+        check_types({"refit": found}, {"refit": dict}, where)
+        check_types(dict.fromkeys(REFIT_TYPES) | found, REFIT_TYPES, where)
     if "base" in record:
         Base.from_json(record["base"], file)
     return record

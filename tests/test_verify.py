@@ -229,6 +229,8 @@ def test_adapters_of_another_model_are_found(copy, make_model, tmp_path):
         {"kind": "pruned-model", "plan": "p", "base": "b"},
         {"kind": "pruned-model", "plan": "p", "base": {"id": "b"}, "files": ["a"]},
         {"kind": "pruned-model", "plan": "p", "base": {"id": "b"}, "files": {"a": 1}},
+        {"kind": "pruned-model", "plan": "p", "base": {"id": "b"}, "refit": {"a": 1}},
+        {"kind": "pruned-model", "plan": "p", "base": {"id": "b"}, "refit": {"a": {}}},
     ],
 )
 def test_a_record_without_its_parts_is_one_sentence(record, tmp_path):
