@@ -118,9 +118,13 @@ class Dots:
 Chart = Lines | Bars | Strips | Dots
 
 
+TINY = 1e-300
+"""Below, numbers have no digits left to divide by: they count as 0."""
+
+
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2, 2.5 or 5 times a power of ten) within low…high, about so many."""
-    if not (high - low) / about > 1e-300:  # below, powers of ten have no digits left
+    if not high - low > TINY:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     steps = [power * factor for factor in (1, 2, 2.5, 5, 10)]
@@ -177,7 +181,7 @@ def _(chart: Lines, width: int) -> str:
     points = [point for series in chart.series for point in series.points]
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
-    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
+    low, high = (low, high) if high - low > TINY else (low - 0.5, high + 0.5)
     margin = 0.06 * (high - low)
     low, high = low - margin, high + margin
     span = max(high_x - low_x, 1e-9)
@@ -226,7 +230,7 @@ def _(chart: Bars, width: int) -> str:
     svg = _svg(width, height, chart.title)
     totals = [sum(each.parts.values()) for each in chart.bars]
     most = max([*totals, *(v for each in chart.bars for v in each.measured.values())])
-    scale = (width - 2) / (most or 1)
+    scale = (width - 2) / (most if most > TINY else 1)
     for tick in ticks(0, most, 4 if width < 500 else 7):
         x = 1 + tick * scale
         _add(svg, "line", "grid", x1=x, x2=x, y1=0, y2=height - 22)
