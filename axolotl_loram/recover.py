@@ -121,10 +121,11 @@ def _filled(moved: Moved, filled: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _steps(training: Mapping[str, Any]) -> str:
     """What a card says of an adapter that was saved before its training ended."""
-    steps = training.get("steps") or {}
-    if steps.get("done", 0) >= steps.get("planned", 0):
+    steps = training.get("steps")
+    done, planned = (steps.get("done"), steps.get("planned")) if isinstance(steps, dict) else (0, 0)
+    if not isinstance(done, int) or not isinstance(planned, int) or done >= planned:
         return ""
-    return f"Saved after {steps['done']} of the {steps['planned']} steps of its training.\n\n"
+    return f"Saved after {done} of the {planned} steps of its training.\n\n"
 
 
 def default_output(adapter: Path) -> Path:
