@@ -6,7 +6,9 @@ and recovery that fits B on the fine-tuning text. Beside it: LoRA on the base, L
 of the pruned size (trained from scratch as the base was), and each factor changed alone. Every
 trained adapter is measured on the pruned model ("none": without recovery) and recovered in several
 ways on the base. Perplexities are of held-out docstrings (task) and held-out source (text);
-`choice` is the share of held-out functions whose docstring is told from three others, by lm-eval.
+`choice` is the share of held-out functions whose docstring has less loss per byte than each of
+three pieces of code of its length, by lm-eval: 0.25 is chance. (Docstrings of other functions, or
+with a word of another, no model of this size tells apart, LoRA or not.)
 
     python benchmarks/ablation.py            # rows that ablation.csv has already are not run again
     python benchmarks/ablation.py --summary  # table and plot from the rows
@@ -45,8 +47,10 @@ from axolotl_loram.prune import prune
 from axolotl_loram.recover import recover
 
 MADE = BUILD.parent / "ablation"
+MAIN = (*cases()[:3], cases()[6])
+"""Those of which the choice is measured, with any seed."""
 FILES = {"fine-tuning": BUILD / "data/train.jsonl", "pre-training": BUILD / "data/pretrain.jsonl"}
-CHOICES, CHOICE_ROWS = 4, 150
+CHOICES, CHOICE_ROWS = 4, 200
 TASK = """task: docstring_choice
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
@@ -162,7 +166,9 @@ def measured(case: Case, recovery: str, tokenizer, steps: int) -> dict[str, obje
     if " × " in recovery:
         scale_lora(model, float(scale))
     found: dict[str, object] = dict(perplexities(model, tokenizer, "after"))
-    told = case.model != "pruned" or (recovery == "fitted" and replace(case, seed=0) == Case())
+    told = case.model != "pruned" or (
+        recovery in ("none", "zeros", "fitted") and replace(case, seed=0) in MAIN
+    )
     found["choice"] = choice(model, tokenizer) if told else ""
     return {**found, "recovery_seconds": round(seconds, 2)}
 
@@ -182,7 +188,7 @@ def scale_lora(model, scale: float) -> None:
 
 
 def choice(model, tokenizer) -> float:
-    """Share of held-out functions whose docstring has the least loss per byte of four."""
+    """Share of held-out functions whose docstring has the least loss per byte of the choices."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -203,8 +209,10 @@ def choice_task() -> Path:
     for prompt, right in drawn.sample(pairs, CHOICE_ROWS):
         options = [right]
         while len(options) < CHOICES:
-            other = drawn.choice(pairs)[1]
-            options += [other] if other not in options else []
+            code = drawn.choice(pairs)[0]
+            start = drawn.randrange(max(1, len(code) - len(right)))
+            piece = code[start : start + len(right)]
+            options += [piece] if piece not in options else []
         drawn.shuffle(options)
         rows.append({"prompt": prompt, "choices": options, "answer": options.index(right)})
     yaml.parent.mkdir(parents=True, exist_ok=True)
