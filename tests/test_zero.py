@@ -191,7 +191,7 @@ def test_a_yaml_and_a_pruned_folder(make_model, tmp_path):
     ("content", "arguments", "message"),
     [
         ('{"stage": 3}', (), "with zero_optimization, found none"),
-        ("[", (), "found that it is not"),
+        ("[", (), "expected a JSON object in"),
         ('{"zero_optimization": {"stage": 0}}', (), "stage 1, 2 or 3 in"),
         (
             '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}',
