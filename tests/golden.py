@@ -2,14 +2,16 @@
 
     python tests/golden.py NAME    # makes tests/golden/NAME, once for each schema version
 
-What is there is never made again: later versions must open it as it is (tests/test_golden.py). All
-paths in the artefacts are relative to their folder.
+What is there is never made again: later versions must open it as it is (tests/test_golden.py).
+The base's folder that they name, in a temporary one, is on no machine.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).with_name("golden")
@@ -48,4 +50,7 @@ def make(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(HERE.resolve() / sys.argv[1])
+    made, kept = Path(tempfile.gettempdir(), "golden"), HERE.resolve() / sys.argv[1]
+    make(made)
+    kept.parent.mkdir(exist_ok=True)
+    shutil.move(made, kept)

@@ -1,6 +1,7 @@
 """Artefacts of earlier versions open: tests/golden has some of every schema version."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -36,8 +37,9 @@ def test_this_schema_version_has_its_artefacts():
 
 def test_every_artefact_passes_its_checks(golden):
     for name in ("pruned", "recovered", "fitted"):
-        result = CliRunner().invoke(main, ["inspect", name, "--verify"])
+        result = CliRunner().invoke(main, ["inspect", name, "--verify", "--base", "base"])
         assert result.exit_code == 0, (name, result.output)
+        assert re.search(r"^ok +base ", result.output, re.MULTILINE), result.output
     plan = PruningPlan.load(Path("pruned"))
     assert plan.counts == {layer: {"neurons": 12, "kv_groups": 1} for layer in (1, 2)}
 
