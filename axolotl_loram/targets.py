@@ -80,7 +80,7 @@ class Target:
         partial, old = self.hidden("partial"), self.hidden("old")
         if made != partial:
             made.replace(partial)
-        os.pwrite(self.lock, str(partial.stat().st_ino).encode(), 0)  # for `settle`
+        self._note(partial)
         try:
             partial.replace(self.path)  # in the place of none, of an empty folder, or of a file
         except OSError as error:
@@ -110,10 +110,15 @@ class Target:
                 if file.name not in (self.path.name, GONE):
                     file.replace(folder / file.name)
             sync(folder)
+            self._note(ready / self.path.name)
             (ready / self.path.name).replace(self.path)
         self.replaced = True
         sync(folder)
         remove(ready)
+
+    def _note(self, made: Path) -> None:
+        """Let who settles this, if it is cut off, tell the new target from the old one."""
+        os.pwrite(self.lock, str(made.stat().st_ino).encode(), 0)
 
     def settle(self) -> None:
         """Put in order what killed processes left, and tell what the target is."""

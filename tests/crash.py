@@ -65,6 +65,7 @@ class Faults:
     def __init__(self, at: int = 0, error: int | None = None) -> None:
         self.at, self.error, self.count = at, error, 0
         self.reached = False
+        self.synced: list[int] = []
 
     def install(self) -> None:
         """Put counting calls in the place of the real ones, until this process ends."""
@@ -84,6 +85,8 @@ class Faults:
     def _counting(self, name: str, real: Callable) -> Callable:
         def call(*given: Any, **options: Any) -> Any:
             self.step(name)
+            if name == "fsync":
+                self.synced.append(os.fstat(given[0]).st_ino)
             return real(*given, **options)
 
         return call
@@ -135,12 +138,21 @@ class _CountedFile(io.FileIO):
 
 @dataclass
 class Outcome:
-    """How a child ended: "done", "refused" (LoRAMError), "failed" (anything else) or "killed"."""
+    """How a child ended.
+
+    Attributes:
+        ended: "done", "refused" (LoRAMError), "failed" (anything else) or "killed".
+        told: The error's message.
+        logged: Warnings.
+        reached: Whether the call that was to go wrong came.
+        synced: Inodes that it brought to the disk.
+    """
 
     ended: str
     told: str = ""
     logged: list[str] = field(default_factory=list)
     reached: bool = True
+    synced: list[int] = field(default_factory=list)
 
 
 class Child:
@@ -189,7 +201,7 @@ def _attempt(action: Callable[[], Any], faults: Faults, limits: dict[str, int]) 
         ended, told = "refused", str(error)
     except BaseException:
         ended, told = "failed", traceback.format_exc()
-    return Outcome(ended, told, logged, faults.reached)
+    return Outcome(ended, told, logged, faults.reached, faults.synced)
 
 
 Snapshot = dict[str, bytes | None]
@@ -280,6 +292,15 @@ class Stage:
         gap = self.operation.last or self.operation.gap
         return "between" if found is None and gap else "torn"
 
+    def unsynced(self, outcome: Outcome) -> Iterator[str]:
+        """What a power cut could take from a run that was not disturbed."""
+        target = (self.place / self.operation.target).resolve()
+        kept = self.old or {}  # what an update leaves alone
+        changed = {n for n, content in (self.new or {}).items() if kept.get(n, "") != content}
+        for name in ("." if self.operation.last else "..", *sorted(changed)):
+            if (target / name).stat().st_ino not in outcome.synced:
+                yield f"{name} may not have reached the disk"
+
     def faults_of(self, outcome: Outcome) -> Iterator[str]:
         """What is wrong after a run that something happened to; then the same command is given."""
         state = self.state()
@@ -337,7 +358,7 @@ def sweep(
         outcome = stage.start(Faults(at, error)).wait()
         if not outcome.reached:
             assert outcome.ended == "done" and stage.state() == "new", outcome
-            return count, wrong
+            return count, wrong + list(stage.unsynced(outcome))
         wrong += [f"call {at}: {fault}" for fault in stage.faults_of(outcome)]
     raise AssertionError("an operation without an end")
 
