@@ -115,3 +115,8 @@ def test_the_readme_has_the_table_of_families():
     """`make families` prints it."""
     assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(TRAINED) <= set(FAMILIES) and set(ALSO) <= set(FAMILIES)
+
+
+def test_promises_name_tests_that_exist():
+    named = re.findall(r"`((?:tests|benchmarks)/[\w/]+\.\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 10 and not [name for name in named if not (ROOT / name).exists()]
