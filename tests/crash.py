@@ -464,9 +464,9 @@ class Scene:
     def make(cls, folder: Path) -> Scene:
         """Make them below a new folder."""
         whole = hostile.Artefacts.make(folder / "whole", "llama")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            for place in (whole.base, whole.adapter):
-                (place / name).write_text('{"a": 1}')
+        for place in (whole.base, whole.adapter):
+            hostile.write_tokenizer(place)
+            (place / "tokenizer_config.json").write_text('{"a": 1}')
         other = folder / "other"
         prune(str(whole.base), other, PruningArgs(ratio=0.25, protect_first=1, protect_last=1))
         (other / "notes.txt").write_text("what somebody put there")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -201,14 +202,12 @@ def test_the_ranks_checkpoint_is_the_single_processes(ranks, alone):
 
 def test_ordinary_data_packed_into_a_checkpoint_in_16_bits(work):
     """A second alignment: prepared and packed data, the lm_head trained too, stored as before."""
-    half, weights = work / "half", load_file(work / "pruned/model.safetensors")
-    prune(
-        str(json.loads((work / "pruned/loram.json").read_text())["base"]["id"]),
-        half,
-        PruningArgs(ratio=0.5),
-    )
+    base, half = work / "base-in-16-bits", work / "half"
+    shutil.copytree(json.loads((work / "pruned/loram.json").read_text())["base"]["id"], base)
+    weights = load_file(base / "model.safetensors")
     stored = {name: weight.bfloat16() for name, weight in weights.items()}
-    save_file(stored, half / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    prune(str(base), half, PruningArgs(ratio=0.5))
     changes = {
         "base_model": str(half),
         "loram": {"stage": "align", "train_lm_head": True},
