@@ -52,7 +52,7 @@ from axolotl_loram.nodes import NodeCallback
 from axolotl_loram.objective import prepare_objective
 from axolotl_loram.plan import summary
 from axolotl_loram.progress import progress_bar
-from axolotl_loram.publish import publish_adapter
+from axolotl_loram.publish import publish_adapter, without_secrets
 from axolotl_loram.quantized import prepare_packed, store_small_once_sized
 from axolotl_loram.recover import Filler, recover
 from axolotl_loram.runs import Run, begin_training, use_recovered_adapter
@@ -323,9 +323,9 @@ def _merge_into_unquantized_base(cfg: Any) -> None:
 
 
 def _yaml_details(cfg: Any) -> str:
-    """The YAML of the run, for the model card."""
+    """The YAML of the run, for the model card, without secrets."""
     file = Path(str(cfg.axolotl_config_path or ""))
     if not file.is_file():
         return ""
-    text = file.read_text(encoding="utf-8")
+    text = without_secrets(file.read_text(encoding="utf-8"))
     return f"<details><summary>Axolotl config</summary>\n\n```yaml\n{text}\n```\n\n</details>\n"

@@ -37,6 +37,11 @@ ALLOWED = {
 }
 """Kind → what may be uploaded of its folder, beside record, card, plot and evaluation."""
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+SECRET = re.compile(
+    r"(?mi)^(\s*(?:- )?(?!(?:bos|eos|pad|unk|mask|cls|sep)_token\b)"
+    r"(?:\w+_)?(?:token|key|secret|password)\s*:[ \t]*)[^\s#].*$"
+)
+"""A line of YAML that holds one."""
 SMALL = 2**20
 """Bytes below which a file is searched for tokens."""
 
@@ -274,6 +279,12 @@ def report(done: Mapping[str, Any]) -> str:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def without_secrets(text: str) -> str:
+    """A YAML with the values of keys such as hub_token or wandb_api_key, and hub tokens, hidden."""
+    hidden = SECRET.sub(lambda found: f"{found[1]}[hidden]", text)
+    return TOKEN.sub(b"[hidden]", hidden.encode()).decode()
 
 
 def _refuse_tokens(files: Mapping[str, Path]) -> None:

@@ -16,6 +16,7 @@ from axolotl_loram.args import FillArgs, PruningArgs, Section
 from axolotl_loram.cli import main
 from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.loram_args import LoRAMConfig
+from axolotl_loram.publish import without_secrets
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = "/home/somebody/private"
@@ -125,6 +126,17 @@ def test_offline_is_respected(tmp_path, monkeypatch):
     ):
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 1 and "offline" in result.output.lower(), result.output
+
+
+def test_secrets_of_a_yaml_are_hidden_in_the_card():
+    shown = ["base_model: a/b", "special_tokens:", "  pad_token: <pad>", "max_tokens: 5", "key:"]
+    secret = [f"hub_token: {SECRET}", "  comet_api_key: abc  # mine", "- password: 'x y'", "key: v"]
+    text = without_secrets("\n".join([*shown, *secret, f"note: see {SECRET}"]))
+    assert text.split("\n") == [
+        *shown,
+        *("hub_token: [hidden]", "  comet_api_key: [hidden]", "- password: [hidden]"),
+        *("key: [hidden]", "note: see [hidden]"),
+    ]
 
 
 def requirements() -> set[str]:
