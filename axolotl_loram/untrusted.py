@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,8 @@ MOST_YAML_BYTES = 2**18
 MOST_YAML_VALUES = 100_000
 DEEPEST = 50
 LONGEST_NUMBER = 1_000
+HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON writes one of UTF-16's surrogates."""
 
 
 def own_file(file: Path) -> Path:
@@ -56,6 +59,8 @@ def parse_json(text: str, where: object) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
+        if HALF_A_CHARACTER.search(text):  # of a pair, perhaps; alone, no file takes it
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise LoRAMError(f"expected a JSON object in {where}, found {error}") from None
     if not isinstance(value, dict):

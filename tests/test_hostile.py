@@ -82,6 +82,16 @@ def test_nested_json_is_refused(tmp_path):
         read_json(tmp_path / "a.json")
 
 
+def test_halves_of_characters_are_refused(tmp_path):
+    """JSON can say them, but no card or record can be written with them."""
+    file = tmp_path / "a.json"
+    file.write_text('{"base": "\\ud83d\\ude00"}')
+    assert read_json(file) == {"base": "😀"}
+    file.write_text('{"base": "\\ud800"}')
+    with pytest.raises(LoRAMError, match="surrogates not allowed"):
+        read_json(file)
+
+
 def test_endless_json_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(untrusted, "MOST_JSON_BYTES", 1_000)
     (tmp_path / "a.json").write_text('{"a": "' + "x" * 1_000 + '"}')
