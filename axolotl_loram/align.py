@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,6 +19,7 @@ from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.folders import new_file, write_json
 from axolotl_loram.loram_args import LoRAMConfig
+from axolotl_loram.nodes import is_first_rank
 from axolotl_loram.overrides import check_sharding
 from axolotl_loram.pairing import check_pruned, read_record
 from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, SCHEMA_VERSION, PruningPlan
@@ -153,11 +153,6 @@ def finish_alignment(run: Alignment) -> None:
         f"{run.outcome['tokens']:,}",
         f": held-out loss {losses['before']:.4f} → {losses['after']:.4f}" if losses else "",
     )
-
-
-def is_first_rank() -> bool:
-    """Whether this process is global rank 0."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _check_output(run: Alignment) -> None:

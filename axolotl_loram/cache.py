@@ -20,6 +20,8 @@ from axolotl_loram.sources import find_folder, load_config
 LOG = logging.getLogger(__name__)
 Rows = Callable[[], Iterator[list[int]]]
 """Gives the token ids of the run's own training data."""
+OWN_TEXT = "the run's datasets"
+"""What records call them."""
 
 
 def prune_into_cache(
@@ -73,4 +75,4 @@ def own_text(settings: PruningArgs | FillArgs, base: Path, rows: Rows) -> Calibr
     """The run's own training data as calibration text."""
     size = int(load_config(str(base))["vocab_size"])
     known = ([token for token in row if token < size] for row in rows())  # none that the run adds
-    return from_rows(known, settings, base, "the run's datasets")
+    return from_rows(known, settings, base, OWN_TEXT)

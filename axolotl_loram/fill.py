@@ -47,7 +47,7 @@ class Job:
     Attributes:
         settings: How to fill.
         plan: The plan that binds the models.
-        base: Folder of the base.
+        base: Folder of the base; None where `normal` fills, which does not look at it.
         pruned: Folder of the pruned model.
         work: Beside this path, under hidden names, hidden states go, with room for three times the
             calibration text's; what an interrupted fit has done stays there.
@@ -57,7 +57,7 @@ class Job:
 
     settings: FillArgs
     plan: PruningPlan
-    base: Path
+    base: Path | None
     pruned: Path
     work: Path
     progress: Progress = no_progress
@@ -70,6 +70,7 @@ class Job:
 
     def streams(self) -> tuple[LayerStream, LayerStream]:
         """The layers of the base and of the pruned model, in float32: changes are small."""
+        assert self.base is not None
         base = LayerStream(Checkpoint(self.base), self.plan.config, self.device, False, torch.float)
         config = load_config(str(self.pruned))
         pruned = LayerStream(Checkpoint(self.pruned), config, self.device, False, torch.float)
@@ -155,8 +156,8 @@ def _fitted(job: Job, full: Adapter, narrow: Adapter) -> dict[str, Any]:
             "expected LoRA on a projection that lost outputs (such as up_proj or v_proj) to fit, "
             "found none: recover this adapter with zeros"
         )
-    calibration = job.calibration or load_calibration(job.settings, job.base)
     base, pruned = job.streams()
+    calibration = job.calibration or load_calibration(job.settings, base.checkpoint.folder)
     identity = {
         "adapter": _digest(narrow),
         "plan": job.plan.digest,

@@ -28,6 +28,11 @@ ADAPTERS = (ADAPTER_CONFIG, ADAPTER_FILE, "optimizer.pt")
 """What rank 0 alone writes of an adapter in training, without shares: hundreds of MB at most."""
 
 
+def is_first_rank() -> bool:
+    """Whether this process is global rank 0."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def number_of(checkpoint: Path) -> int:
     """The step that a folder `checkpoint-N` was written at."""
     return int(checkpoint.name.partition("-")[2])

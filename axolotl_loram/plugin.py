@@ -22,6 +22,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -36,19 +37,17 @@ from axolotl_loram.align import (
     begin_alignment,
     check_one_step,
     finish_alignment,
-    is_first_rank,
 )
 from axolotl_loram.axolotl_data import training_data
 from axolotl_loram.complete import check_complete, trained_shapes
 from axolotl_loram.continual import prepare_trainer
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.fill import Job
 from axolotl_loram.heterogeneous import check_widths
 from axolotl_loram.loram_args import LoRAMConfig
 from axolotl_loram.masked import confine
 from axolotl_loram.merge import merge_masked
 from axolotl_loram.monitor import RecoveredEvaluation, check_can_evaluate
-from axolotl_loram.nodes import NodeCallback
+from axolotl_loram.nodes import NodeCallback, is_first_rank
 from axolotl_loram.objective import prepare_objective
 from axolotl_loram.plan import summary
 from axolotl_loram.progress import progress_bar
@@ -56,7 +55,6 @@ from axolotl_loram.publish import publish_adapter, without_secrets
 from axolotl_loram.quantized import prepare_packed, store_small_once_sized
 from axolotl_loram.recover import Filler, recover
 from axolotl_loram.runs import Run, begin_training, use_recovered_adapter
-from axolotl_loram.sources import find_folder
 from axolotl_loram.support import (
     ADAPTERS,
     aligns,
@@ -275,10 +273,8 @@ def recover_after_training(run: Run, card: str) -> None:
 
     once()
     if run.fill is not None:
-        base = find_folder(run.base.id, run.base.revision)
         with progress_bar("recovery") as progress:
-            pair = (base, run.pruned, run.output / "fitting")
-            once(Job(run.fill, run.plan, *pair, progress, run.fill_text).fill)
+            once(replace(run.fill, progress=progress).fill)
 
 
 def confine_update(run: Run, model: Any) -> None:

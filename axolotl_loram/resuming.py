@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.nodes import STATE_FILE, bring_state, last_on_all_ranks, number_of
+from axolotl_loram.nodes import (
+    STATE_FILE,
+    bring_state,
+    is_first_rank,
+    last_on_all_ranks,
+    number_of,
+)
 from axolotl_loram.pairing import read_record
 
 LOG = logging.getLogger(__name__)
@@ -41,7 +46,7 @@ def choose_checkpoint(cfg: Any, folder: Path, key: str, value: str) -> None:
     if not found:
         return
     bring_state(Path(found))
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_first_rank():
         return
     problem = _problem(Path(found))
     if problem:

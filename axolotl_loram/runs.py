@@ -8,18 +8,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.align import is_first_rank
 from axolotl_loram.architecture import parameters
 from axolotl_loram.args import FillArgs
 from axolotl_loram.axolotl_data import token_rows
-from axolotl_loram.cache import own_text, prune_into_cache
-from axolotl_loram.calibration import Calibration
+from axolotl_loram.cache import OWN_TEXT, own_text, prune_into_cache
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.fill import check_fillable
+from axolotl_loram.fill import Job, check_fillable
 from axolotl_loram.folders import made_once, new_file, write_json
 from axolotl_loram.formats import Formats
 from axolotl_loram.loram_args import LoRAMConfig
+from axolotl_loram.nodes import is_first_rank
 from axolotl_loram.overrides import check_adapter_saves
 from axolotl_loram.pairing import check_pair, check_recorded_base, read_record
 from axolotl_loram.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
@@ -51,8 +50,7 @@ class Run:
         formats: What the lm_head and the embedding are kept in.
         masked: Whether the update is confined to the weights that sparse pruning left.
         merges: Whether the result is wanted as a model too, with the masked update added.
-        fill: What the recovered adapter holds for what was pruned, if not zeros.
-        fill_text: The run's own data, for a fit; on the rank that recovers.
+        fill: Puts something else than zeros into the recovered adapter, on the rank that recovers.
         memory: What was predicted, and in the end measured.
         history: What the trainer has logged so far, of losses.
         steps: How many are "done" and "planned".
@@ -68,8 +66,7 @@ class Run:
     formats: Formats
     masked: bool = False
     merges: bool = False
-    fill: FillArgs | None = None
-    fill_text: Calibration | None = None
+    fill: Job | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
@@ -129,7 +126,6 @@ def begin_training(cfg: Any) -> Run:
     check_pair(pruned, plan, model, revision)
     masked = trains_masked(section, plan)
     _check_modules_to_save(cfg, plan)
-    fill, fill_text = _fill(section, cfg, pruned, plan)
     run = Run(
         Base(model, revision),
         pruned.resolve(),
@@ -140,8 +136,7 @@ def begin_training(cfg: Any) -> Run:
         formats,
         masked,
         merges=section.recovery == "masked",
-        fill=fill,
-        fill_text=fill_text,
+        fill=_filling(section, cfg, pruned, plan),
         memory={"predicted": predict_run(cfg, plan, formats), "measured": {}},
     )
     _check_same_plan(run)
@@ -162,21 +157,25 @@ def begin_training(cfg: Any) -> Run:
     return run
 
 
-def _fill(
-    section: LoRAMConfig, cfg: Any, pruned: Path, plan: PruningPlan
-) -> tuple[FillArgs | None, Calibration | None]:
-    """What to fill the recovered adapter with, and the text for it; cfg is still the base's."""
+def _filling(section: LoRAMConfig, cfg: Any, pruned: Path, plan: PruningPlan) -> Job | None:
+    """What will fill the recovered adapter, with all that it reads; cfg is still the base's."""
     if section.fill == "zeros":
-        return None, None
+        return None
     check_fillable(pruned, plan)
-    text = "the run's datasets" if section.fill == "fitted" else None
+    if not is_first_rank():
+        return None
     length = min(512, int(cfg.sequence_len or 512))
+    text = OWN_TEXT if section.fill == "fitted" else None
     settings = FillArgs(fill=section.fill, calibration_path=text, calibration_length=length)
-    if not (text and is_first_rank()):
-        return settings, None
-    base = find_folder(str(cfg.base_model), cfg.revision_of_model)
-    Checkpoint(base)  # its weights are needed when training has ended: better said now
-    return settings, own_text(settings, base, functools.partial(token_rows, cfg, settings.seed))
+    base, calibration = None, None
+    if section.fill != "normal":
+        base = find_folder(str(cfg.base_model), cfg.revision_of_model)
+        Checkpoint(base)  # its weights are needed when training has ended: better said now
+        if text:
+            rows = functools.partial(token_rows, cfg, settings.seed)
+            calibration = own_text(settings, base, rows)
+    work = Path(cfg.output_dir, "fitting")
+    return Job(settings, plan, base, pruned.resolve(), work, calibration=calibration)
 
 
 def gather_warm_start(run: Run, adapter: str) -> Path:

@@ -542,36 +542,30 @@ class Scene:
             "publish --dry-run of a model": Operation(
                 lambda place: self._rehearse(pruned, place), "out", replaces=False
             ),
-            "end of training": Operation(
-                lambda place: end_training(place / "out"),
-                "out",
-                run_folder,
-                last="adapter_config.json",
-                others=("pruned",),
-            ),
-            "end of training, again": Operation(
-                lambda place: end_training(place / "out"),
-                "out",
-                run_folder_again,
-                last="adapter_config.json",
-                others=("pruned",),
-            ),
-            "end of alignment": Operation(
-                lambda place: end_alignment(place / "out"),
-                "out",
-                self._save_trained,
-                again=self._save_trained,
-                last="config.json",
-                others=("training",),
-            ),
-            "end of alignment, again": Operation(
-                lambda place: end_alignment(place / "out"),
-                "out",
-                self._save_trained_over_old,
-                again=self._save_trained,
-                last="config.json",
-                others=("training",),
-            ),
+            **{
+                f"end of training{which}": Operation(
+                    lambda place: end_training(place / "out"),
+                    "out",
+                    prepare,
+                    last="adapter_config.json",
+                    others=("pruned",),
+                )
+                for which, prepare in (("", run_folder), (", again", run_folder_again))
+            },
+            **{
+                f"end of alignment{which}": Operation(
+                    lambda place: end_alignment(place / "out"),
+                    "out",
+                    prepare,
+                    again=self._save_trained,
+                    last="config.json",
+                    others=("training",),
+                )
+                for which, prepare in (
+                    ("", self._save_trained),
+                    (", again", self._save_trained_over_old),
+                )
+            },
         }
 
     def _rehearse(self, folder: Path, place: Path, **options: bool) -> None:
