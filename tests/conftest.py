@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from families import pico_config
+from warm import COMMANDS, Warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
@@ -109,16 +110,33 @@ def write_yaml(file: Path, settings: dict) -> Path:
     return file
 
 
-def run_command(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run an installed command of this environment, and show its output if it fails."""
+WARM = Warm()
+
+
+def run_command(
+    *command: object, check: bool = True, whole: bool = False, **options
+) -> subprocess.CompletedProcess:
+    """Run an installed command of this environment, and show its output if it fails.
+
+    Axolotl's commands are forks of a process that has imported Axolotl, unless `whole`, or unless
+    something but their input is special about them.
+    """
     programs = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    result = subprocess.run(
-        [str(programs / str(command[0])), *map(str, command[1:])],
-        capture_output=True,
-        text=True,
-        **{"env": environment, **options},
-    )
+    argv = [str(programs / str(command[0])), *map(str, command[1:])]
+    alone = "--launcher" not in argv or "python" in argv  # other launchers start processes
+    if command[0] == "axolotl" and command[1] in COMMANDS and alone and not whole:
+        if options.keys() <= {"input", "cwd"}:
+            folder = str(options.get("cwd") or Path.cwd())
+            result = WARM.run(argv, environment, folder, options.get("input"))
+        else:
+            result = subprocess.run(
+                argv, capture_output=True, text=True, **{"env": environment, **options}
+            )
+    else:
+        result = subprocess.run(
+            argv, capture_output=True, text=True, **{"env": environment, **options}
+        )
     if check and result.returncode:
         raise AssertionError(f"{command} failed:\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}")
     return result
