@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from axolotl_loram.architecture import sizes_of
 from axolotl_loram.args import FillArgs, PruningArgs
 from axolotl_loram.calibration import Calibration, from_rows, load_calibration
 from axolotl_loram.checkpoint import Checkpoint
@@ -73,6 +74,6 @@ def calibrate(settings: PruningArgs, base: Path, rows: Rows | None) -> Calibrati
 
 def own_text(settings: PruningArgs | FillArgs, base: Path, rows: Rows) -> Calibration:
     """The run's own training data as calibration text."""
-    size = int(load_config(str(base))["vocab_size"])
+    size = sizes_of(load_config(str(base)))["vocabulary"]
     known = ([token for token in row if token < size] for row in rows())  # none that the run adds
     return from_rows(known, settings, base, OWN_TEXT)
