@@ -286,7 +286,7 @@ def test_story_of_80_layers(make_model, settings, tmp_path):
         card = tmp_path / f"{folder.name}-card"
         options = ("--dry-run", "--base", "some-org/pico", "--output", card)
         run_command("axolotl-loram", "publish", folder, "some-org/pico-loram", *options)
-        assert (card / "README.md").exists()
+        assert (card / "upload.json").exists()
 
 
 @pytest.mark.slow
