@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from axolotl_loram.architecture import layer_fields
+from axolotl_loram.architecture import sizes_of
 from axolotl_loram.args import FillArgs, Pruning, PruningArgs
 from axolotl_loram.calibration import Calibration, from_rows, load_calibration
 from axolotl_loram.checkpoint import Checkpoint
@@ -81,6 +81,6 @@ def own_text(
     settings: Pruning | FillArgs, base: Path, rows: Rows, shrink: bool = False
 ) -> Calibration:
     """The run's own training data as calibration text; `shrink` as `calibration.pack` has it."""
-    size = int(layer_fields(load_config(str(base)), None)["vocab_size"])
+    size = sizes_of(load_config(str(base)))["vocabulary"]
     known = ([token for token in row if token < size] for row in rows())  # none that the run adds
     return from_rows(known, settings, base, OWN_TEXT, shrink=shrink)

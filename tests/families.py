@@ -67,6 +67,12 @@ def pico_config(family: str, **sizes):
     return config
 
 
+def at_depth(family: str, layers: int) -> dict:
+    """What makes a family's pico model as deep as real ones are."""
+    section, depth = FAMILIES[family].section, {"num_hidden_layers": layers}
+    return {section: {**OWN_SIZES[family][section], **depth}} if section else depth
+
+
 TRAINED = ("qwen3", "gemma3_text", "phi3", "mixtral")
 """Families that tests/test_training_families.py trains with `axolotl train`, beside Llama."""
 ALSO = {

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, run_command, write_yaml
+from families import pico_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_loram import calibration
 from axolotl_loram.args import PruningArgs
 from axolotl_loram.axolotl_data import heldout_rows, load_yaml, token_rows
+from axolotl_loram.cache import own_text
 from axolotl_loram.calibration import from_rows, load_calibration, pack
 from axolotl_loram.errors import LoRAMError
 
@@ -499,3 +501,11 @@ def test_axolotl_trains_on_what_was_prepared_here(make_model, settings, text_fil
     training = saved[: len(saved) - -(-len(saved) // 10)]
     assert sorted(rows) == sorted(training)
     assert any("<|im_start|>assistant" in byte_tokenizer().decode(row) for row in rows)
+
+
+def test_a_vision_language_model_is_calibrated_on_the_runs_own_text(tmp_path):
+    """Its vocabulary's size is in the section of its language tower."""
+    pico_config("gemma3").save_pretrained(tmp_path)
+    settings = PruningArgs(ratio=0.5, method="taylor", calibration_samples=2, calibration_length=8)
+    rows = lambda: iter([[5, 6, 263, 264, 7] * 20])  # noqa: E731
+    assert set(own_text(settings, tmp_path, rows).tokens.flat) == {5, 6, 7, 263}
