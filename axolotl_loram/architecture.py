@@ -27,6 +27,7 @@ from axolotl_loram.spaces import EMBEDDING, EXPERTS, LINEAR, Dim, Family, Group,
 Config = Mapping[str, Any]
 MOST_LAYERS, MOST_EXPERTS, MOST_FEATURES = 1_000, 1_024, 2**31
 """Bounds beyond any model, so that what a config claims takes bounded time."""
+TIED = "tie_word_embeddings"
 PER_LAYER = "per_layer_config"
 """Where transformers keeps what differs between layers; `own_fields` reads it."""
 
@@ -119,8 +120,19 @@ def with_defaults(config: Config) -> dict[str, Any]:
     known = _canonical(own)
     section = {name: v for name, v in family.defaults.items() if name not in known} | dict(own)
     whole = {**config, family.section: section} if family.section else section
+    whole[TIED] = is_tied(config)
     check_config(whole)
     return whole
+
+
+def is_tied(config: Config) -> bool:
+    """Whether the output embedding is the input embedding.
+
+    What is said of the language tower alone counts only where `tied_by_section`.
+    """
+    family = family_of(config)
+    tied = config.get(TIED, family.defaults.get(TIED))
+    return bool(tied or (family.tied_by_section and section_of(config, family).get(TIED)))
 
 
 def check_config(config: Config) -> None:
@@ -157,7 +169,7 @@ def layer_fields(config: Config, layer: int | None) -> dict[str, Any]:
     section = section_of(config, family_of(config))
     given = {} if layer is None else section.get(PER_LAYER) or {}
     own: Config = next((given[key] for key in _keys_of(layer) if key in given), {}) if given else {}
-    return {**config, **_canonical(section), **_canonical(own)}
+    return {**config, **_canonical(section), **_canonical(own), TIED: is_tied(config)}
 
 
 def own_fields(config: Config) -> dict[int, Config]:

@@ -111,7 +111,7 @@ def from_rows(
     """
     config = layer_fields(load_config(str(model_folder)), None)
     samples, length = settings.calibration_samples, settings.calibration_length
-    if length > config.get("max_position_embeddings", length):
+    if length > (config.get("max_position_embeddings") or length):
         raise LoRAMError(
             "expected calibration sequences of at most the model's "
             f"{config['max_position_embeddings']} tokens, found {length}: give a shorter "

@@ -279,7 +279,12 @@ ROWS = (
     vision_language(
         "qwen2_5_vl",
         # Its heads are hidden_size / heads wide whatever the config says.
-        replace(QWEN_2, groups=(MLP_NEURONS,), defaults={"num_key_value_heads": 8}),
+        replace(
+            QWEN_2,
+            groups=(MLP_NEURONS,),
+            defaults={"num_key_value_heads": 8},
+            tied_by_section=True,
+        ),
         whole=("model.visual.",),
         stored=(("model.language_model.", "model."), ("model.visual.", "visual.")),
     ),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture import Config, family_of
+from axolotl_loram.architecture import Config, family_of, is_tied
 from axolotl_loram.args import NATIVE, QLORAM
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.loram_args import LoRAMConfig
@@ -106,7 +106,7 @@ def choose_formats(section: LoRAMConfig, cfg: Any, config: Config, packed_head: 
     for part in formats.small:
         if part in hindrances:
             formats = formats.without(part, hindrances[part])
-    return formats.both_or_none() if config.get("tie_word_embeddings") else formats
+    return formats.both_or_none() if is_tied(config) else formats
 
 
 def module_names(config: Config) -> dict[str, str]:

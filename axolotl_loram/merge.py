@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from axolotl_loram.architecture import is_tied
 from axolotl_loram.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, write_safetensors
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.folders import check_vacant, new_folder, write_json
@@ -132,7 +133,7 @@ def _parts_by_tensor(adapter: Checkpoint, plan: PruningPlan) -> dict[str, dict[s
     Raises:
         LoRAMError: The adapter does not fit, or holds what cannot be added to a weight.
     """
-    tied = plan.config.get("tie_word_embeddings")
+    tied = is_tied(plan.config)
     found: dict[str, dict[str, StoredTensor]] = {}
     for moved in match(adapter, plan, full_size=False):
         module, part = split_name(moved.stored.name)

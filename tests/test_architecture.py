@@ -1,21 +1,27 @@
+import itertools
 import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import build_model
 from families import pico_config
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from axolotl_loram.architecture import (
     FAMILIES,
+    TIED,
     check_config,
     config_changes,
     family_of,
+    is_tied,
     own_fields,
     parameter_count,
     parameters,
     tensors,
+    with_defaults,
 )
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plan import keep_counts, protected_layers, summary
@@ -188,8 +194,6 @@ def test_a_layer_that_is_numbered_twice_is_refused():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_that_config_json_leaves_out_mean_what_transformers_takes_them_for(family, tmp_path):
-    from transformers import CONFIG_MAPPING
-
     row, raw = FAMILIES[family], pico_config(family).to_dict()
     optional = {"num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias"}
     optional |= {"mlp_bias", "num_local_experts", *row.defaults}
@@ -203,3 +207,21 @@ def test_fields_that_config_json_leaves_out_mean_what_transformers_takes_them_fo
         theirs = CONFIG_MAPPING[family].from_dict(json.loads(json.dumps(less))).to_dict()
         listed = [(t.name, t.shape) for t in tensors(load_config(str(tmp_path)))]
         assert listed == [(t.name, t.shape) for t in tensors(theirs)], left_out
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.section])
+def test_embeddings_are_tied_where_transformers_ties_them(family):
+    """Savers of different versions say it of the whole model, of its language tower, or of both."""
+    section, raw = FAMILIES[family].section, pico_config(family).to_dict()
+    for whole, tower in itertools.product([{}, {TIED: True}, {TIED: False}], repeat=2):
+        inner = {key: value for key, value in raw[section].items() if key != TIED}
+        outer = {key: value for key, value in raw.items() if key != TIED}
+        config = {**outer, **whole, section: {**inner, **tower}}
+        with torch.device("meta"):
+            settings = CONFIG_MAPPING[family].from_dict(json.loads(json.dumps(config)))
+            model = AutoModelForImageTextToText.from_config(settings)
+        running = {name for name, _ in model.named_parameters()}
+        for listed in (with_defaults(config), model.config.to_dict()):
+            found = {tensor.name for tensor in parameters(listed)}
+            assert is_tied(listed) == ("lm_head.weight" not in running), (whole, tower)
+            assert found & {"lm_head.weight"} == running & {"lm_head.weight"}, (whole, tower)
