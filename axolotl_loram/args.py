@@ -62,25 +62,31 @@ NATIVE = "native"
 QLORAM = {"lm_head": "nf4", "embedding": "cpu"}
 """Default with load_in_4bit. An embedding on the CPU loses nothing; with NF4 for the rest it is the
 only pair that keeps LLaMA-3.1-70B at 0.85 within 4 bits per parameter (8.31 GiB)."""
-OWN_DATA = {"method": "activation"}
-"""Default where there is text. With it and the refit, on the fine-tuning data, the recovered
-adapter kept 95 % of the gain of LoRA at 0.75, and hurt other text less (benchmarks/ablation.py)."""
+CALIBRATION_LENGTH = 512
+"""Tokens of a calibration sequence by default, where the model reads so many."""
 PROTECTED = (4, 2)
 """Layers the paper leaves whole at the start and the end, in structured pruning."""
 
 
-class PruningArgs(Section):
-    """How to prune: `loram: pruning:` in YAML, options of `axolotl-loram prune`."""
+Method = Literal["random", "magnitude", "activation", "fluctuation", "taylor", "wanda", "sparsegpt"]
 
-    method: Literal[
-        "random", "magnitude", "activation", "fluctuation", "taylor", "wanda", "sparsegpt"
-    ] = Field(
-        default="random",
+
+class PruningArgs(Section):
+    """How to prune: `loram: pruning:` in YAML, options of `axolotl-loram prune`.
+
+    A default that depends on anything else is None here, and is settled by `resolve`: Axolotl
+    writes every default out before a plugin sees its section, so that a value tells nothing about
+    whether somebody named it.
+    """
+
+    method: Method | None = Field(
+        default=None,
         description="What to remove. Whole units (--pruning-ratio): random ones, or those of least "
         "magnitude (group L2 norm), activation (Wanda: norm of the weights times norm of the "
         "inputs), fluctuation (FLAP: variance of the inputs), taylor (LLM-Pruner: first-order "
         "change of the loss). Single weights (--sparsity): magnitude, wanda, sparsegpt. By default "
-        "activation where there is calibration text (in a training YAML, its own data sets).",
+        "activation where there is calibration text (in a training YAML, its own data sets), "
+        "otherwise random; with a sparsity, magnitude.",
     )
     ratio: float | None = Field(
         default=None,
@@ -108,7 +114,7 @@ class PruningArgs(Section):
         default=None,
         description="Fit what stays of down_proj and o_proj to stand in for what is removed, by "
         "ridge regression on calibration text, where that lowers the held-out error. On by "
-        "default where there is calibration text.",
+        "default where the method reads such text, or some is named.",
     )
     calibration_path: str | None = Field(
         default=None,
@@ -119,8 +125,10 @@ class PruningArgs(Section):
     calibration_samples: int = Field(
         default=128, ge=2, description="Calibration sequences; an eighth is held out by the refit."
     )
-    calibration_length: int = Field(
-        default=512, ge=2, description="Tokens in each calibration sequence."
+    calibration_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens in each calibration sequence; 512 by default, or what the model reads.",
     )
     load_in_4bit: bool = Field(
         default=False,
@@ -158,14 +166,6 @@ class PruningArgs(Section):
         "or 256 (4.03).",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _magnitude_where_single_weights_go(cls, data: Any) -> Any:
-        """Random zeros are of no use: with a sparsity, the default method is magnitude."""
-        if isinstance(data, dict) and data.get("sparsity") is not None:
-            return {**data, "method": data.get("method") or "magnitude"}
-        return data
-
     @field_validator("ratio")
     @classmethod
     def _inside_unit_interval(cls, ratio: float | None) -> float | None:
@@ -188,13 +188,6 @@ class PruningArgs(Section):
             raise LoRAMError(f"expected quantize_block_size 64, 128 or 256, found {size}")
         return size
 
-    @model_validator(mode="before")
-    @classmethod
-    def _activation_where_there_is_text(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "method" in data or not data.get("calibration_path"):
-            return data
-        return data if data.get("sparsity") or data.get("indices_path") else data | OWN_DATA
-
     @model_validator(mode="after")
     def _whole_units_if_quantized(self) -> PruningArgs:
         if self.quantize and self.sparsity:
@@ -215,7 +208,7 @@ class PruningArgs(Section):
                 "are removed by ratio or indices, single weights by sparsity"
             )
         methods = SPARSE if self.sparsity else STRUCTURED
-        if self.method not in methods and not self.indices_path:
+        if self.method and self.method not in methods and not self.indices_path:
             raise LoRAMError(
                 f"expected method {', '.join(methods)} with {given[0]}, found {self.method!r}"
             )
@@ -226,32 +219,57 @@ class PruningArgs(Section):
             )
         return self
 
-    def on_own_data(self) -> PruningArgs:
-        """The settings where a training run's own data are at hand, as in its YAML."""
-        named = "method" in self.model_fields_set or self.ratio is None
-        return self if named else self.model_copy(update=OWN_DATA)
+    def resolve(self, own_text: bool = False, longest: int | None = None) -> Pruning:
+        """Settle every default that depends on something else: the one place that does.
+
+        Args:
+            own_text: Whether a training run's own data are at hand, besides text that is named.
+            longest: Tokens that the model reads at most, where that is known.
+
+        Returns:
+            Settings that say all they mean. Resolved again, they stay the same.
+        """
+        whole_units = self.ratio is not None
+        # Stacked experts do not show what goes into each neuron, so text tells nothing of those.
+        readable = "expert_neurons" not in (self.units or ())
+        text = readable and (own_text or self.calibration_path is not None)
+        method: Method = "magnitude" if self.sparsity else "random"
+        if whole_units and text:
+            # The recovered adapter kept 96 % of LoRA's gain by this (benchmarks/ablation.py).
+            method = "activation"
+        method = self.method or method
+        reads = method in CALIBRATED and not self.indices_path
+        refit = not self.sparsity and (reads or self.calibration_path is not None)
+        length = min(CALIBRATION_LENGTH, longest or CALIBRATION_LENGTH)
+        first, last = (0, 0) if self.sparsity else PROTECTED
+        settled = {
+            "method": method,
+            "refit": refit if self.refit is None else self.refit,
+            "calibration_length": self.calibration_length or length,
+            "protect_first": first if self.protect_first is None else self.protect_first,
+            "protect_last": last if self.protect_last is None else self.protect_last,
+        }
+        return Pruning.model_validate({**self.model_dump(), **settled})
+
+
+class Pruning(PruningArgs):
+    """`PruningArgs` with nothing left open."""
+
+    method: Method
+    refit: bool
+    calibration_length: int
+    protect_first: int
+    protect_last: int
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether calibration text is read: by the method, by the refit, or because it is given."""
-        method = self.method in CALIBRATED and not self.indices_path
-        return method or self.refits
-
-    @property
-    def refits(self) -> bool:
-        """Whether the kept weights are refitted."""
-        if self.refit is not None or self.sparsity:
-            return bool(self.refit)
-        return self.calibration_path is not None or (
-            self.method in CALIBRATED and not self.indices_path
-        )
+        """Whether calibration text is read: by the method, or by the refit."""
+        return self.refit or (self.method in CALIBRATED and not self.indices_path)
 
     @property
     def protected(self) -> tuple[int, int]:
         """Layers to leave whole at the start and the end."""
-        first, last = (0, 0) if self.sparsity else PROTECTED
-        first = first if self.protect_first is None else self.protect_first
-        return first, last if self.protect_last is None else self.protect_last
+        return self.protect_first, self.protect_last
 
 
 def check_ratio(ratio: float) -> float:

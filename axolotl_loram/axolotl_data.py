@@ -19,6 +19,8 @@ from axolotl_loram.untrusted import read_yaml
 
 IDS = ("input_ids", "chosen_input_ids", "chosen_ids")
 """What Axolotl calls a row's token ids; the last two in preference data."""
+PREFERRED = ("chosen", "completion")
+"""What it calls the answer of preference data that the trainer tokenizes."""
 SHUFFLE_BUFFER = 1000
 """Rows of streamed data that the next one is drawn from."""
 
@@ -65,11 +67,15 @@ def vocabulary(cfg: Any) -> dict[str, int]:
     Raises:
         LoRAMError: It gives none.
     """
+    return _tokenizer(cfg).get_vocab()
+
+
+def _tokenizer(cfg: Any) -> Any:
     with _as_a_library():
         from axolotl.loaders import load_tokenizer
 
         try:
-            return load_tokenizer(copy.deepcopy(cfg)).get_vocab()
+            return load_tokenizer(copy.deepcopy(cfg))
         except Exception as error:  # transformers', or Axolotl's about its own settings
             raise LoRAMError(
                 f"expected a tokenizer that Axolotl can load, found {cfg.tokenizer_config} refused "
@@ -79,6 +85,8 @@ def vocabulary(cfg: Any) -> dict[str, int]:
 
 def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
     """Token ids of the training rows, without the validation split, in an order drawn by seed.
+
+    Of preference data they are the prompt's with the answer that is preferred.
 
     What Axolotl prepares for it stays in `dataset_prepared_path`, where training finds it. Plugins'
     `load_datasets` is called by Axolotl's commands, not by its function of that name that is used
@@ -92,8 +100,13 @@ def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
     Raises:
         LoRAMError: Axolotl cannot load the data, or makes no token ids of it.
     """
+    tokenizer = _tokenizer(cfg) if cfg.rl else None
     for row in _rows(cfg, seed):
         found = next((name for name in IDS if name in row), None)
+        text = None if found or not tokenizer else _preferred_text(row, tokenizer)
+        if tokenizer and text is not None:
+            yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            continue
         if found is None:
             raise LoRAMError(
                 "expected training data that Axolotl tokenizes, found rows of "
@@ -103,6 +116,16 @@ def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
         # Streamed rows come padded. In preference data the mask may be the other answer's.
         mask = row.get("attention_mask") if found == "input_ids" else None
         yield (ids if mask is None else ids[np.asarray(mask) != 0]).tolist()
+
+
+def _preferred_text(row: dict[str, Any], tokenizer: Any) -> str | None:
+    """Prompt and preferred answer of a row that the trainer tokenizes; None if it has neither."""
+    answer = next((row[name] for name in PREFERRED if row.get(name)), None)
+    parts = [part for part in (row.get("prompt"), answer) if part]
+    if parts and all(isinstance(part, list) for part in parts):
+        messages = [message for part in parts for message in part]
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    return "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
 
 
 def heldout_rows(cfg: Any) -> list[tuple[list[int], list[int]]]:
@@ -117,6 +140,12 @@ def heldout_rows(cfg: Any) -> list[tuple[list[int], list[int]]]:
     Raises:
         LoRAMError: The run holds no data out, or Axolotl cannot load it.
     """
+    if cfg.rl:
+        raise LoRAMError(
+            "expected held-out data that Axolotl tokenizes, found rl: "
+            f"{getattr(cfg.rl, 'value', cfg.rl)}, where the trainer does it: name a text file as "
+            "held-out text"
+        )
     with _loading():
         data = _load(cfg).eval_dataset
     if not data:
@@ -142,18 +171,12 @@ def _rows(cfg: Any, seed: int) -> Iterator[dict[str, Any]]:
 
 def _load(cfg: Any) -> Any:
     """The training and the held-out rows as Axolotl prepares them."""
-    if cfg.rl:
-        raise LoRAMError(
-            "expected training data that Axolotl tokenizes, found rl: "
-            f"{getattr(cfg.rl, 'value', cfg.rl)}, where the trainer does it: name a text file as "
-            "calibration or held-out text"
-        )
     cfg = copy.deepcopy(cfg)  # Axolotl notes totals in it, and streaming changes the batch size
     cfg.accelerator_config = None  # with dispatch_batches, other ranks get a placeholder text
     with _as_a_library():
-        from axolotl.common.datasets import load_datasets
+        from axolotl.common.datasets import load_datasets, load_preference_datasets
 
-        return load_datasets(cfg=cfg)
+        return load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
 
 
 @contextmanager

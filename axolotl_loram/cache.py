@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from axolotl_loram.args import FillArgs, PruningArgs
+from axolotl_loram.architecture import layer_fields
+from axolotl_loram.args import FillArgs, Pruning, PruningArgs
 from axolotl_loram.calibration import Calibration, from_rows, load_calibration
 from axolotl_loram.checkpoint import Checkpoint
 from axolotl_loram.folders import made_once
 from axolotl_loram.plan import SCHEMA_VERSION
 from axolotl_loram.progress import progress_bar
-from axolotl_loram.prune import prune
+from axolotl_loram.prune import prune, resolve
 from axolotl_loram.sources import find_folder, load_config
 
 LOG = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def prune_into_cache(
     Args:
         model: Folder or hub id of the base model.
         revision: Revision on the hub.
-        settings: How to prune.
+        settings: How to prune; what they leave open is settled here.
         cache_dir: Where; $AXOLOTL_LORAM_CACHE or ~/.cache/axolotl-loram by default.
         rows: What to calibrate on where the settings name no text.
 
@@ -44,18 +45,21 @@ def prune_into_cache(
         Its folder.
     """
     cache, base = cache_folder(cache_dir), find_folder(model, revision)
-    calibration = calibrate(settings, base, rows) if settings.needs_calibration else None
+    settled = resolve(settings, load_config(str(base)), own_text=rows is not None)
+    calibration = None
+    if settled.needs_calibration:
+        calibration = calibrate(settled, base, rows, settings.calibration_length is None)
     stem = re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1])
 
     def make(folder: Path) -> None:
         LOG.info("pruning %s into %s", model, folder)
         with progress_bar("pruning") as progress:
-            prune(model, folder, settings, revision, False, progress, calibration)
+            prune(model, folder, settled, revision, False, progress, calibration)
 
-    how = settings.model_dump(exclude={"device"})
+    how = settled.model_dump(exclude={"device"})
     read = calibration and calibration.record()
     identity = [SCHEMA_VERSION, Checkpoint(base).fingerprint(), how, read]
-    return made_once(cache / f"{stem}-{settings.method}", identity, make)
+    return made_once(cache / f"{stem}-{settled.method}", identity, make)
 
 
 def cache_folder(named: str | None) -> Path:
@@ -64,15 +68,19 @@ def cache_folder(named: str | None) -> Path:
     return Path(named or default).expanduser()
 
 
-def calibrate(settings: PruningArgs, base: Path, rows: Rows | None) -> Calibration:
+def calibrate(
+    settings: Pruning, base: Path, rows: Rows | None, shrink: bool = False
+) -> Calibration:
     """The text to prune by: what the settings name, or the run's own training data."""
     if settings.calibration_path is not None or rows is None:
         return load_calibration(settings, base)
-    return own_text(settings, base, rows)
+    return own_text(settings, base, rows, shrink)
 
 
-def own_text(settings: PruningArgs | FillArgs, base: Path, rows: Rows) -> Calibration:
-    """The run's own training data as calibration text."""
-    size = int(load_config(str(base))["vocab_size"])
+def own_text(
+    settings: Pruning | FillArgs, base: Path, rows: Rows, shrink: bool = False
+) -> Calibration:
+    """The run's own training data as calibration text; `shrink` as `calibration.pack` has it."""
+    size = int(layer_fields(load_config(str(base)), None)["vocab_size"])
     known = ([token for token in row if token < size] for row in rows())  # none that the run adds
-    return from_rows(known, settings, base, OWN_TEXT)
+    return from_rows(known, settings, base, OWN_TEXT, shrink=shrink)

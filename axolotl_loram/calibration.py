@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture import layer_fields
-from axolotl_loram.args import FillArgs, PruningArgs
+from axolotl_loram.args import FillArgs, Pruning
 from axolotl_loram.axolotl_data import (
     SHUFFLE_BUFFER,
     load_yaml,
@@ -26,7 +26,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.layerwise_args import LayerwiseArgs
 from axolotl_loram.sources import load_config
 
-Calibrated = PruningArgs | LayerwiseArgs | FillArgs
+Calibrated = Pruning | LayerwiseArgs | FillArgs
 """Settings that name calibration text, its length, samples and seed."""
 LOG = logging.getLogger(__name__)
 TEXT, ROWS, YAML = (".txt",), (".jsonl", ".json"), (".yml", ".yaml")
@@ -102,6 +102,7 @@ def from_rows(
     model_folder: Path,
     source: str,
     separator: int | None = None,
+    shrink: bool = False,
 ) -> Calibration:
     """`pack` as the settings say, and checked against the model in a folder.
 
@@ -117,7 +118,7 @@ def from_rows(
             f"{config['max_position_embeddings']} tokens, found {length}: give a shorter "
             "--calibration-length"
         )
-    packed = pack(rows, samples, length, settings.seed, source, separator)
+    packed = pack(rows, samples, length, settings.seed, source, separator, shrink)
     largest = int(packed.tokens.max())
     if largest >= config["vocab_size"]:
         raise LoRAMError(
@@ -134,6 +135,7 @@ def pack(
     seed: int,
     source: str,
     separator: int | None,
+    shrink: bool = False,
 ) -> Calibration:
     """Concatenate token sequences and cut windows out of that, drawn by seed.
 
@@ -148,6 +150,8 @@ def pack(
         seed: Of the parts, of the windows and of their order.
         source: What the sequences come from.
         separator: Token to put after each, where it does not end in it.
+        shrink: Of less text than two windows, take two shorter ones (of 2 tokens at least): nobody
+            asked for this length.
 
     Raises:
         LoRAMError: There are not enough tokens for two windows.
@@ -167,6 +171,8 @@ def pack(
         if missing <= 0:
             break
     joined = np.concatenate((documents if missing > 0 else parts) or [np.empty(0, np.int64)])
+    if shrink:
+        length = min(length, max(2, len(joined) // 2))
     found = len(joined) // length
     if found < 2:
         raise LoRAMError(

@@ -98,7 +98,7 @@ def align_request(
     asked = Request(
         base,
         revision,
-        PruningArgs.parse(**pruning) if pruning else None,
+        PruningArgs.parse(**pruning).resolve() if pruning else None,
         None if pruning else (base, revision),
         run,
         "loram",

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from axolotl_loram import __version__
-from axolotl_loram.architecture import Config, changed, family_of, layer_count, sizes_of
-from axolotl_loram.args import CALIBRATED, PruningArgs
+from axolotl_loram.architecture import (
+    Config,
+    changed,
+    family_of,
+    layer_count,
+    layer_fields,
+    sizes_of,
+)
+from axolotl_loram.args import CALIBRATED, Pruning, PruningArgs
 from axolotl_loram.checkpoint import Checkpoint, StoredTensor
 from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
@@ -78,7 +85,7 @@ class Job:
 
     checkpoint: Checkpoint
     sketch: PruningPlan
-    settings: PruningArgs
+    settings: Pruning
     calibration: Calibration | None
     packing: Packing | None = None
     progress: Progress = no_progress
@@ -142,7 +149,7 @@ def prune(
     Args:
         model: Folder or hub id of the base model, in safetensors.
         output: Folder to write.
-        settings: How to prune.
+        settings: How to prune; what they leave open is settled here (`PruningArgs.resolve`).
         revision: Revision on the hub.
         overwrite: Replace what `output` holds.
         progress: Shows how far it is.
@@ -161,16 +168,17 @@ def prune(
             f"expected a model in 16 or 32 bits to prune, found quantization_config in {model}: "
             "load it dequantized, save it, and prune that"
         )
+    resolved = resolve(settings, config, own_text=calibration is not None)
     folder = find_folder(model, revision)
     checkpoint = Checkpoint(folder)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
-    sketch = plan_of_size(config, base, settings)
-    check_scorable(sketch, settings)
-    packing = _plan_packing(settings, checkpoint, sketch)
-    calibration = calibration or _calibrate(settings, folder)
-    job = Job(checkpoint, sketch, settings, calibration, packing, progress)
+    sketch = plan_of_size(config, base, resolved)
+    check_scorable(sketch, resolved)
+    packing = _plan_packing(resolved, checkpoint, sketch)
+    calibration = calibration or _calibrate(resolved, folder)
+    job = Job(checkpoint, sketch, resolved, calibration, packing, progress)
     check_room(job, output)
     with resumable(output, job.identity, overwrite) as work:
         outcome = decide(job, work)
@@ -180,7 +188,12 @@ def prune(
         return _write_rest(folder, job, outcome, work.result, files)
 
 
-def plan_of_size(config: dict[str, Any], base: Base, settings: PruningArgs) -> PruningPlan:
+def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pruning:
+    """`PruningArgs.resolve` for the model with this config."""
+    return settings.resolve(own_text, layer_fields(config, None).get("max_position_embeddings"))
+
+
+def plan_of_size(config: dict[str, Any], base: Base, settings: Pruning) -> PruningPlan:
     """A plan as large as the one to come, to count with; refuses what cannot be planned.
 
     Raises:
@@ -206,9 +219,7 @@ def plan_of_size(config: dict[str, Any], base: Base, settings: PruningArgs) -> P
     return PruningPlan(config, kept, base)
 
 
-def _plan_packing(
-    settings: PruningArgs, checkpoint: Checkpoint, sketch: PruningPlan
-) -> Packing | None:
+def _plan_packing(settings: Pruning, checkpoint: Checkpoint, sketch: PruningPlan) -> Packing | None:
     if settings.quantize is None:
         return None
     config = changed(read_json(checkpoint.folder / "config.json"), sketch.changes)
@@ -216,18 +227,18 @@ def _plan_packing(
     return plan_packing(config, checkpoint.tensors, block, device)
 
 
-def device_of(settings: PruningArgs) -> str:
+def device_of(settings: Pruning) -> str:
     """Where to compute: as the settings say, else on the GPU if there is one."""
     import torch
 
     return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _calibrate(settings: PruningArgs, folder: Path) -> Calibration | None:
+def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
     if not settings.needs_calibration:
         return None
     if settings.calibration_path is None:
-        why = f"method {settings.method}" if not settings.refit else "refit"
+        why = f"method {settings.method}" if settings.method in CALIBRATED else "refit"
         raise LoRAMError(
             f"expected calibration text for {why}, found none: give --calibration FILE (.txt, "
             ".jsonl, an Axolotl YAML) or a data set on the hub"
@@ -237,7 +248,7 @@ def _calibrate(settings: PruningArgs, folder: Path) -> Calibration | None:
     return load_calibration(settings, folder)
 
 
-def check_scorable(sketch: PruningPlan, settings: PruningArgs) -> None:
+def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
     """Refuse a criterion that does not know what it is to score.
 
     Raises:
@@ -264,7 +275,7 @@ def check_room(job: Job, output: Path) -> None:
         LoRAMError: Too little is free, or nothing can be written there.
     """
     needed = needed_bytes(job.checkpoint, job.sketch)
-    refitted = needed if job.settings.sparsity or job.settings.refits else 0
+    refitted = needed if job.settings.sparsity or job.settings.refit else 0
     if job.packing is not None:
         needed = job.packing.needed_bytes(job.sketch.pruned_config, job.checkpoint)
     needed += refitted
@@ -291,7 +302,7 @@ def decide(job: Job, work: Work) -> Outcome:
     if job.settings.sparsity is not None:
         return _make_sparse(job, work, job.settings.sparsity)
     plan = job.sketch if job.settings.indices_path else choose_units(job, work)
-    if not job.settings.refits or not plan.kept:
+    if not job.settings.refit or not plan.kept:
         return Outcome(plan)
     from axolotl_loram.compensate import refit
     from axolotl_loram.walk import Walk

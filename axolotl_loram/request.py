@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_loram import untrusted
-from axolotl_loram.args import PruningArgs
+from axolotl_loram.args import Pruning, PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.training import TrainingArgs, settings_of
 
@@ -64,7 +64,7 @@ class Request:
 
     model: str
     revision: str | None
-    pruning: PruningArgs | None
+    pruning: Pruning | None
     pruned: tuple[str, str | None] | None
     run: TrainingArgs
     adapter: str
@@ -101,7 +101,7 @@ def request(
         )
     pruning = {**({"ratio": 0.5} if fit else {}), **(section.get("pruning") or {}), **given}
     pruned = None if pruning else section.get("pruned_model_path")
-    how = None if pruned else PruningArgs.parse(**pruning)
+    how = None if pruned else PruningArgs.parse(**pruning).resolve(own_text=bool(cfg))
     in_4_bits = {
         "prequantized": bool(how and how.quantize),
         "block_size": how.quantize_block_size if how else 64,

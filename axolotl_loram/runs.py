@@ -119,9 +119,8 @@ def begin_training(cfg: Any) -> Run:
     else:
         assert section.pruning is not None  # the schema saw to it
         formats = decide_formats(section, cfg, None)
-        settings = section.pruning.on_own_data()
-        rows = functools.partial(token_rows, cfg, settings.seed)
-        pruned = prune_into_cache(model, revision, settings, section.cache_dir, rows)
+        rows = functools.partial(token_rows, cfg, section.pruning.seed)
+        pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir, rows)
     plan = PruningPlan.load(pruned)
     check_pair(pruned, plan, model, revision)
     masked = trains_masked(section, plan)
@@ -173,7 +172,7 @@ def _filling(section: LoRAMConfig, cfg: Any, pruned: Path, plan: PruningPlan) ->
         Checkpoint(base)  # its weights are needed when training has ended: better said now
         if text:
             rows = functools.partial(token_rows, cfg, settings.seed)
-            calibration = own_text(settings, base, rows)
+            calibration = own_text(settings, base, rows, shrink=True)
     work = Path(cfg.output_dir, "fitting")
     return Job(settings, plan, base, pruned.resolve(), work, calibration=calibration)
 

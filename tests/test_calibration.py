@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from axolotl_loram import calibration
 from axolotl_loram.args import PruningArgs
-from axolotl_loram.axolotl_data import load_yaml, token_rows
+from axolotl_loram.axolotl_data import heldout_rows, load_yaml, token_rows
 from axolotl_loram.calibration import from_rows, load_calibration, pack
 from axolotl_loram.errors import LoRAMError
 
@@ -432,10 +432,14 @@ def test_padding_of_streamed_rows_is_left_out(monkeypatch):
     assert list(token_rows(DictDefault())) == [[5, 6], [7, 8]]
 
 
+def test_preference_data_hold_nothing_out_that_has_tokens():
+    with pytest.raises(LoRAMError, match="tokenizes, found rl: dpo, where the trainer does it"):
+        heldout_rows(DictDefault({"rl": "dpo"}))
+
+
 def test_what_is_wrong_with_the_data_of_a_yaml_is_told(make_model, settings, text_file, tmp_path):
     base = make_model()
     for changes, message in (
-        ({"rl": "dpo"}, "tokenizes, found rl: dpo, where the trainer does it"),
         (
             {"datasets": [{"path": "nowhere/x.jsonl", "type": "completion"}]},
             "load, found it failing",

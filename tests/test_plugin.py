@@ -299,12 +299,3 @@ def test_a_plugin_that_cannot_be_imported_stops_axolotl():
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode and "LoRAMPlugin could not be imported" in result.stderr
     assert "went on" not in result.stdout
-
-
-def test_units_are_chosen_by_activation_where_there_is_text():
-    assert PruningArgs(ratio=0.5).method == "random"
-    assert PruningArgs(ratio=0.5).on_own_data().method == "activation"
-    assert PruningArgs(ratio=0.5).on_own_data().refits
-    assert PruningArgs(ratio=0.5, calibration_path="text.txt").method == "activation"
-    assert PruningArgs(ratio=0.5, method="random").on_own_data().method == "random"
-    assert PruningArgs(sparsity=0.5, method="magnitude").on_own_data().method == "magnitude"

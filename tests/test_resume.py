@@ -54,7 +54,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def calibration_of(settings):
-    return TEXT if settings.needs_calibration else None
+    return TEXT if settings.resolve().needs_calibration else None
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -125,7 +125,9 @@ def test_hidden_states_of_another_device_are_not_gone_on_with(make_model):
     checkpoint, config = Checkpoint(make_model()), load_config(str(make_model()))
     sketch = PruningPlan(config, {})
     identities = [
-        Job(checkpoint, sketch, PruningArgs(ratio=0.5, device=device), calibration).identity
+        Job(
+            checkpoint, sketch, PruningArgs(ratio=0.5, device=device).resolve(), calibration
+        ).identity
         for calibration in (TEXT, None)
         for device in ("cpu", "cuda")
     ]
