@@ -9,8 +9,9 @@ from typing import Any
 from axolotl_loram.checkpoint import has_weights
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.matching import ADAPTER_CONFIG
+from axolotl_loram.ordinary import describe_ordinary, shown
 from axolotl_loram.pairing import check_pruned, read_record
-from axolotl_loram.plan import PLAN_FILE, RECORD_FILE, PruningPlan, summary
+from axolotl_loram.plan import PLAN_FILE, PruningPlan, summary
 from axolotl_loram.progress import Progress, no_progress
 from axolotl_loram.records import refit_summary
 from axolotl_loram.sources import MODEL_PATTERNS, find_folder
@@ -31,7 +32,7 @@ def inspect(
     base: str | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Tell what a pruned model or an adapter is, and with `verifying` whether it is whole.
+    """Tell what a model or an adapter is, and with `verifying` whether what LoRAM made is whole.
 
     Args:
         model: A folder, or a hub id: of that, only small files are downloaded unless `verifying`.
@@ -41,16 +42,17 @@ def inspect(
         progress: Shows the bytes hashed.
 
     Returns:
-        What `loram.json` says; "checks" and "failed" (how many) where they were made.
+        What `loram.json` says; "checks" and "failed" (how many) where they were made. Of a folder
+        without one, what `describe_ordinary` finds.
 
     Raises:
-        LoRAMError: No such model, none with a record, or (without `verifying`) files that do not
-            fit one another.
+        LoRAMError: No such model, nothing to verify it by, or (without `verifying`) files that do
+            not fit one another.
     """
     folder = find_folder(model, revision, ALL_PATTERNS if verifying else SMALL_PATTERNS)
     record = read_record(folder)
-    if not record:
-        raise LoRAMError(f"expected a folder with {RECORD_FILE}, found none in {model}")
+    if not record and not verifying:
+        return describe_ordinary(folder, model)
     made = verify(folder, base, progress) if verifying else []
     try:
         told = describe(folder, record)
@@ -102,14 +104,16 @@ def _told(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def report(found: Mapping[str, Any]) -> str:
     """What `inspect` returns, for people."""
-    shown = {name: value for name, value in found.items() if name not in STRUCTURED}
+    if found["kind"] in ("model", "adapter"):
+        return lines(shown(found))
+    named = {name: value for name, value in found.items() if name not in STRUCTURED}
     if found.get("calibration"):
-        shown["calibration"] = calibration_line(found["calibration"])
+        named["calibration"] = calibration_line(found["calibration"])
     for index, alignment in enumerate(found.get("alignments") or [], start=1):
-        shown[f"alignment {index}"] = alignment_line(alignment)
+        named[f"alignment {index}"] = alignment_line(alignment)
     if found.get("versions"):
-        shown["made with"] = ", ".join(f"{n} {v}" for n, v in found["versions"].items())
-    told = lines(shown)
+        named["made with"] = ", ".join(f"{n} {v}" for n, v in found["versions"].items())
+    told = lines(named)
     return f"{told}\n\n{check_lines(found['checks'])}" if "checks" in found else told
 
 

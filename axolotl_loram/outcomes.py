@@ -50,7 +50,7 @@ def inspect(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Tell what MODEL is: a pruned model, or an adapter trained on one or recovered from one.
+    """Tell what MODEL is: any model (and what pruning would leave of it), or an adapter.
 
     MODEL is a folder or a hub id. With --verify, exit status 1 says that a check failed.
     """

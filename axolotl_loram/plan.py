@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -296,16 +297,17 @@ def protected_layers(layers: int, first: int, last: int) -> set[int]:
         raise LoRAMError(f"expected 0 or more protected layers, found {first} first, {last} last")
     kept_first, kept_last = min(first, layers // 4), min(last, layers // 4)
     if (kept_first, kept_last) != (first, last):
-        LOG.warning(
-            "protecting the first %d and last %d of %d layers, not %d and %d: at most a quarter at "
-            "each end",
-            kept_first,
-            kept_last,
-            layers,
-            first,
-            last,
-        )
+        _say_fewer(kept_first, kept_last, layers, first, last)
     return set(range(kept_first)) | set(range(layers - kept_last, layers))
+
+
+@functools.cache  # once: a search for a ratio asks dozens of times
+def _say_fewer(*numbers: int) -> None:
+    LOG.warning(
+        "protecting the first %d and last %d of %d layers, not %d and %d: at most a quarter at "
+        "each end",
+        *numbers,
+    )
 
 
 def keep_counts(

@@ -27,9 +27,14 @@ def lines(result: Mapping[str, Any]) -> str:
     """Names and values, one to a line."""
     width = max(len(name) for name in result)
     return "\n".join(
-        f"{name.replace('_', ' '):<{width}}  {f'{value:,}' if isinstance(value, int) else value}"
-        for name, value in result.items()
+        f"{name.replace('_', ' '):<{width}}  {_written(value)}" for name, value in result.items()
     )
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def memory_rows(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -433,6 +433,8 @@ def test_padding_of_streamed_rows_is_left_out(monkeypatch):
 
 
 def test_preference_data_hold_nothing_out_that_has_tokens():
+    from axolotl.utils.dict import DictDefault
+
     with pytest.raises(LoRAMError, match="tokenizes, found rl: dpo, where the trainer does it"):
         heldout_rows(DictDefault({"rl": "dpo"}))
 

@@ -72,16 +72,20 @@ def test_prune_train_recover_by_command_line(make_model, tmp_path):
         (("prune", "{base}", "{out}", "--method", "guess"), 2, "--method"),
         (("prune", "{base}", "{out}", "--pruning-ratio", "0.5", "--seed", "-1"), 2, "seed"),
         (("recover", "{base}"), 1, "expected a PEFT adapter"),
-        (("inspect", "{base}"), 1, "loram.json"),
+        (("inspect", "{base}", "--verify"), 1, "loram.json"),
+        (("inspect", "{empty}"), 1, "config.json, adapter_config.json or loram.json"),
+        (("inspect", "{mamba}"), 1, "no such model"),
     ],
 )
 def test_errors_are_one_line(arguments, status, message, make_model, tmp_path):
     (tmp_path / "mamba.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "empty").mkdir()
     places = {
         "base": make_model(),
         "heads": make_model(num_key_value_heads=4),
         "mamba": tmp_path / "mamba.json",
         "out": tmp_path / "out",
+        "empty": tmp_path / "empty",
     }
     result = loram(*(argument.format(**places) for argument in arguments), check=False)
     assert (result.returncode, result.stdout) == (status, "")
