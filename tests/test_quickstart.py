@@ -75,7 +75,7 @@ def test_a_model_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert pretrained.folder_of(model, tmp_path).is_dir()  # there already
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(("plan", "--help"), 0), (("plan", "."), 2)])
+@pytest.mark.parametrize(("arguments", "status"), [(("plan", "--help"), 0), (("plan", "."), 1)])
 def test_commands_run_in_a_fork_and_speak_into_a_log(tmp_path, arguments, status):
     log = tmp_path / "plan.log"
     script = "import commands, sys; from pathlib import Path\n"
@@ -90,5 +90,7 @@ def test_commands_run_in_a_fork_and_speak_into_a_log(tmp_path, arguments, status
     assert said.returncode == status
     assert f"axolotl-loram {' '.join(arguments)}" in said.stderr and "Traceback" not in said.stderr
     assert said.stdout == ("" if status else "went on True\n")
-    assert ("expected a pruning ratio" if status else "Usage: axolotl-loram plan") in log.read_text()
+    assert (
+        "expected a pruning ratio" if status else "Usage: axolotl-loram plan"
+    ) in log.read_text()
     assert ("expected a pruning ratio" in said.stderr) == bool(status)

@@ -5,6 +5,7 @@ that runs this already has the text, so nothing is downloaded. Whole top-level m
 """
 
 import ast
+import copy
 import json
 import random
 import sysconfig
@@ -122,9 +123,8 @@ def _chats(texts: list[str]) -> list[dict]:
 
 def _code(node: Function, owner: Owner) -> str:
     """Return a function without its docstring, a method below the first line of its class."""
-    bare = ast.parse(ast.unparse(node)).body[0]
-    assert isinstance(bare, Function)
-    bare.body = bare.body[1:] or [ast.Expr(ast.Constant(...))]
+    bare = copy.copy(node)
+    bare.body = node.body[1:] or [ast.Expr(ast.Constant(...))]
     code = ast.unparse(bare)
     if isinstance(owner, ast.ClassDef):
         return f"class {owner.name}:\n{textwrap.indent(code, '    ')}"
