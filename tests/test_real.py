@@ -5,7 +5,6 @@ Gemma 3 270M has sliding windows, 262,144 tokens, and an embedding that is scale
 """
 
 import json
-import math
 
 import data
 import pretrained
@@ -180,8 +179,7 @@ def test_smollm2_by_every_criterion(smollm2, texts, tmp_path, method):
     how = ["--method", method, "--pruning-ratio", 0.25, "--calibration", texts / "train.jsonl"]
     loram("prune", smollm2, out, *how, *CALIBRATION)
     assert loram("inspect", out, "--verify", "--base", smollm2)["failed"] == 0
-    print(method, loss_of(out), loss_of(smollm2))
-    assert loss_of(smollm2) < loss_of(out) < math.log(49_152)
+    assert loss_of(smollm2) < loss_of(out) < 7  # measured 3.6 to 5.8; a guess is log(49,152) = 10.8
 
 
 @TIER
@@ -194,8 +192,7 @@ def test_smollm2_made_sparse(smollm2, texts, tmp_path, method, sparsity):
     weights = load_file(out / "model.safetensors")
     name = "model.layers.20.mlp.down_proj.weight"
     assert (weights[name] == 0).float().mean().item() == pytest.approx(0.5, abs=0.001)
-    print(method, loss_of(out), loss_of(smollm2))
-    assert loss_of(out) < math.log(49_152)
+    assert loss_of(smollm2) < loss_of(out) < 7
 
 
 @TIER
@@ -233,6 +230,5 @@ def check_story(yaml_file, base, output, folder):
     assert found["base+recovered"] < 0.8 * found["base"]
     assert found["also:merged"] == pytest.approx(found["base+recovered"], rel=0.01)
     scores = {n: m["value"] for n, m in rest["tasks"]["capitals"]["models"].items()}
-    print(scores, found)
     assert scores["base"] >= 0.75 and scores["base+recovered"] >= 0.625
     assert (output / "merged/config.json").exists() and base.is_dir()
