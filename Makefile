@@ -4,11 +4,11 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # Test processes, one thread each: small models gain nothing from more threads.
 WORKERS ?= 2
-export HF_HUB_OFFLINE := 1
+export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: quickstart test test-fast test-nodes test-saves lint format bench bench-criteria bench-ablation families clean
+.PHONY: quickstart test test-fast test-nodes test-saves test-real lint format bench bench-criteria bench-ablation families clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -21,7 +21,7 @@ quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not multinode and not matrix'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not multinode and not matrix and not real'
 
 # Two network namespaces for two nodes: as root, with iproute2; some minutes.
 test-nodes: .venv/installed
@@ -31,8 +31,12 @@ test-nodes: .venv/installed
 test-saves: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix
 
+# Whole stories on SmolLM2-135M and Gemma 3 270M, downloaded once: MINUTES.
+test-real: .venv/installed
+	$(BIN)/python -m pytest -m real --durations 0
+
 test-fast: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not multinode and not matrix'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not multinode and not matrix and not real'
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

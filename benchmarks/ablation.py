@@ -1,4 +1,4 @@
-"""What of LoRAM matters: one factor at a time around a recipe, on the quickstart's base.
+"""What of LoRAM matters: one factor at a time around a recipe, on the toy base.
 
 The recipe: units by `activation`, scored and refitted on the fine-tuning text, 100 steps of
 alignment by distillation from the base on its own pre-training text, the same LoRA as everywhere,
@@ -26,14 +26,13 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from measure import ROOT, append_row, surroundings
+from measure import append_row, surroundings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(ROOT / "examples/quickstart"))
 
-import base
-import data
 import torch
+import toy_base as base
+import toy_data as data
 from ablation_cases import ROWS, Case, cases, key, plot, recoveries, rows, show, summarize
 from criteria import BUILD, LENGTH, STEPS, load, perplexities, train
 from peft import PeftModel

@@ -1,6 +1,6 @@
 """Alignment before LoRA: what each objective makes of the pruned model and the recovered adapter.
 
-On the quickstart's base, pruned at random, with and without refit, and aligned on the base's own
+On the toy base, pruned at random, with and without refit, and aligned on the base's own
 pretraining text: by next-token loss, by distillation from the base's stored outputs (both: all
 weights but the lm_head), or layer by layer. Then the same LoRA as in criteria.py is trained on it,
 recovered, and the base measured with it: perplexity of held-out docstrings (task, what LoRA is
@@ -30,8 +30,8 @@ from measure import append_row, surroundings
 # isort: split
 import torch
 from criteria import BUILD, LENGTH, STEPS, load, perplexities, subset, train
-from evaluation import _batches, _encode
 from peft import PeftModel
+from toy_evaluation import _batches, _encode
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 

@@ -1,6 +1,6 @@
 """Every criterion, with and without refit: what pruning costs, and what the recovered adapter is.
 
-On the quickstart's base (a small Llama that has read Python source; the task is to write a
+On the toy base (a small Llama that has read Python source; the task is to write a
 function's docstring; whole modules are held out). For each criterion × {refit, no refit} × ratio ×
 seed: prune, measure; train the same LoRA (same data, order, start and steps) on the pruned model;
 recover it; measure the base with it. Perplexities are of held-out docstrings (task) and of held-out
@@ -26,13 +26,12 @@ from pathlib import Path
 from measure import ROOT, append_row, surroundings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(ROOT / "examples/quickstart"))
 
-import base
-import data
 import torch
-from evaluation import _batches, _encode, heldout_perplexity
+import toy_base as base
+import toy_data as data
 from peft import LoraConfig, PeftModel, get_peft_model
+from toy_evaluation import _batches, _encode, heldout_perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -41,7 +40,7 @@ from axolotl_loram.args import PruningArgs
 from axolotl_loram.prune import prune
 from axolotl_loram.recover import recover
 
-BUILD = ROOT / "build/quickstart"
+BUILD = ROOT / "build/toy"
 ROWS = Path(__file__).with_suffix(".csv")
 METHODS = ("random", "magnitude", "activation", "fluctuation", "taylor")
 RATIOS = (0.5, 0.75, 0.85)

@@ -1,6 +1,6 @@
 """What an lm_head and an embedding in fewer bits cost: QLoRAM with each format, recovered.
 
-On the quickstart's base (a small Llama that has read Python source; the task is to write a
+On the toy base (a small Llama that has read Python source; the task is to write a
 function's docstring; whole modules are held out). The base is pruned once at 0.5 and loaded in NF4,
 as `adapter: qloram` does; then, for each pair of formats, the same LoRA (start, data, order, steps)
 is trained and recovered, and the base is measured with it. The seed decides LoRA's start and data.

@@ -1,7 +1,7 @@
 """Expert pruning: LoRA trained on a mixture that lost experts, served on the whole one.
 
-The base is a small Mixtral (8 layers of 8 experts, 2 for each token), trained on the quickstart's
-text as the quickstart's base is. For each criterion × ratio × seed: remove experts (of all but the
+The base is a small Mixtral (8 layers of 8 experts, 2 for each token), trained on the toy base's
+text as the toy base is. For each criterion × ratio × seed: remove experts (of all but the
 first and last two layers), train the same LoRA on attention and experts, recover it, measure the
 base with it.
 Perplexities are of held-out docstrings (task) and of held-out source (text).

@@ -29,6 +29,10 @@ from pathlib import Path
 from measure import ROOT, append_row, surroundings, timed
 from prune_stream import LLAMA_3_8B, RATIO, make_checkpoint
 
+sys.path.insert(0, str(ROOT / "examples/quickstart"))
+
+from pretrained import SMOLLM2, folder_of
+
 from axolotl_loram.architecture import layer_count, parameter_count, tensors
 
 SAMPLES, LENGTH = 4, 128
@@ -60,7 +64,7 @@ def run(config: dict, folder: Path) -> dict[str, object]:
     """One row."""
     base, text, output = folder / "base", folder / "text.txt", folder / "pruned"
     make_checkpoint(base, config)
-    for file in (ROOT / "build/quickstart/base").glob("tokenizer*"):
+    for file in folder_of(SMOLLM2).glob("tokenizer*"):
         shutil.copy(file, base)
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:20]
     text.write_text("\n".join(file.read_text(encoding="utf-8") for file in sources), "utf-8")

@@ -1,4 +1,4 @@
-"""Measure the quickstart's models on held-out functions, and show what they write."""
+"""Measure the toy models on held-out functions."""
 
 import json
 import math
@@ -27,38 +27,6 @@ def heldout_perplexity(
             ).item()
             count += int((labels[:, 1:] != IGNORED).sum())
     return math.exp(total / count)
-
-
-def generate_samples(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    jsonl: Path,
-    count: int = 3,
-    max_new_tokens: int = 32,
-) -> list[tuple[str, str, str]]:
-    """Return (prompt, the docstring in the file, the greedy answer) for rows spread over a file."""
-    rows = _rows(jsonl)
-    model.eval()
-    samples = []
-    for row in rows[len(rows) // (2 * count) :: len(rows) // count][:count]:
-        prompt, reference = (segment["text"] for segment in row["segments"])
-        tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )
-        answer = output[0, tokens["input_ids"].shape[1] :]
-        samples.append(tuple(_plain(tokenizer, text) for text in (prompt, reference, answer)))
-    return samples
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str | torch.Tensor) -> str:
-    """Return a text or token ids as text without special tokens."""
-    tokens = tokenizer(text, add_special_tokens=False).input_ids if isinstance(text, str) else text
-    return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _rows(jsonl: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Train the quickstart's base model: a tokenizer and a small Llama that has read Python source.
+"""Train the toy base model: a tokenizer and a small Llama that has read Python source.
 
 It stands in for the large model one would download: good enough at Python that pruning costs
 something and a LoRA gains something, small enough to train in minutes on two CPU cores.
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-KEY_FILE = "quickstart.json"
+KEY_FILE = "toy.json"
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
@@ -164,4 +164,4 @@ def _batches(stream: torch.Tensor, settings: Settings) -> Iterator[torch.Tensor]
 
 
 if __name__ == "__main__":
-    build(Path("build/quickstart/data/pretrain.jsonl"), Path("build/quickstart/base"))
+    build(Path("build/toy/data/pretrain.jsonl"), Path("build/toy/base"))
