@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from axolotl_loram.blocks import ALIASES, positive
@@ -27,6 +27,8 @@ from axolotl_loram.spaces import EMBEDDING, EXPERTS, LINEAR, Dim, Family, Group,
 Config = Mapping[str, Any]
 MOST_LAYERS, MOST_EXPERTS, MOST_FEATURES = 1_000, 1_024, 2**31
 """Bounds beyond any model, so that what a config claims takes bounded time."""
+PER_LAYER = "per_layer_config"
+"""Where transformers keeps what differs between layers; `own_fields` reads it."""
 
 
 @dataclass(frozen=True)
@@ -127,18 +129,10 @@ def check_config(config: Config) -> None:
     Raises:
         LoRAMError: A field is missing, of another type, or beyond any model.
     """
-    family, own = family_of(config), section_of(config, family_of(config))
-    overrides, count = own.get("per_layer_config") or {}, layer_count(config)
-    layers = {str(layer) for layer in range(count)}
-    if not isinstance(overrides, dict) or not all(
-        str(key) in layers and isinstance(fields, dict) for key, fields in overrides.items()
-    ):
-        raise LoRAMError(
-            f"expected per_layer_config to give fields of layers 0…{count - 1}, found "
-            f"{str(overrides)[:80]}: check the model's config.json"
-        )
+    family = family_of(config)
+    own_fields(config)
     try:
-        for layer in (None, *range(count)):
+        for layer in _places(config):
             found = sizes_of(config, layer)
             if max(found.values()) > MOST_FEATURES or found.get("experts", 0) > MOST_EXPERTS:
                 raise LoRAMError(
@@ -160,11 +154,40 @@ def _canonical(fields: Config) -> dict[str, Any]:
 
 def layer_fields(config: Config, layer: int | None) -> dict[str, Any]:
     """The config as layer `layer` sees it: global fields, then its `per_layer_config`."""
-    family = family_of(config)
-    section = section_of(config, family)
-    overrides = {} if layer is None else section.get("per_layer_config") or {}
-    own: Config = overrides.get(str(layer)) or overrides.get(layer) or {}
+    section = section_of(config, family_of(config))
+    given = {} if layer is None else section.get(PER_LAYER) or {}
+    own: Config = next((given[key] for key in _keys_of(layer) if key in given), {}) if given else {}
     return {**config, **_canonical(section), **_canonical(own)}
+
+
+def own_fields(config: Config) -> dict[int, Config]:
+    """Layer → the fields of its own that `per_layer_config` gives it, however it is numbered.
+
+    Raises:
+        LoRAMError: Something is no number of a layer, or two are of one, or their fields are none.
+    """
+    given = section_of(config, family_of(config)).get(PER_LAYER) or {}
+    layers = {key: layer for layer in range(layer_count(config)) for key in _keys_of(layer)}
+    pairs: Any = given.items() if isinstance(given, dict) else [(None, given)]
+    found: dict[int, Config] = {
+        layers[key]: own for key, own in pairs if key in layers and isinstance(own, dict)
+    }
+    if len(found) != len(pairs):
+        raise LoRAMError(
+            f"expected {PER_LAYER} to give fields of layers 0…{layer_count(config) - 1}, each "
+            f"once, found {str(given)[:80]}: check the model's config.json"
+        )
+    return found
+
+
+@cache
+def _keys_of(layer: int) -> tuple[int | str, ...]:
+    """What stands for a layer in `per_layer_config`: 4, "4", or "04" as transformers saves it.
+
+    It pads the numbers (5.16) to as many digits as the last layer with fields of its own has.
+    """
+    most = len(str(MOST_LAYERS - 1))
+    return (layer, *dict.fromkeys(str(layer).zfill(digits) for digits in range(1, most + 1)))
 
 
 def sizes_of(config: Config, layer: int | None = None) -> Sizes:
@@ -348,7 +371,7 @@ def config_changes(config: Config, counts: Mapping[int, Mapping[str, int]]) -> d
     heads = first.get("num_attention_heads", fields["num_attention_heads"])
     if uniform and fields["hidden_size"] % heads == 0:
         return explicit | first
-    return explicit | {"per_layer_config": {str(layer): fields for layer, fields in own.items()}}
+    return explicit | {PER_LAYER: {str(layer): fields for layer, fields in own.items()}}
 
 
 def changed(config: Config, changes: Config) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from axolotl_loram.architecture import (
     family_of,
     layer_count,
     layer_groups,
+    own_fields,
     parameter_count,
-    section_of,
     sizes_of,
     tensors,
 )
@@ -325,7 +325,7 @@ def keep_counts(
             model has no such units, or is pruned already.
     """
     check_ratio(ratio)
-    if section_of(config, family_of(config)).get("per_layer_config"):
+    if own_fields(config):
         raise LoRAMError(
             "expected a model whose layers are all alike, found per_layer_config in its config: "
             "prune the original model, not one that is pruned already"

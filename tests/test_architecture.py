@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from axolotl_loram.architecture import (
     FAMILIES,
+    check_config,
     config_changes,
     family_of,
+    own_fields,
     parameter_count,
+    parameters,
     tensors,
 )
 from axolotl_loram.errors import LoRAMError
@@ -159,6 +162,28 @@ def test_a_structure_that_is_not_declared_is_refused_by_name(family, field):
 def test_pruning_a_pruned_model_is_refused():
     with pytest.raises(LoRAMError, match="pruned already"):
         keep_counts({**LLAMA_2_70B, "per_layer_config": {"5": {}}}, 0.5, 4, 2)
+
+
+@pytest.mark.parametrize("number", [int, str, "{:02}".format, "{:03}".format])
+def test_a_layers_number_means_the_same_however_it_is_written(number):
+    """transformers pads it, as soon as a layer above 9 has fields of its own."""
+    counts = keep_counts(LLAMA_2_70B, 0.85, 4, 2)
+    written = config_changes(LLAMA_2_70B, counts)
+    own = written["per_layer_config"]
+    config = {**LLAMA_2_70B, **written}
+    again = config | {"per_layer_config": {number(int(key)): own[key] for key in own}}
+    check_config(again)
+    assert list(own_fields(again)) == sorted(counts)
+    assert own_fields(again) == own_fields(config)
+    assert list(parameters(again)) == list(parameters(config))
+    with pytest.raises(LoRAMError, match="pruned already"):
+        keep_counts(again, 0.5, 4, 2)
+
+
+def test_a_layer_that_is_numbered_twice_is_refused():
+    twice = {"4": {"intermediate_size": 8}, "04": {"intermediate_size": 16}}
+    with pytest.raises(LoRAMError, match=r"layers 0…79, each once, found \{'4'"):
+        check_config({**LLAMA_2_70B, "per_layer_config": twice})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
