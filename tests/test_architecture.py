@@ -166,7 +166,7 @@ def test_pruning_a_pruned_model_is_refused():
 
 @pytest.mark.parametrize("number", [int, str, "{:02}".format, "{:03}".format])
 def test_a_layers_number_means_the_same_however_it_is_written(number):
-    """transformers pads it, as soon as a layer above 9 has fields of its own."""
+    """Padded, as transformers saves it as soon as a layer above 9 has fields of its own."""
     counts = keep_counts(LLAMA_2_70B, 0.85, 4, 2)
     written = config_changes(LLAMA_2_70B, counts)
     own = written["per_layer_config"]
