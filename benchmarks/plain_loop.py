@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,7 @@ class Run:
         batches: For a loop: the Axolotl run whose batches it takes; none: its own.
         labels: For a loop: which PARTS of the answers it trains on; none: as Axolotl did.
         schedule: For a loop: transformers' name, and warmup steps.
-        clip: For a loop: the largest norm of a gradient.
         dtype: For a loop: of the frozen weights, under autocast unless it is float32.
-        dropout: For a loop.
         by_sample: For a loop: a step's loss is the mean over samples, not over tokens.
         compared: The run whose adapter it is held against.
     """
@@ -75,9 +73,7 @@ class Run:
     batches: str = ""
     labels: tuple[str, ...] = ()
     schedule: tuple[str, int] = ("constant", 0)
-    clip: float = 1.0
     dtype: str = "float32"
-    dropout: float = 0.0
     by_sample: bool = False
     compared: str = ""
 
@@ -91,25 +87,18 @@ def runs() -> Iterator[Run]:
     full = Run("loop, Axolotl's batches, whole answers", batches=own, labels=PARTS)
     yield full
     yield Run(mended, "axolotl", settings=eot)
-    yield Run(
-        f"loop, Axolotl's batches, text and {END}", batches=own, labels=PARTS[:2], compared=mended
-    )
-    yield Run("axolotl, own start", "axolotl", settings=eot, start=False)
+    few = Run("loop, whole answers, bfloat16", batches=own, labels=PARTS, dtype="bfloat16")
+    yield replace(few, compared=full.name)
     for name, change in {
         "own batches": {"batches": ""},
-        "own batches and start": {"batches": "", "start": False},
+        "own start": {"start": False},
         "mean over samples": {"by_sample": True},
         "cosine, 2 warmup steps": {"schedule": ("cosine", 2)},
-        "no clipping": {"clip": math.inf},
-        "dropout 0.05": {"dropout": 0.05},
-        "bfloat16": {"dtype": "bfloat16"},
     }.items():
-        changed = {"batches": own, "labels": PARTS, "compared": full.name, **change}
-        yield Run(f"loop, whole answers, {name}", **changed)
+        yield replace(few, name=f"{few.name}, {name}", compared=few.name, **change)
     pruned = {"model": "pruned"}
     yield Run(own, "axolotl", **pruned)
     yield Run("loop, Axolotl's batches and labels", batches=own, compared=own, **pruned)
-    yield Run("loop, Axolotl's batches, whole answers", batches=own, labels=PARTS, **pruned)
     yield Run(mended, "axolotl", settings=eot, **pruned)
 
 
@@ -229,12 +218,18 @@ class Bench:
 
 
 def folder_of(bench: Bench, model: str, name: str) -> Path:
-    """Where a run's adapter is; Axolotl's run has its batches there too."""
+    """Where a run's files are."""
     return bench.scratch / (re.sub(r"\W+", "-", name).strip("-") + f"-{model}")
 
 
+def adapter_of(bench: Bench, model: str, name: str) -> Path:
+    """A run's adapter as trained, with Axolotl's batches; LoRAM has it in a folder inside."""
+    folder = folder_of(bench, model, name)
+    return next(folder.rglob("batches.pt"), folder / "adapter").parent
+
+
 def trained_by_axolotl(bench: Bench, run: Run) -> Path:
-    """The adapter as trained; with LoRAM it is in a folder of its own."""
+    """A run of the command, with the plugin only where it is needed: on the pruned model."""
     folder = folder_of(bench, run.model, run.name)
     loram = {"loram": {"pruned_model_path": str(bench.pruned())}} if run.model == "pruned" else {}
     plugins = ["axolotl_loram.LoRAMPlugin"] * bool(loram) + ["recorder.RecorderPlugin"]
@@ -243,7 +238,7 @@ def trained_by_axolotl(bench: Bench, run: Run) -> Path:
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     start = {"RECORDER_START": str(bench.start(run.model))} if run.start else {}
     bench.command("axolotl", "train", str(file), "--launcher", "python", **start)
-    return next(folder.rglob("batches.pt")).parent
+    return adapter_of(bench, run.model, run.name)
 
 
 def trained_by_loop(bench: Bench, run: Run) -> Path:
@@ -253,9 +248,6 @@ def trained_by_loop(bench: Bench, run: Run) -> Path:
         model = PeftModel.from_pretrained(model, bench.start(run.model), is_trainable=True)
     else:
         model = bench.fresh(model, 1)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = run.dropout
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, RATE, weight_decay=0.0)
     name, warmup = run.schedule
@@ -263,7 +255,7 @@ def trained_by_loop(bench: Bench, run: Run) -> Path:
     model.train()
     for batch in batches_of(bench, run):
         loss_of(model, batch, run).backward()
-        torch.nn.utils.clip_grad_norm_(trained, run.clip)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -286,8 +278,7 @@ def batches_of(bench: Bench, run: Run) -> Iterable[dict[str, torch.Tensor]]:
     if not run.batches:
         rows = [bench.encoded(row) for row in bench.rows("train", STEPS * BATCH)]
         return [padded(bench, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
-    folder = folder_of(bench, run.model, run.batches)
-    batches = torch.load(next(folder.rglob("batches.pt")))
+    batches = torch.load(adapter_of(bench, run.model, run.batches) / "batches.pt")
     return [relabelled(bench, batch, run.labels) for batch in batches] if run.labels else batches
 
 
@@ -362,11 +353,10 @@ def row_of(bench: Bench, run: Run) -> dict[str, object]:
     begun = time.perf_counter()
     adapter = {"axolotl": trained_by_axolotl, "loop": trained_by_loop}[run.trainer](bench, run)
     seconds, gap = time.perf_counter() - begun, ""
-    seen = torch.load(adapter / "batches.pt") if run.trainer == "axolotl" else batches_of(bench, run)
+    kept = adapter / "batches.pt"
+    seen = torch.load(kept) if kept.exists() else batches_of(bench, run)
     if run.compared:
-        folder = folder_of(bench, run.model, run.compared)
-        other = next(folder.rglob("batches.pt"), folder / "x").parent
-        gap = f"{difference(adapter, other):.2g}"
+        gap = f"{difference(adapter, adapter_of(bench, run.model, run.compared)):.2g}"
     found = measured(bench, PeftModel.from_pretrained(bench.model(run.model), adapter))
     if run.model == "pruned":
         whole = PeftModel.from_pretrained(bench.model("base"), recovered(bench, adapter))
