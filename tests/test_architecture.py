@@ -24,7 +24,7 @@ from axolotl_loram.architecture import (
     with_defaults,
 )
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.plan import keep_counts, protected_layers, summary
+from axolotl_loram.plan import _say_fewer, keep_counts, protected_layers, summary
 from axolotl_loram.sources import load_config
 from axolotl_loram.spaces import Space, kept_features
 
@@ -127,6 +127,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_given_per_layer():
 
 @pytest.mark.parametrize(("layers", "whole"), [(2, []), (4, [0, 3]), (8, [0, 1, 6, 7])])
 def test_shallow_models_protect_a_quarter_at_each_end_and_say_so(layers, whole, caplog):
+    _say_fewer.cache_clear()  # said once in a process
     assert sorted(protected_layers(layers, 4, 2)) == whole
     assert "at most a quarter" in caplog.text
 

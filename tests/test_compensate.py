@@ -20,7 +20,7 @@ TEXT = Calibration(TOKENS, "a test", 0)
 
 
 def refitted(base, out, **changes):
-    settings = PruningArgs(**{"ratio": 0.5, "refit": True, **changes})
+    settings = PruningArgs(**{"ratio": 0.5, "method": "random", "refit": True, **changes})
     return prune(str(base), out, settings, calibration=TEXT)
 
 
