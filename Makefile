@@ -67,7 +67,7 @@ bench-ablation: .venv/installed
 
 # The README's table of families, from their declarations.
 families: .venv/installed
-	@$(BIN)/python tests/families.py
+	@$(BIN)/python tests/support/families.py
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis

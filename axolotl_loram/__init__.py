@@ -5,7 +5,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["LoRAMArgs", "LoRAMPlugin", "__version__"]
 
-_LAZY = {"LoRAMPlugin": "axolotl_loram.plugin", "LoRAMArgs": "axolotl_loram.args"}
+_LAZY = {"LoRAMPlugin": "axolotl_loram.plugin", "LoRAMArgs": "axolotl_loram.config"}
 
 
 def __getattr__(name: str) -> Any:

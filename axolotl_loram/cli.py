@@ -15,10 +15,7 @@ from typing import Any
 import click
 
 from axolotl_loram import __version__
-from axolotl_loram.args import FillArgs
-from axolotl_loram.errors import LoRAMError
-from axolotl_loram.layerwise_args import LayerwiseArgs
-from axolotl_loram.options import (
+from axolotl_loram.cli_options import (
     json_option,
     overwrite_option,
     parse_pruning,
@@ -28,7 +25,10 @@ from axolotl_loram.options import (
     show,
     training_options,
 )
-from axolotl_loram.outcomes import evaluate, inspect, publish, report
+from axolotl_loram.cli_outcomes import evaluate, inspect, publish, report
+from axolotl_loram.config import FillArgs
+from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.errors import LoRAMError
 
 fill_options = schema_options(FillArgs, {})
 
@@ -107,8 +107,8 @@ def plan(
     The memory is that of one GPU for LoRA, QLoRA, LoRAM and QLoRAM. With --stage align it is that
     of each GPU and each node, for training all of the pruned model under DeepSpeed.
     """
-    from axolotl_loram import cluster
-    from axolotl_loram.request import request
+    from axolotl_loram.memory import cluster
+    from axolotl_loram.memory.request import request
 
     try:
         if cluster.is_alignment(model, stage):
@@ -123,11 +123,11 @@ def plan(
         found = cluster.align_plan(wanted)
         click.echo(json.dumps(found) if as_json else cluster.align_report(found))
         return
-    from axolotl_loram import planning
+    from axolotl_loram.memory import planner as planning
 
     result = planning.plan(asked)
     if plot is not None:
-        from axolotl_loram.plotting import plot_memory
+        from axolotl_loram.results.figures import plot_memory
 
         plot_memory(result["methods"], plot, Path(model).name)
     click.echo(json.dumps(result) if as_json else planning.report(result))
@@ -150,9 +150,9 @@ def prune(
 ) -> None:
     """Write the pruned version of MODEL (a folder or a hub id) to the folder OUTPUT."""
     settings = parse_pruning(pruning)
-    from axolotl_loram.progress import progress_bar
-    from axolotl_loram.prune import prune as prune_model
-    from axolotl_loram.records import refit_summary
+    from axolotl_loram.architecture.record import refit_summary
+    from axolotl_loram.files.progress import progress_bar
+    from axolotl_loram.pruning.prune import prune as prune_model
 
     with progress_bar("pruning") as progress:
         record = prune_model(model, output, settings, revision, overwrite, progress)
@@ -194,19 +194,19 @@ def recover(
     if masked and settings.fill != "zeros":
         raise click.UsageError(f"expected --fill zeros with --masked, found {settings.fill}")
     if settings.fill != "zeros":
-        from axolotl_loram.fill import recover_filled
-        from axolotl_loram.progress import progress_bar
+        from axolotl_loram.files.progress import progress_bar
+        from axolotl_loram.recovery.fill import recover_filled
 
         with progress_bar("recovering") as progress:
             record = recover_filled(adapter, settings, pruned_model, output, overwrite, progress)
     elif masked:
-        from axolotl_loram.merge import merge_masked
-        from axolotl_loram.progress import progress_bar
+        from axolotl_loram.files.progress import progress_bar
+        from axolotl_loram.recovery.merge import merge_masked
 
         with progress_bar("merging") as progress:
             record = merge_masked(adapter, pruned_model, output, None, overwrite, progress)
     else:
-        from axolotl_loram.recover import recover as recover_adapter
+        from axolotl_loram.recovery.recover import recover as recover_adapter
 
         record = recover_adapter(adapter, pruned_model, output, overwrite=overwrite)
     shown = {"output": record["output"], "base": record["base"]["id"], "plan": record["plan"]}
@@ -236,8 +236,8 @@ def align(
     except LoRAMError as error:
         raise click.UsageError(str(error)) from None
     with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
-        from axolotl_loram.layerwise import align_layers, layer_summary
-        from axolotl_loram.progress import progress_bar
+        from axolotl_loram.files.progress import progress_bar
+        from axolotl_loram.training.layerwise import align_layers, layer_summary
 
         with progress_bar("aligning") as progress:
             record = align_layers(pruned, output, settings, base, overwrite, progress)

@@ -31,37 +31,37 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.telemetry.manager import FIELDS_TO_REDACT
 from transformers import TrainerCallback
 
-import axolotl_loram.heterogeneous  # noqa: F401  (teaches transformers the pruned model's layers)
-from axolotl_loram.align import (
+import axolotl_loram.models.per_layer  # noqa: F401  (teaches transformers the pruned model's layers)
+from axolotl_loram.architecture.plan import summary
+from axolotl_loram.config_loram import LoRAMConfig
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.progress import progress_bar
+from axolotl_loram.models.masked import confine
+from axolotl_loram.models.per_layer import check_widths
+from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
+from axolotl_loram.recovery.complete import check_complete, trained_shapes
+from axolotl_loram.recovery.merge import merge_masked
+from axolotl_loram.recovery.recover import Filler, recover
+from axolotl_loram.results.publish import publish_adapter, without_secrets
+from axolotl_loram.text.axolotl_text import training_data
+from axolotl_loram.training.align import (
     Alignment,
     begin_alignment,
     check_one_step,
     finish_alignment,
 )
-from axolotl_loram.axolotl_data import training_data
-from axolotl_loram.complete import check_complete, trained_shapes
-from axolotl_loram.continual import prepare_trainer
-from axolotl_loram.errors import LoRAMError
-from axolotl_loram.heterogeneous import check_widths
-from axolotl_loram.loram_args import LoRAMConfig
-from axolotl_loram.masked import confine
-from axolotl_loram.merge import merge_masked
-from axolotl_loram.monitor import RecoveredEvaluation, check_can_evaluate
-from axolotl_loram.nodes import NodeCallback, is_first_rank
-from axolotl_loram.objective import prepare_objective
-from axolotl_loram.plan import summary
-from axolotl_loram.progress import progress_bar
-from axolotl_loram.publish import publish_adapter, without_secrets
-from axolotl_loram.quantized import prepare_packed, store_small_once_sized
-from axolotl_loram.recover import Filler, recover
-from axolotl_loram.runs import Run, begin_training, use_recovered_adapter
-from axolotl_loram.support import (
+from axolotl_loram.training.align_trainer import prepare_trainer
+from axolotl_loram.training.checkpoints import NodeCallback, is_first_rank
+from axolotl_loram.training.memory_log import measure_run, start_measuring
+from axolotl_loram.training.monitor import RecoveredEvaluation, check_can_evaluate
+from axolotl_loram.training.objective import prepare_objective
+from axolotl_loram.training.run import Run, begin_training, use_recovered_adapter
+from axolotl_loram.training.support import (
     ADAPTERS,
     aligns,
     check_router_losses,
     check_supported,
 )
-from axolotl_loram.watch import measure_run, start_measuring
 
 LOG = logging.getLogger(__name__)
 MERGED_FOLDER = "merged"
@@ -77,7 +77,7 @@ class LoRAMPlugin(BasePlugin):
 
     def get_input_args(self) -> str:
         """The schema of the `loram:` section."""
-        return "axolotl_loram.loram_args.LoRAMArgs"
+        return "axolotl_loram.config_loram.LoRAMArgs"
 
     def register(self, cfg: Any) -> None:
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from axolotl_loram.gpus import GPUS
+from axolotl_loram.memory.gpus import GPUS
 
 GIB = 2**30
 WEIGHTS = ("embedding", "lm_head", "linears", "experts")

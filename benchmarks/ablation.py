@@ -39,11 +39,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from axolotl_loram.args import FillArgs, PruningArgs
-from axolotl_loram.calibration import load_calibration
-from axolotl_loram.fill import recover_filled
-from axolotl_loram.prune import prune
-from axolotl_loram.recover import recover
+from axolotl_loram.config import FillArgs, PruningArgs
+from axolotl_loram.pruning.prune import prune
+from axolotl_loram.recovery.fill import recover_filled
+from axolotl_loram.recovery.recover import recover
+from axolotl_loram.text.calibration import load_calibration
 
 MADE = BUILD.parent / "ablation"
 MAIN = (*cases()[:3], cases()[6])

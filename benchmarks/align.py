@@ -35,14 +35,14 @@ from toy_evaluation import _batches, _encode
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from axolotl_loram.args import PruningArgs
-from axolotl_loram.calibration import Calibration, load_calibration
-from axolotl_loram.distil import IGNORED, distillation_loss
-from axolotl_loram.layerwise import align_layers
-from axolotl_loram.layerwise_args import LayerwiseArgs
-from axolotl_loram.prune import prune
-from axolotl_loram.recover import recover
-from axolotl_loram.teacher import Teacher, make_teacher
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.pruning.prune import prune
+from axolotl_loram.recovery.recover import recover
+from axolotl_loram.text.calibration import Calibration, load_calibration
+from axolotl_loram.training.distil import IGNORED, distillation_loss
+from axolotl_loram.training.layerwise import align_layers
+from axolotl_loram.training.teacher import Teacher, make_teacher
 
 ROWS = Path(__file__).with_suffix(".csv")
 RATIOS, SEEDS = (0.75, 0.85, 0.5), (0, 1)

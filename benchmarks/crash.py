@@ -4,7 +4,7 @@ Prune, recover, publish --dry-run and the ends of training and of alignment run 
 Each call in turn kills the process, or fails; the disk is full after any number of pages; real
 kills come at random moments; two processes write one target. Afterwards the target is the old one
 or the complete new one, the message says which, and the same command succeeds and leaves nothing
-beside (tests/crash.py).
+beside (tests/support/crash.py).
 
     python benchmarks/crash.py                        # all of it, and a row in crash.csv
     python benchmarks/crash.py --json --faults kill   # a part, as the tests run it
@@ -26,7 +26,9 @@ from pathlib import Path
 
 from measure import ROOT, append_row, surroundings
 
+sys.path.insert(0, str(ROOT / "tests/recovery"))
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/support"))
 import crash
 
 ROWS = Path(__file__).with_suffix(".csv")

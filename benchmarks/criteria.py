@@ -36,9 +36,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import axolotl_loram.heterogeneous  # noqa: F401  (to load pruned models)
-from axolotl_loram.args import PruningArgs
-from axolotl_loram.prune import prune
-from axolotl_loram.recover import recover
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.pruning.prune import prune
+from axolotl_loram.recovery.recover import recover
 
 BUILD = ROOT / "build/toy"
 ROWS = Path(__file__).with_suffix(".csv")

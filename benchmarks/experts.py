@@ -27,11 +27,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from axolotl_loram.args import PruningArgs
-from axolotl_loram.plan import summary
-from axolotl_loram.prune import prune
-from axolotl_loram.recover import recover
-from axolotl_loram.sources import load_config
+from axolotl_loram.architecture.plan import summary
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.files.find import load_config
+from axolotl_loram.pruning.prune import prune
+from axolotl_loram.recovery.recover import recover
 
 MIXTURE = BUILD / "mixture"
 ROWS = Path(__file__).with_suffix(".csv")

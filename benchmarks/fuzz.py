@@ -29,7 +29,9 @@ from pathlib import Path
 from measure import ROOT, append_row, surroundings
 from tqdm import tqdm
 
+sys.path.insert(0, str(ROOT / "tests/recovery"))
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/support"))
 import hostile
 
 from axolotl_loram.errors import LONGEST, LoRAMError

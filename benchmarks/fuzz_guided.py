@@ -18,7 +18,10 @@ from pathlib import Path
 
 import atheris
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in (".", "tests")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent.parent / name)
+    for name in (".", "tests/support", "tests", "tests/recovery")
+]
 
 with atheris.instrument_imports(include=["axolotl_loram"]):
     import hostile

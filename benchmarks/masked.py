@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from axolotl_loram.masked import MaskedLora, pack
+from axolotl_loram.models.masked import MaskedLora, pack
 
 TOKENS, RANK, RUNS = 2048, 16, 7
 SHAPES = ((1024, 4096), (4096, 1024))

@@ -38,9 +38,9 @@ from typing import Any
 import numpy as np
 from measure import ROOT, append_row, surroundings, timed
 
-from axolotl_loram.architecture import Tensor, tensors
-from axolotl_loram.checkpoint import MODEL_FILE, Checkpoint, has_weights, write_safetensors
-from axolotl_loram.plan import PruningPlan
+from axolotl_loram.architecture.model import Tensor, tensors
+from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.files.tensors import MODEL_FILE, Checkpoint, has_weights, write_safetensors
 
 RATIO = 0.85
 LLAMA_3_8B = {

@@ -33,14 +33,14 @@ sys.path.insert(0, str(ROOT / "examples/quickstart"))
 
 from pretrained import SMOLLM2, folder_of
 
-from axolotl_loram.architecture import layer_count, parameter_count, tensors
+from axolotl_loram.architecture.model import layer_count, parameter_count, tensors
 
 SAMPLES, LENGTH = 4, 128
 WHOLE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-from axolotl_loram.args import PruningArgs
-from axolotl_loram.calibration import load_calibration
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.text.calibration import load_calibration
 from pathlib import Path
 base, text, samples, length = sys.argv[1:]
 settings = PruningArgs(ratio=0.5, method="taylor", calibration_path=text,

@@ -32,12 +32,12 @@ from pathlib import Path
 import yaml
 from measure import ROOT, append_row, surroundings
 
-from axolotl_loram.args import PruningArgs
-from axolotl_loram.layout import Layer, Layout
-from axolotl_loram.memory import predict
-from axolotl_loram.prune import prune
-from axolotl_loram.sources import load_config
-from axolotl_loram.training import TrainingArgs, settings_of
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.files.find import load_config
+from axolotl_loram.memory.layout import Layer, Layout
+from axolotl_loram.memory.predict import predict
+from axolotl_loram.memory.settings import TrainingArgs, settings_of
+from axolotl_loram.pruning.prune import prune
 
 RATIOS = (0.0, 0.5, 0.85)
 VOCABULARY, LENGTH, BATCH, RANK, STEPS, PROTECTED = 2048, 256, 2, 8, 5, (1, 1)

@@ -40,9 +40,9 @@ from typing import Any
 from measure import append_row, surroundings
 from prune_stream import LLAMA_3_8B
 
-from axolotl_loram.layout import Layout
-from axolotl_loram.memory import Prediction, predict, pruned_config
-from axolotl_loram.training import TrainingArgs
+from axolotl_loram.memory.layout import Layout
+from axolotl_loram.memory.predict import Prediction, predict, pruned_config
+from axolotl_loram.memory.settings import TrainingArgs
 
 ROWS = Path(__file__).with_suffix(".csv")
 PROTECTED = (4, 2)
@@ -122,7 +122,7 @@ def measure(case: Case, steps: int, tiny: bool) -> dict[str, Any]:
     import torch
     from random_model import build, check_attention, offloaded, step_seconds, with_lora
 
-    from axolotl_loram.quantized import weight_bytes
+    from axolotl_loram.models.small_head import weight_bytes
 
     check_attention(case.attention)
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import run_command
-from test_architecture import LLAMA_31_70B
+from test_model import LLAMA_31_70B
 from test_recover import train_on
 
 
@@ -24,7 +24,7 @@ def test_help_is_fast_and_imports_no_torch():
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage: axolotl-loram" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "axolotl_loram.args" in imported
+    assert "axolotl_loram.config" in imported
     assert not {"torch", "transformers", "axolotl", "numpy"} & imported
 
 
@@ -146,11 +146,11 @@ def test_pruning_and_recovery_import_no_torch(make_model, tmp_path):
     command += ["--method", "magnitude"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "axolotl_loram.prune" in imported and not {"torch", "transformers"} & imported
+    assert "axolotl_loram.pruning.prune" in imported and not {"torch", "transformers"} & imported
     train_on(tmp_path / "pruned", tmp_path / "adapter")
     assert torch.__version__  # this process has it; the command must not
     command = [sys.executable, "-X", "importtime", "-m", "axolotl_loram.cli"]
     command += ["recover", str(tmp_path / "adapter")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "axolotl_loram.recover" in imported and "torch" not in imported
+    assert "axolotl_loram.recovery.recover" in imported and "torch" not in imported

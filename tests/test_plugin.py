@@ -14,15 +14,15 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from safetensors.torch import load_file, save_file
 from test_recover import train_on
 
-from axolotl_loram.args import PruningArgs
-from axolotl_loram.cache import calibrate, prune_into_cache
+from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.config_loram import LoRAMArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.loram_args import LoRAMArgs
-from axolotl_loram.plan import PruningPlan
 from axolotl_loram.plugin import LoRAMPlugin, recover_after_training
-from axolotl_loram.prune import prune
-from axolotl_loram.runs import begin_training, use_recovered_adapter
-from axolotl_loram.support import check_supported
+from axolotl_loram.pruning.cache import calibrate, prune_into_cache
+from axolotl_loram.pruning.prune import prune
+from axolotl_loram.training.run import begin_training, use_recovered_adapter
+from axolotl_loram.training.support import check_supported
 
 GOOD = {"adapter": "lora", "loram": {"pruned_model_path": "somewhere"}}
 
@@ -229,8 +229,8 @@ def test_pruning_happens_once_per_base_and_settings(make_model, tmp_path):
 def test_ranks_that_arrive_together_prune_once(make_model, tmp_path):
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from axolotl_loram.cache import prune_into_cache\n"
-        "from axolotl_loram.args import PruningArgs\n"
+        "from axolotl_loram.pruning.cache import prune_into_cache\n"
+        "from axolotl_loram.config import PruningArgs\n"
         "Path(sys.argv[3]).touch()\n"
         "while not Path(sys.argv[4]).exists(): time.sleep(0.001)\n"
         "print(prune_into_cache(sys.argv[1], None, PruningArgs(ratio=0.5), sys.argv[2]))"

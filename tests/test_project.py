@@ -9,8 +9,8 @@ import yaml
 from axolotl.utils.dict import DictDefault
 from families import ALSO, FAMILIES, TRAINED, table
 
-from axolotl_loram.loram_args import LoRAMArgs
-from axolotl_loram.support import check_supported
+from axolotl_loram.config_loram import LoRAMArgs
+from axolotl_loram.training.support import check_supported
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "axolotl_loram").glob("[a-z]*.py"))

@@ -28,8 +28,8 @@ IMPORTED = (
     "axolotl.cli.train",
     "axolotl.cli.merge_lora",
     "axolotl_loram.plugin",
-    "axolotl_loram.evaluate",
-    "axolotl_loram.report",
+    "axolotl_loram.results.evaluate",
+    "axolotl_loram.results.report",
 )
 
 

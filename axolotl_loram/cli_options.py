@@ -1,0 +1,70 @@
+"""Options that commands share, and how they show results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.memory.settings import TrainingArgs
+from axolotl_loram.tables import lines
+
+
+def schema_options(schema: type[BaseModel], names: Mapping[str, str]) -> Callable:
+    """A decorator that adds one option for each described field, with the description as help.
+
+    Args:
+        schema: The settings.
+        names: Field → flag, where that is not the field's own name (without `_path`).
+    """
+
+    def add(command: Callable) -> Callable:
+        for name, field in reversed(schema.model_fields.items()):
+            if field.description is None:
+                continue
+            flag = names.get(name, f"--{name.removesuffix('_path').replace('_', '-')}")
+            given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+            kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
+            if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
+                kind = click.Choice(get_args(kind) or given)
+            command = click.option(
+                f"{flag}/--no-{flag[2:]}" if kind is bool and field.default is not False else flag,
+                name,
+                is_flag=kind is bool,
+                type=kind,
+                default=None,  # the schema's own defaults hold, which depend on one another
+                show_default=str(field.default) if field.default not in (None, False) else False,
+                help=field.description,
+            )(command)
+        return command
+
+    return add
+
+
+pruning_options = schema_options(PruningArgs, {"ratio": "--pruning-ratio"})
+training_options = schema_options(TrainingArgs, {})
+
+
+def parse_pruning(options: dict[str, Any]) -> PruningArgs:
+    """Options as settings; a value that is not allowed is wrong use."""
+    try:
+        return PruningArgs.parse(**{k: v for k, v in options.items() if v is not None})
+    except LoRAMError as error:
+        raise click.UsageError(str(error)) from None
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, only that."
+)
+revision_option = click.option("--revision", help="Branch, tag or commit on the hub.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result as one JSON object, or as lines of name and value for people."""
+    click.echo(json.dumps(result) if as_json else lines(result))

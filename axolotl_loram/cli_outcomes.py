@@ -1,0 +1,246 @@
+"""The commands about what came out: `inspect`, `evaluate`, `report`, `publish`.
+
+Heavy imports are inside the commands, as in `cli`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+
+from axolotl_loram.cli_options import json_option, revision_option, show
+
+EVALUATED = ("base", "pruned", "pruned+adapter", "base+recovered")
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--verify",
+    "verifying",
+    is_flag=True,
+    help="Check every file against its recorded SHA-256, the plan, config, weights and base "
+    "against one another; of a hub id, download all of it.",
+)
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Folder or hub id of the base model for --verify; by default the recorded one, where it "
+    "is on this machine.",
+)
+@click.option(
+    "--propose",
+    "proposing",
+    is_flag=True,
+    help="Draft the declaration of a model family that has none, and try it out. MODEL may be a "
+    "config.json too.",
+)
+@revision_option
+@json_option
+def inspect(
+    model: str,
+    verifying: bool,
+    base: str | None,
+    proposing: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Tell what MODEL is: any model (and what pruning would leave of it), or an adapter.
+
+    MODEL is a folder or a hub id. With --verify, exit status 1 says that a check failed.
+    """
+    if proposing:
+        with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
+            from axolotl_loram.files.find import stored_config
+            from axolotl_loram.propose.propose import propose
+
+            proposal = propose(stored_config(model, revision))
+        click.echo(json.dumps(proposal.summary()) if as_json else proposal.text())
+        return
+    from axolotl_loram.files.progress import progress_bar
+    from axolotl_loram.results import inspect as inspection
+    from axolotl_loram.results.verify import Check, require_whole
+
+    with progress_bar("verifying") as progress:
+        found = inspection.inspect(model, revision, verifying, base, progress)
+    click.echo(json.dumps(found) if as_json else inspection.report(found))
+    require_whole((Check(**check) for check in found.get("checks", ())), model)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repository")
+@click.option("--dry-run", is_flag=True, help="Write card, plot and list of files to a folder.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder that --dry-run writes, by default …-card beside FOLDER.",
+)
+@click.option("--public", is_flag=True, help="Make the repository public; it is private if not.")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Hub id of the base model for the card, where it was pruned from a folder.",
+)
+@click.option(
+    "--card",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Your own README.md, instead of the model card that is written.",
+)
+@click.option("--revision", help="Branch to publish on; made if there is none.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace another model that is in the repository (or OUTPUT)."
+)
+@json_option
+def publish(folder: Path, repository: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Check FOLDER, write its model card and put both on the hub as REPOSITORY (org/name).
+
+    FOLDER is a pruned model or a recovered adapter. Cut off or interrupted, the same command goes
+    on; nothing is visible on the hub before all of it is there.
+    """
+    from axolotl_loram.results import publish as publishing
+
+    job = publishing.Publication(folder, repository, **options)
+    done = job.rehearse() if dry_run else job.publish()
+    for notice in done["notices"]:
+        click.echo(f"note: {notice}", err=True)
+    click.echo(json.dumps(done) if as_json else publishing.report(done))
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--models",
+    default="base,pruned,pruned+adapter,base+recovered",
+    show_default=True,
+    help="What to evaluate, separated by commas.",
+)
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="A further adapter for the base, or a whole model. With one called lora, the share of its "
+    "gain that the recovered adapter keeps is shown.",
+)
+@click.option(
+    "--in-domain",
+    multiple=True,
+    metavar="TEXT",
+    help="Text like the training data: a .txt, .jsonl or Axolotl .yml file, or a data set on the "
+    "hub (name, name:subset, name:subset:split). By default what CONFIG holds out "
+    "(test_datasets, val_set_size).",
+)
+@click.option("--out-of-domain", multiple=True, metavar="TEXT", help="Other text, named alike.")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="TASK[:SHOTS]",
+    help="Tasks or groups of lm-eval, or YAML files that declare one; commas or several times.",
+)
+@click.option("--suite", type=click.Choice(["paper"]), help="The tasks of the LoRAM paper.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Most documents of a set, and questions of a task."
+)
+@click.option("--length", type=click.IntRange(min=2), help="Most tokens that are read at once.")
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    help="To start with; halved where memory does not suffice.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The JSON to write; by default evaluation.json in output_dir.",
+)
+@click.option("--device", help="cpu, cuda, cuda:1 …, or auto (all GPUs, then CPU memory).")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]))
+@click.option("--load-in-4bit", is_flag=True, help="Hold the linear layers in 4 bits (NF4).")
+@click.option(
+    "--backend",
+    type=click.Choice(["peft", "vllm"]),
+    default="peft",
+    show_default=True,
+    help="What runs the tasks on the base and its adapters.",
+)
+@click.option(
+    "--allow-code-execution", "allow_code", is_flag=True, help="Run programs the model writes."
+)
+@click.option("--seed", default=1234, show_default=True, help="Of whatever is drawn.")
+@json_option
+def evaluate(config: Path, as_json: bool, **options: Any) -> None:
+    """Measure what the run of the Axolotl YAML CONFIG gained: perplexities and task scores.
+
+    Run again, it goes on where it was, and adds what is newly asked for.
+    """
+    options = parse_evaluation(**options)
+    from axolotl_loram.files.progress import progress_bar
+    from axolotl_loram.results.evaluate import Request
+    from axolotl_loram.results.evaluate import evaluate as run_evaluation
+    from axolotl_loram.tables import evaluation_table
+
+    with redirect_stdout(sys.stderr), progress_bar("evaluating") as progress:
+        result = run_evaluation(Request(config, **options), progress)
+    click.echo(json.dumps(result) if as_json else evaluation_table(result))
+
+
+def parse_evaluation(
+    models: str, also: tuple[str, ...], tasks: tuple[str, ...], batch_size: str, **options: Any
+) -> dict[str, Any]:
+    """Options of `evaluate` as fields of `Request`; what is not allowed is wrong use."""
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    for name in names:
+        if name not in EVALUATED:
+            raise click.UsageError(f"expected --models out of {', '.join(EVALUATED)}, found {name}")
+    folders = [each.rpartition("=")[::2] for each in also]
+    if len({name or Path(folder).name for name, folder in folders}) < len(folders):
+        raise click.UsageError(f"expected different names in --also, found {', '.join(also)}")
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise click.UsageError(f"expected --batch-size auto or a number, found {batch_size}")
+    return {
+        **options,
+        "models": names,
+        "also": {name or Path(folder).name: Path(folder) for name, folder in folders},
+        "tasks": [task for each in tasks for task in each.split(",")],
+        "batch_size": None if batch_size == "auto" else int(batch_size),
+    }
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN…")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page to write.",
+)
+@click.option(
+    "--png-dir",
+    type=click.Path(path_type=Path),
+    help="Write the charts as PNGs to this folder too.",
+)
+@json_option
+def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: bool) -> None:
+    """Show in one HTML page what RUNs came to, from the JSON that they left.
+
+    A RUN is an output_dir of `axolotl train` (LoRAM or plain LoRA), a pruned model, an
+    evaluation.json, or a file with what `plan --json` printed. The page needs nothing else, no
+    network and no script.
+    """
+    from axolotl_loram.results import page
+    from axolotl_loram.results.report import build
+
+    built = build(runs)
+    page.write(built, output)
+    shown: dict[str, Any] = {"report": str(output), "headline": built.headline}
+    if png_dir is not None:
+        from axolotl_loram.results.pictures import draw_pictures
+
+        shown["pictures"] = [str(file) for file in draw_pictures(built.charts, png_dir)]
+    show({**shown, "missing": built.missing}, as_json)

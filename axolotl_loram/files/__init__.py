@@ -1,0 +1,1 @@
+"""Files: tensors, 4 bits, strangers' JSON, whole-or-absent writing, resumable work, the hub."""

@@ -1,0 +1,1 @@
+"""Memory, before anything runs: weights, optimizers, activations, ZeRO, and which GPU holds it."""

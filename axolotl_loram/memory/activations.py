@@ -1,0 +1,220 @@
+"""What the backward pass needs of the forward pass, layer by layer, from the declared shapes.
+
+Counted per token, for a decoder as transformers 5.16 builds it and PEFT 0.20 adapts it. c is the
+bytes of a value in the computation (2 in bf16, 4 in float32), a those of a LoRA weight (4 unless
+PEFT is told not to upcast it). Frozen weights keep nothing of their inputs; what is kept is:
+
+* RMSNorm: its input in float32 and one float32 scale;
+* LoRA: the input of A (one copy for all modules that read the same tensor, unless PEFT casts it to
+  the dtype of A first, which makes one each) and the input of B, r values; with dropout its output
+  and a mask of a byte for each value;
+* attention: queries, keys, values, output, and a float32 per head (flash), or the matrices of
+  scores (eager);
+* a gated MLP: outputs of gate and up, and the activation; fused kernels recompute the last;
+* under autocast, the copies of A and B in the compute dtype.
+
+With gradient checkpointing a layer keeps its input alone; the rest comes back for one layer at a
+time in the backward pass. `tests/memory/test_predict.py` holds the sums, to the byte, against what
+PyTorch saves. What backward passes allocate besides, `workspace`, is bounded here, not derived to
+the byte.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from axolotl_loram.architecture.blocks import ONE_HEAD
+from axolotl_loram.architecture.model import Tensor
+from axolotl_loram.architecture.spaces import Dim
+from axolotl_loram.memory.layout import Layer, Layout, part_of
+from axolotl_loram.memory.settings import TrainingArgs
+from axolotl_loram.memory.weights import Storage
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Counts activations of runs with these settings.
+
+    Attributes:
+        run: The settings.
+        storage: How the weights are stored: 4-bit LoRA modules cast less than 16-bit ones.
+    """
+
+    run: TrainingArgs
+    storage: Storage
+
+    def layer_bytes(self, layer: Layer) -> int:
+        """Bytes that the forward pass of one layer keeps."""
+        per_token = (
+            sum(self._norm(tensor, layer) for tensor in layer.tensors)
+            + self._lora(layer)
+            + self._attention(layer)
+            + self._mlp(layer)
+        )
+        return self.run.tokens * per_token
+
+    def moments(self, layout: Layout, lora_parameters: int) -> dict[str, tuple[int, int]]:
+        """Bytes of activations, and of logits, at the moments when most is allocated.
+
+        Returns:
+            "loss": when lm_head and the loss go backward. "layer": when the layer that takes most
+            goes backward; with gradient checkpointing it was just recomputed.
+        """
+        run, depth, hidden = self.run, layout.depth, layout.hidden
+        logits, outside = loss_bytes(layout, run, self.storage), self.outside_bytes(layout)
+        copies = self.copies_bytes(lora_parameters)
+        space = max(self.workspace_bytes(layer) for layer in layout.layers)
+        if run.gradient_checkpointing:
+            inputs = depth * run.tokens * hidden * run.compute_bytes
+            widest = max(self.layer_bytes(layer) for layer in layout.layers)
+            return {
+                "loss": (inputs + outside, logits),
+                "layer": (inputs + widest + space + copies // depth, 0),
+            }
+        kept = sum(layer.count * self.layer_bytes(layer) for layer in layout.layers)
+        unneeded = run.tokens * (hidden + 1) * FLOAT32  # nothing before the first norm is trained
+        every = kept - unneeded + copies
+        return {"loss": (every + outside, logits), "layer": (every + space, 0)}
+
+    def outside_bytes(self, layout: Layout) -> int:
+        """Bytes kept outside the layers: the last norm, LoRA on lm_head, rotary tables."""
+        c, tokens, head = self.run.compute_bytes, self.run.tokens, layout.lm_head
+        first = layout.layers[0]
+        head_dim = first.sizes.get("head_dim", layout.hidden // first.heads)
+        kept = tokens * (layout.hidden + 1) * FLOAT32 + 2 * self.run.sequence_len * head_dim * c
+        if head is not None and self.run.targets(head.module):
+            kept += tokens * self._lora_inputs([head], self.storage.lm_head)
+        return kept
+
+    def copies_bytes(self, lora_parameters: int) -> int:
+        """Bytes of the copies of A and B that autocast makes in the compute dtype."""
+        autocast = self.run.precision == "bf16" and self.run.lora_bytes != self.run.compute_bytes
+        return lora_parameters * self.run.compute_bytes if autocast else 0
+
+    def workspace_bytes(self, layer: Layer) -> int:
+        """Bytes that the backward pass of one layer allocates besides what was kept, at most.
+
+        At down_proj: its output and the gradient of it, and the gradients of its input by way of
+        the base (with the weight that 4 and 8 bits are unpacked to) and by way of LoRA, which PEFT
+        takes through float32 and back where it cast the input. At the scores of eager attention:
+        their gradients before and after the softmax, in float32.
+        """
+        run, c = self.run, self.run.compute_bytes
+        form = self.storage.linears
+        unpacked = max(self.storage.unpacked_bytes(form, t.shape) for t in layer.linears)
+        widest = run.tokens * max(tensor.shape[1] for tensor in layer.linears) * c
+        by_lora = 4 * widest if self._casts(form) else widest
+        gradients = 2 * run.tokens * layer.sizes["hidden"] * c + widest + max(by_lora, unpacked)
+        scores = 3 * run.tokens * layer.heads * run.sequence_len * FLOAT32
+        return max(gradients, scores if run.attention == "eager" else 0)
+
+    def _casts(self, form: str) -> bool:
+        """Whether PEFT casts the input of a module to the dtype of A, and autocast casts it back.
+
+        It does for 16-bit modules, not for 4- and 8-bit ones under autocast. Fused kernels do not.
+        """
+        run = self.run
+        quantized = form in ("nf4", "int8")
+        return run.lora_bytes != run.compute_bytes and not quantized and not run.fused_kernels
+
+    def _norm(self, tensor: Tensor, layer: Layer) -> int:
+        """Bytes per token: the input in float32 and the inverse root of its mean square."""
+        if part_of(tensor) != "norms":
+            return 0
+        width, times = math.prod(tensor.shape), 1
+        if tensor.dims == (ONE_HEAD,):
+            of_queries = "q_norm" in tensor.module
+            times = layer.heads if of_queries else layer.sizes["kv_groups"]
+        return times * (width + 1) * FLOAT32
+
+    def _lora(self, layer: Layer) -> int:
+        """Bytes per token that LoRA keeps, summed over groups of modules with the same input."""
+        groups: dict[tuple[Dim, str], list[Tensor]] = {}
+        for tensor in layer.linears:
+            if self.run.targets(tensor.module):
+                place = tensor.module.split(".")[-2]  # q, k and v read the same; so do gate and up
+                groups.setdefault((tensor.dims[1], place), []).append(tensor)
+        return sum(
+            self._lora_inputs(group, self.storage.linears, self._is_kept(layer, group[0]))
+            for group in groups.values()
+        )
+
+    def _is_kept(self, layer: Layer, tensor: Tensor) -> bool:
+        """Whether a linear module's input is kept or recomputed by what makes it."""
+        if tensor == layer.attention[-1]:
+            return self.run.attention == "flash"
+        return self.run.fused_kernels and any(tensor == mlp[-1] for mlp in layer.mlps)
+
+    def _lora_inputs(self, group: list[Tensor], form: str, is_kept: bool = False) -> int:
+        """Bytes per token that A and B of modules that read the same tensor keep.
+
+        Fused kernels keep the input once and recompute A's output.
+        """
+        run, width, c = self.run, group[0].shape[1], self.run.compute_bytes
+        casts = self._casts(form)
+        copies = len(group) if casts or (run.lora_dropout and not run.fused_kernels) else 1
+        if is_kept and not casts and not run.lora_dropout:
+            copies = 0
+        masks = copies * width if run.lora_dropout else 0
+        inner = 0 if run.fused_kernels else len(group) * run.lora_r * c
+        return copies * width * c + masks + inner
+
+    def _attention(self, layer: Layer) -> int:
+        """Bytes per token: what flash attention, or the matrices of scores, keep.
+
+        Queries, keys and values are what the projections before the last put out, or slices of it,
+        which keep it whole beside the rotated queries and keys.
+        """
+        c, inputs, last = self.run.compute_bytes, layer.attention[:-1], layer.attention[-1]
+        kept, output = sum(tensor.shape[0] for tensor in inputs), last.shape[1]
+        if len(inputs) == 1:
+            kept += output + (kept - output) // 2
+        if self.run.attention == "flash":
+            return (kept + output) * c + layer.heads * FLOAT32
+        scores = layer.heads * self.run.sequence_len * (FLOAT32 + (c if c != FLOAT32 else 0))
+        return 3 * output * c + scores
+
+    def _mlp(self, layer: Layer) -> int:
+        """Bytes per token: outputs of gate and up, and of the activation unless that is fused.
+
+        Of experts also what they put out, which their weight in the sum multiplies.
+        """
+        fused = self.run.fused_kernels or self.run.fused_glu
+        values = 0
+        for *inputs, last in layer.mlps:
+            outputs, inner = sum(tensor.shape[0] for tensor in inputs), last.shape[1]
+            values += outputs + (inner if outputs >= 2 * inner and not fused else 0)
+        for tensor in layer.tensors:
+            if part_of(tensor) == "experts":
+                _, *shape = tensor.shape
+                outputs, inner = reversed(shape) if tensor.transposed else shape
+                is_last = outputs == layer.sizes["hidden"]
+                values += layer.routed * (outputs + (inner if is_last else 0))
+        return values * self.run.compute_bytes
+
+
+def loss_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:
+    """Bytes that lm_head and the loss take at once, at most.
+
+    * plain: float32 log-probabilities, their gradient and that of the logits, 12 bytes a logit
+      (transformers computes the loss in float32);
+    * liger: logits of one chunk, so large that they take as much as the hidden states (Liger's
+      `fused_linear_cross_entropy`), and the gradient of the hidden states;
+    * cut: two float32 numbers per token and the gradient of the hidden states in float32.
+
+    A quantized lm_head is unpacked whole, beside the logits in the compute dtype.
+    """
+    tokens, c, logits = run.tokens, run.compute_bytes, layout.vocabulary
+    head = layout.lm_head or layout.embedding
+    unpacked = storage.unpacked_bytes(storage.lm_head, head.shape)
+    hidden = tokens * layout.hidden * c
+    if run.cross_entropy == "plain":
+        return max(12 * tokens * logits, unpacked + tokens * logits * c + hidden)
+    if run.cross_entropy == "cut":
+        return unpacked + tokens * (layout.hidden + 2) * FLOAT32
+    chunk = math.ceil(tokens / math.ceil(logits / layout.hidden))
+    chunk = min(2 ** math.ceil(math.log2(chunk)), tokens)
+    return unpacked + chunk * logits * c + hidden

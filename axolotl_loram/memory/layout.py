@@ -1,0 +1,158 @@
+"""A model's tensors as the planner sees them: the parts they are, and layers that are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from axolotl_loram.architecture.model import Config, Tensor, layer_fields, parameters
+from axolotl_loram.architecture.spaces import EMBEDDING, EXPERTS, HEAD, LINEAR, Sizes
+from axolotl_loram.errors import LoRAMError
+
+Part = Literal["embedding", "lm_head", "linears", "experts", "norms", "biases", "other"]
+"""What a tensor is to whoever quantizes the model."""
+
+PARTS: tuple[Part, ...] = (
+    "embedding",
+    "lm_head",
+    "linears",
+    "experts",
+    "norms",
+    "biases",
+    "other",
+)
+
+
+def part_of(tensor: Tensor) -> Part:
+    """What `tensor` is. bitsandbytes replaces linear modules, inside the layers: "linears"."""
+    if tensor.bias and tensor.role in (LINEAR, HEAD):
+        return "biases"
+    if tensor.linear:
+        return "linears"
+    if tensor.role == EXPERTS:
+        return "experts"
+    if tensor.role in (EMBEDDING, HEAD):
+        return "embedding" if tensor.role == EMBEDDING else "lm_head"
+    return "norms" if "norm" in tensor.module else "other"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Decoder layers that are alike.
+
+    Attributes:
+        tensors: Those of the first of them.
+        heads: Query heads.
+        routed: Experts that a token goes through.
+        count: How many layers there are of this kind.
+    """
+
+    tensors: tuple[Tensor, ...]
+    heads: int
+    routed: int
+    count: int
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes that the layer's spaces are made of."""
+        return self.tensors[0].sizes
+
+    @property
+    def linears(self) -> tuple[Tensor, ...]:
+        """Weights of linear modules."""
+        return tuple(tensor for tensor in self.tensors if part_of(tensor) == "linears")
+
+    @property
+    def attention(self) -> tuple[Tensor, ...]:
+        """Linear weights of attention, the output projection last."""
+        return tuple(tensor for tensor in self.linears if "att" in tensor.module.split(".")[-2])
+
+    @property
+    def mlps(self) -> list[tuple[Tensor, ...]]:
+        """Linear weights of each MLP (a shared expert is one), the output projection last."""
+        found: dict[str, list[Tensor]] = {}
+        for tensor in self.linears:
+            if tensor not in self.attention and min(tensor.shape) > 1:
+                found.setdefault(tensor.module.rpartition(".")[0], []).append(tensor)
+        return [tuple(own) for own in found.values()]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's tensors.
+
+    Attributes:
+        outside: Tensors outside the layers.
+        layers: Layers, each kind once, by first appearance.
+    """
+
+    outside: tuple[Tensor, ...]
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> Layout:
+        """The layout of a model with this config.
+
+        Raises:
+            LoRAMError: It has no declared embedding: it is no language model.
+        """
+        outside: list[Tensor] = []
+        found: dict[int, list[Tensor]] = {}
+        for tensor in parameters(config):
+            own = outside if tensor.layer is None else found.setdefault(tensor.layer, [])
+            own.append(tensor)
+        if not any(part_of(tensor) == "embedding" for tensor in outside):
+            raise LoRAMError(
+                f"expected a language model, found {config['model_type']}: memory is planned for "
+                "causal language models only"
+            )
+        alike: dict[object, list[int]] = {}
+        for index, own in found.items():
+            names = tuple(tensor.name.partition(f".{index}.")[2] for tensor in own)
+            alike.setdefault((names, *sorted(own[0].sizes.items())), []).append(index)
+        return cls(
+            tuple(outside),
+            tuple(
+                _layer(config, found[indices[0]], indices[0], len(indices))
+                for indices in alike.values()
+            ),
+        )
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return sum(layer.count for layer in self.layers)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.embedding.shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that logits are made for."""
+        return self.embedding.shape[0]
+
+    @property
+    def tensors(self) -> Iterator[tuple[Tensor, int]]:
+        """Every tensor, with the number of its like."""
+        yield from ((tensor, 1) for tensor in self.outside)
+        for layer in self.layers:
+            yield from ((tensor, layer.count) for tensor in layer.tensors)
+
+    @property
+    def embedding(self) -> Tensor:
+        """The input embedding."""
+        return next(tensor for tensor in self.outside if part_of(tensor) == "embedding")
+
+    @property
+    def lm_head(self) -> Tensor | None:
+        """The output embedding, None where it is the input embedding."""
+        return next((tensor for tensor in self.outside if part_of(tensor) == "lm_head"), None)
+
+
+def _layer(config: Config, own: list[Tensor], index: int, count: int) -> Layer:
+    fields = layer_fields(config, index)
+    routed = int(fields.get("num_experts_per_tok") or 0)
+    return Layer(tuple(own), int(fields["num_attention_heads"]), routed, count)

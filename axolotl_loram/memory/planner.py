@@ -1,0 +1,98 @@
+"""What `axolotl-loram plan` answers: parameter counts, and the memory of the four methods."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from axolotl_loram.architecture.model import Config, embedding_module, family_of
+from axolotl_loram.architecture.plan import Base, PruningPlan, summary
+from axolotl_loram.files.find import find_folder, load_config
+from axolotl_loram.memory.gpus import that_hold
+from axolotl_loram.memory.layout import Layout
+from axolotl_loram.memory.predict import compare, predict, pruned_config, smallest_ratio
+from axolotl_loram.memory.request import Request
+from axolotl_loram.pruning.prune import plan_of_size
+from axolotl_loram.pruning.sparse import planned_nonzero, sparse_layers, sparse_summary
+from axolotl_loram.tables import lines, memory_table
+
+LOG = logging.getLogger(__name__)
+
+
+def plan(asked: Request) -> dict[str, Any]:
+    """Parameter counts, the memory of each method, and which GPUs hold it.
+
+    Raises:
+        LoRAMError: No ratio fits, or the model is not to be had.
+    """
+    for key in asked.not_counted:
+        LOG.warning("what `%s` changes is not counted: the plan is for one GPU without it", key)
+    fitted: dict[str, Any] = {}
+    if asked.budget is not None:
+        asked, fitted = _fit(asked, asked.budget)
+    base, pruned, counted = sizes(asked)
+    if embedding_module(base) is None:
+        LOG.warning("memory is planned for language models only: %s is counted", base["model_type"])
+        return counted
+    for prefix in family_of(base).whole:
+        LOG.warning("%s* is not counted: its weights are not declared", prefix)
+    methods = compare(base, pruned, asked.run)
+    return {
+        **counted,
+        **({"fit": fitted} if fitted else {}),
+        "training": asked.run.model_dump(),
+        "not_counted": list(asked.not_counted),
+        "methods": {name: method.as_dict() for name, method in methods.items()},
+        "gpus": {name: that_hold(method.peak_bytes) for name, method in methods.items()},
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """What `plan` returns, for people."""
+    structured = ("fit", "training", "not_counted", "methods", "gpus")
+    shown = {name: value for name, value in result.items() if name not in structured}
+    if "methods" not in result:
+        return lines(shown)
+    if "fit" in result:
+        shown |= {f"fit {name}": value for name, value in result["fit"].items()}
+    training = ", ".join(f"{name} {value}" for name, value in result["training"].items() if value)
+    return f"{lines(shown)}\n\n{training}\n\n{memory_table(result['methods'])}"
+
+
+def _fit(asked: Request, budget: int) -> tuple[Request, dict[str, Any]]:
+    """The request at the smallest ratio that fits, and what to say of it."""
+    assert asked.pruning is not None  # `request` saw to it
+    config = load_config(asked.model, asked.revision)
+    protected, units = asked.pruning.protected, asked.pruning.units
+    ratio = smallest_ratio(config, asked.run, protected, budget, asked.adapter, units)
+    fitted = pruned_config(config, ratio, protected, units) if ratio else config
+    peak = predict(Layout.of(fitted), asked.run, asked.adapter).peak_bytes
+    pruning = asked.pruning.model_copy(update={"ratio": ratio}) if ratio else None
+    return replace(asked, pruning=pruning), {
+        "budget_bytes": budget,
+        "adapter": asked.adapter,
+        "pruning_ratio": ratio,
+        "peak_bytes": peak,
+        "gpus": that_hold(peak),
+    }
+
+
+def sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
+    """Configs of base and pruned model, and what `plan.summary` counts."""
+    if asked.pruned:
+        found = PruningPlan.load(find_folder(*asked.pruned, patterns=["config.json", "loram*"]))
+        return (
+            found.config,
+            found.pruned_config,
+            summary(found.config, found.counts),
+        )
+    base, settings = load_config(asked.model, asked.revision), asked.pruning
+    if settings is None:
+        return base, base, summary(base, {})
+    sketch = plan_of_size(base, Base(asked.model, asked.revision), settings)
+    counted = summary(base, sketch.counts)
+    if settings.sparsity is not None:
+        layers = sparse_layers(base, settings.sparsity, *settings.protected)
+        counted |= sparse_summary(base, planned_nonzero(base, layers, settings.sparsity))
+    return base, sketch.pruned_config, counted

@@ -1,0 +1,183 @@
+"""Settings of a training run that decide its memory, as options and as an Axolotl YAML has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from axolotl_loram.config import NATIVE, QLORAM, Section
+from axolotl_loram.memory.optimizers import check_optimizer
+
+Head = Literal["native", "int8", "nf4"]
+Embedding = Literal["native", "int8", "nf4", "cpu"]
+
+
+class TrainingArgs(Section):
+    """What decides the memory of a run; the defaults are the paper's, or Axolotl's."""
+
+    lora_r: int = Field(default=8, ge=1, description="Rank of LoRA.")
+    lora_target_modules: str = Field(
+        default="linear",
+        description="Modules with LoRA, separated by commas; linear stands for all linear ones "
+        "inside the layers.",
+    )
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before LoRA.")
+    sequence_len: int = Field(default=512, ge=1, description="Tokens in a sequence.")
+    micro_batch_size: int = Field(default=1, ge=1, description="Sequences in a forward pass.")
+    optimizer: str = Field(
+        default="adamw_torch_fused", description="Optimizer, by the name Axolotl has for it."
+    )
+    gradient_checkpointing: bool = Field(
+        default=True, description="Recompute each layer in the backward pass."
+    )
+    attention: Literal["flash", "eager"] = Field(
+        default="flash",
+        description="flash: flash-attn or PyTorch's own (sdpa), without a matrix of all scores.",
+    )
+    cross_entropy: Literal["plain", "liger", "cut"] = Field(
+        default="plain",
+        description="Loss: all logits at once, Liger's in chunks, or cut cross-entropy.",
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Precision of the computation; bf16 stands for fp16 too."
+    )
+    fused_kernels: bool = Field(
+        default=False,
+        description="Axolotl's fused LoRA kernels, which keep less (on by default on a GPU).",
+    )
+    lm_head_format: Head | None = Field(
+        default=None,
+        description="How the pruned model's lm_head is kept; in 4 bits nf4 by default, where the "
+        "loss allows it.",
+    )
+    embedding_format: Embedding | None = Field(
+        default=None,
+        description="How the pruned model's embedding is kept; cpu: in host memory, the default in "
+        "4 bits.",
+    )
+    fused_glu: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    lora_float32: bool = True
+    quantize_experts: bool = False
+    skips_upcast: bool = False
+    prequantized: bool = False
+    block_size: int = 64
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        check_optimizer(name)
+        return name
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a forward pass."""
+        return self.sequence_len * self.micro_batch_size
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a value in the computation, and of a weight that is not quantized."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def lora_bytes(self) -> int:
+        """Bytes of a LoRA weight: PEFT makes 16-bit adapters float32 unless told not to."""
+        return 4 if self.lora_float32 else self.compute_bytes
+
+    def formats(self, four_bit: bool, tied: bool) -> tuple[Head, Embedding]:
+        """Formats of lm_head and embedding in a pruned model: as asked, else what suits the run.
+
+        Modules that are trained whole stay native, and lm_head too where the loss multiplies by its
+        weight itself; of tied embeddings none is small unless both are.
+        """
+        whole = {name: name in self.modules_to_save for name in ("lm_head", "embed_tokens")}
+        default: dict[str, Any] = QLORAM if four_bit else dict.fromkeys(QLORAM, NATIVE)
+        head: Head = default["lm_head"]
+        embedding: Embedding = default["embedding"]
+        if whole["lm_head"] or self.cross_entropy != "plain":
+            head = "native"
+        embedding = "native" if whole["embed_tokens"] else embedding
+        head = self.lm_head_format or head
+        embedding = self.embedding_format or embedding
+        return ("native", "native") if tied and "native" in (head, embedding) else (head, embedding)
+
+    def targets(self, module: str) -> bool:
+        """Whether a linear module inside the layers, or lm_head, gets LoRA."""
+        if re.search(
+            r"[\\()\[\]*|^$+?]", self.lora_target_modules
+        ):  # PEFT: one string is a pattern
+            return re.fullmatch(self.lora_target_modules, module) is not None
+        names = {name.strip() for name in self.lora_target_modules.split(",")}
+        inside = "." in module and "linear" in names
+        return inside or module.rpartition(".")[2] in names
+
+
+OPTIONS = tuple(
+    name for name, field in TrainingArgs.model_fields.items() if field.description is not None
+)
+"""The settings that the command line has options for."""
+
+
+def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an Axolotl config names, under this schema's names.
+
+    Args:
+        cfg: The YAML, or Axolotl's own cfg once it has filled in its defaults.
+    """
+    direct = ("lora_r", "lora_dropout", "sequence_len", "micro_batch_size")
+    found = {name: cfg[name] for name in direct if cfg.get(name) is not None}
+    found |= {
+        "lora_target_modules": _targets(cfg),
+        "optimizer": _optimizer(cfg.get("optimizer")),
+        "gradient_checkpointing": bool(cfg.get("gradient_checkpointing")),
+        "attention": "eager" if _is_eager(cfg) else "flash",
+        "cross_entropy": _cross_entropy(cfg),
+        "precision": "bf16" if any(cfg.get(k) for k in ("bf16", "fp16", "bfloat16")) else "fp32",
+        "fused_kernels": _fused_kernels(cfg),
+        "fused_glu": bool(cfg.get("liger_glu_activation")),
+        "modules_to_save": tuple(cfg.get("lora_modules_to_save") or ()),
+        "lora_float32": cfg.get("peft_autocast_adapter_dtype") is not False,
+        "quantize_experts": bool(cfg.get("quantize_moe_experts")),
+        "skips_upcast": bool(cfg.get("embeddings_skip_upcast")),
+    }
+    section = cfg.get("loram") or {}
+    for name in ("lm_head_format", "embedding_format"):
+        found[name] = section.get(name)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _targets(cfg: Mapping[str, Any]) -> str:
+    """Names with commas between; `lora_target_linear` adds all linear modules in the layers."""
+    named = cfg.get("lora_target_modules") or []
+    if isinstance(named, str) and not cfg.get("lora_target_linear"):
+        return "linear" if named == "all-linear" else named
+    names = [named] if isinstance(named, str) else [str(name) for name in named]
+    return ",".join(names + ["linear"] * (bool(cfg.get("lora_target_linear")) or not names))
+
+
+def _optimizer(name: Any) -> str | None:
+    return None if name is None else str(getattr(name, "value", name))
+
+
+def _fused_kernels(cfg: Mapping[str, Any]) -> bool:
+    """Axolotl 0.19 turns its LoRA kernels on where a config names none of them."""
+    named = [cfg.get(f"lora_{part}_kernel") for part in ("mlp", "qkv", "o", "embedding")]
+    if any(value is not None for value in named):
+        return bool(named[0])
+    return not (cfg.get("rl") or cfg.get("trust_remote_code") or cfg.get("load_in_8bit"))
+
+
+def _is_eager(cfg: Mapping[str, Any]) -> bool:
+    return cfg.get("attn_implementation") == "eager" or bool(cfg.get("eager_attention"))
+
+
+def _cross_entropy(cfg: Mapping[str, Any]) -> str:
+    """Cut cross-entropy is on by default where its plugin is named, Liger's only where asked."""
+    plugins = [str(name) for name in cfg.get("plugins") or []]
+    cut = cfg.get("cut_cross_entropy")
+    if cut or (cut is None and any("CutCrossEntropyPlugin" in name for name in plugins)):
+        return "cut"
+    return "liger" if cfg.get("liger_fused_linear_cross_entropy") else "plain"

@@ -1,0 +1,138 @@
+"""Bytes of a model's weights, by part and by format, exactly as bitsandbytes 0.50 stores them.
+
+NF4 keeps two values to a byte, and for every block of 64 a scale (absmax). Linear4bit with double
+quantization keeps the scales in 8 bits, in blocks of 256 with a float32 scale each, plus, for each
+weight, its own copy of the 16-entry table of values (`code`), of the 256-entry table of scales, and
+one float32 offset. Embedding4bit knows no double quantization: its scales are float32. Linear8bitLt
+and Embedding8bit keep a byte per value and a float32 scale (SCB) per row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from axolotl_loram.architecture.model import Tensor
+from axolotl_loram.memory.layout import PARTS, Layout, Part, part_of
+
+Format = Literal["native", "float32", "int8", "nf4", "cpu"]
+BLOCK = 64
+"""Weights that share a scale in NF4: the default of bitsandbytes, which Axolotl leaves alone."""
+SCALES_BLOCK = 256
+"""Scales that share a scale in double quantization."""
+FLOAT32 = 4
+TABLE, SCALES_TABLE = 16 * FLOAT32, 256 * FLOAT32
+
+
+def nf4_bytes(values: int, block: int = BLOCK, double: bool = True) -> int:
+    """Bytes of a weight in NF4 with its whole quantization state.
+
+    Args:
+        values: Number of weights.
+        block: Weights to a scale.
+        double: Whether the scales are quantized too (Linear4bit: yes, Embedding4bit: no).
+    """
+    packed, scales = math.ceil(values / 2), math.ceil(values / block)
+    if not double:
+        return packed + scales * FLOAT32 + TABLE
+    nested = math.ceil(scales / SCALES_BLOCK) * FLOAT32 + SCALES_TABLE + FLOAT32
+    return packed + scales + nested + TABLE
+
+
+def int8_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a weight in LLM.int8() with a float32 scale for each row."""
+    return math.prod(shape) + shape[0] * FLOAT32
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a model's weights are stored.
+
+    Attributes:
+        linears: Format of the linear weights inside the decoder layers.
+        lm_head: Format of the output embedding. A tied native one is not stored again.
+        embedding: Format of the input embedding; "cpu" keeps it in host memory.
+        native: Bytes of a weight that is not quantized: 2 in bfloat16 and float16, 4 in float32.
+        block: Weights to a scale in NF4.
+        experts: Format of raw expert tensors, which bitsandbytes quantizes only where told to.
+    """
+
+    linears: Format = "native"
+    lm_head: Format = "native"
+    embedding: Format = "native"
+    native: int = 2
+    block: int = BLOCK
+    experts: Format = "native"
+
+    def format_of(self, tensor: Tensor) -> Format:
+        """The format that a tensor is stored in.
+
+        In a 4-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32 that is
+        not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back in the
+        first forward pass (Linear4bit). What is none of these stays float32: routers, and experts
+        unless they are quantized, in which case Axolotl leaves PEFT's function out.
+        """
+        part = part_of(tensor)
+        if part in ("linears", "lm_head", "embedding"):
+            return {"linears": self.linears, "lm_head": self.lm_head}.get(part, self.embedding)
+        if part == "experts" and self.experts != "native":
+            return self.experts
+        turned_back = part in ("norms", "biases")
+        never_cast = self.linears == "native" or self.experts != "native"
+        return "native" if turned_back or never_cast else "float32"
+
+    def bytes_of(self, tensor: Tensor) -> int:
+        """Bytes of a tensor, wherever it lies."""
+        double = part_of(tensor) != "embedding"  # Embedding4bit knows no double quantization
+        return self.bytes_in(self.format_of(tensor), tensor.shape, double)
+
+    def bytes_in(self, form: Format, shape: tuple[int, ...], double: bool = True) -> int:
+        """Bytes of a tensor of this shape in a format."""
+        values = math.prod(shape)
+        if form == "nf4":
+            return nf4_bytes(values, self.block, double)
+        if form == "int8":
+            return int8_bytes(shape)
+        return values * (FLOAT32 if form == "float32" else self.native)
+
+    def unpacked_bytes(self, form: Format, shape: tuple[int, ...]) -> int:
+        """Bytes of the copy in the compute dtype that a quantized weight is multiplied by.
+
+        With NF4's double quantization, the float32 scales that make it are there at the time too.
+        """
+        if form not in ("nf4", "int8"):
+            return 0
+        values = math.prod(shape)
+        scales = math.ceil(values / self.block) * FLOAT32 if form == "nf4" else 0
+        return values * self.native + scales
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a model's weights: those on the device by part, and those in host memory."""
+
+    device: dict[Part, int]
+    host: int
+
+    @property
+    def on_device(self) -> int:
+        """Bytes on the device in all."""
+        return sum(self.device.values())
+
+
+def weight_bytes(layout: Layout, storage: Storage) -> WeightBytes:
+    """Bytes of the weights of a model, from its declaration alone.
+
+    Tied embeddings that are both stored otherwise than native are two.
+    """
+    device: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    host = 0
+    for tensor, count in layout.tensors:
+        if storage.format_of(tensor) == "cpu":
+            host += count * storage.bytes_of(tensor)
+        else:
+            device[part_of(tensor)] += count * storage.bytes_of(tensor)
+    if layout.lm_head is None and storage.lm_head in ("nf4", "int8"):
+        device["lm_head"] += storage.bytes_in(storage.lm_head, layout.embedding.shape)
+    return WeightBytes(device, host)

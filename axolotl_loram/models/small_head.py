@@ -1,0 +1,310 @@
+"""The lm_head and the embedding of a loaded model, put into fewer bits or into the CPU's memory.
+
+bitsandbytes' own modules take the places of the model's, which are frozen: nothing of them is
+trained, and nothing of them is saved with the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import nn
+
+from axolotl_loram.architecture.model import Config, tensors
+from axolotl_loram.architecture.spaces import HEAD
+from axolotl_loram.config_loram import LoRAMConfig
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import load_config
+from axolotl_loram.files.nf4 import packed_weights
+from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.models.stream import replace_linear
+from axolotl_loram.training.formats import Formats, check_trains_packed, choose_formats
+
+LOG = logging.getLogger(__name__)
+OUTLIERS = 6.0
+"""Inputs above it are multiplied in 16 bits by LLM.int8; transformers' default."""
+HOOKS = [
+    f"_forward{kind}"
+    for kind in (
+        "_hooks",
+        "_hooks_with_kwargs",
+        "_hooks_always_called",
+        "_pre_hooks",
+        "_pre_hooks_with_kwargs",
+    )
+]
+
+
+class OffloadedEmbedding(nn.Module):
+    """An embedding whose table stays in the CPU's memory; only looked-up rows reach the device.
+
+    The table is no submodule: else ``model.to(device)`` would move it, and DistributedDataParallel
+    refuse it.
+    """
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.__dict__["table"] = table.to("cpu").requires_grad_(False)
+        self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole table, on the CPU."""
+        return self.__dict__["table"].weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(..., ) token ids → (..., hidden) on the device of the ids."""
+        return self.__dict__["table"](tokens.to("cpu")).to(tokens.device)
+
+
+def decide_formats(section: LoRAMConfig, cfg: Any, pruned: Path | None) -> Formats:
+    """The formats of a run, once the device is known to do them.
+
+    Args:
+        section: The `loram:` section.
+        cfg: Axolotl's config.
+        pruned: The pruned model's folder, None if it is yet to be made.
+
+    Raises:
+        LoRAMError: They cannot be had, or a model in 4 bits is not trained as one.
+    """
+    config = load_config(str(pruned or cfg.base_model), None if pruned else cfg.revision_of_model)
+    if pruned:
+        packed = packed_weights(Checkpoint(pruned).tensors)
+        is_packed, packed_head = bool(packed), head_name(config) in packed
+    else:
+        is_packed = section.pruning is not None and section.pruning.quantize is not None
+        packed_head = is_packed and head_name(config) is not None
+    if is_packed:
+        check_trains_packed(cfg)
+    formats = choose_formats(section, cfg, config, packed_head)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for format in set(formats.small.values()) - {"cpu"}:
+        check_device(format, device)
+    return formats
+
+
+def head_name(config: Config) -> str | None:
+    """What checkpoints call the weight of the lm_head; None if it is the embedding's, or none."""
+    return next((t.name for t in tensors(config) if t.role == HEAD and not t.bias), None)
+
+
+def store_small_once_sized(model: Any, formats: Formats) -> None:
+    """`store_small`, as soon as Axolotl has settled the vocabulary's size.
+
+    It does so by one call of `resize_token_embeddings` or `tie_weights`, and right after that turns
+    what is not quantized to float32: of LLaMA-3.1-70B's embedding and lm_head, 8.4 GB on the device
+    that are spared here.
+    """
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    names = ("resize_token_embeddings", "tie_weights")
+    own = {name: model.__dict__.get(name) for name in names}
+
+    def then_store(name: str, *args: Any, **kwargs: Any) -> Any:
+        for other, method in own.items():  # as they were, also for calls from one to the other
+            model.__dict__.pop(other)
+            model.__dict__.update({other: method} if method else {})
+        result = getattr(model, name)(*args, **kwargs)
+        store_small(model, formats, vocabulary)
+        return result
+
+    if formats.small:
+        model.__dict__.update({name: partial(then_store, name) for name in names})
+
+
+def store_small(model: Any, formats: Formats, vocabulary: int) -> None:
+    """Put the lm_head and the embedding of a loaded model into their formats.
+
+    To be called when the vocabulary has its size and the model is on its device, before PEFT wraps
+    it. A format that is a default falls back to native where the model does not allow it.
+
+    Args:
+        model: A causal language model.
+        formats: What to keep them in.
+        vocabulary: Tokens that the model was loaded with.
+
+    Raises:
+        LoRAMError: A format is asked for that the model or the device does not allow.
+    """
+    if not formats.small:
+        return
+    for part in formats.small:
+        why = _hindrance(model, part, getattr(formats, part), vocabulary)
+        formats = formats.without(part, why) if why else formats
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        formats = formats.both_or_none()
+    getters = {"lm_head": model.get_output_embeddings, "embedding": model.get_input_embeddings}
+    for part, format in formats.small.items():
+        old = getters[part]()
+        path = next(name for name, module in model.named_modules() if module is old)
+        REPLACEMENTS[part, format](model, path, old)
+        new = model.get_submodule(path)
+        for hooks in HOOKS:  # such as the one that makes the embedding's output require gradients
+            setattr(new, hooks, getattr(old, hooks))
+            setattr(old, hooks, OrderedDict())
+        new._save_to_state_dict = _save_nothing
+    if formats.small:
+        kept = ", ".join(f"{part} in {format}" for part, format in formats.small.items())
+        LOG.info("%s: %.3f GiB of weights on the device", kept, weight_bytes(model) / 2**30)
+
+
+def _hindrance(model: Any, part: str, format: str, vocabulary: int) -> str | None:
+    """What of the loaded model needs a part in its native format, if anything."""
+    if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
+        return "the model is spread over several devices"
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.num_embeddings != vocabulary:
+        return "the vocabulary was resized, and its new rows are saved with the adapter"
+    plain = (nn.Linear, bitsandbytes.nn.Linear4bit) if part == "lm_head" else (nn.Embedding,)
+    module = head if part == "lm_head" else embedding
+    if format != "cpu" and type(module) not in plain:
+        return f"it is a {type(module).__name__}, which does more than a plain one"
+    return None
+
+
+def _head_to_nf4(model: nn.Module, path: str, head: Any) -> None:
+    if not isinstance(head, bitsandbytes.nn.Linear4bit):  # it came in 4 bits
+        replace_linear(model, path, head.weight.data, head.weight.device)
+
+
+def _head_to_int8(model: nn.Module, path: str, head: Any) -> None:
+    new: Any = bitsandbytes.nn.Linear8bitLt(
+        head.in_features,
+        head.out_features,
+        bias=head.bias is not None,
+        has_fp16_weights=False,
+        threshold=OUTLIERS,
+        device="meta",
+    )
+    new.weight, new.bias = _int8(head.weight), head.bias
+    model.set_submodule(path, new)
+
+
+def _embedding_to_int8(model: nn.Module, path: str, embedding: Any) -> None:
+    rows, columns = embedding.weight.shape
+    new: Any = bitsandbytes.nn.Embedding8bit(
+        rows, columns, device="meta", dtype=embedding.weight.dtype
+    )
+    new.weight = _int8(embedding.weight)
+    model.set_submodule(path, new)
+
+
+def _embedding_to_nf4(model: nn.Module, path: str, embedding: Any) -> None:
+    """Without double quantization, which this module of bitsandbytes does not know: 4.5 bits."""
+    rows, columns = embedding.weight.shape
+    new: Any = bitsandbytes.nn.EmbeddingNF4(
+        rows, columns, device="meta", dtype=embedding.weight.dtype
+    )
+    weight: Any = bitsandbytes.nn.Params4bit(
+        embedding.weight.data, compress_statistics=False, quant_type="nf4", module=new
+    )
+    new.weight = weight.to(embedding.weight.device)
+    model.set_submodule(path, new)
+
+
+def _embedding_to_cpu(model: nn.Module, path: str, embedding: Any) -> None:
+    model.set_submodule(path, OffloadedEmbedding(embedding))
+
+
+def _int8(weight: torch.Tensor) -> Any:
+    """Each row of a weight as int8 with a scale; bitsandbytes quantizes on the way from the CPU."""
+    plain: Any = bitsandbytes.nn.Int8Params(weight.data.to("cpu"), requires_grad=False)
+    return plain.to(weight.device)
+
+
+REPLACEMENTS: dict[tuple[str, str], Callable[[nn.Module, str, Any], None]] = {
+    ("lm_head", "int8"): _head_to_int8,
+    ("lm_head", "nf4"): _head_to_nf4,
+    ("embedding", "int8"): _embedding_to_int8,
+    ("embedding", "nf4"): _embedding_to_nf4,
+    ("embedding", "cpu"): _embedding_to_cpu,
+}
+
+
+def _save_nothing(*_: Any) -> None:
+    """In the place of a frozen module's own: PEFT would put an adapted lm_head beside its LoRA."""
+
+
+def check_device(format: str, device: str) -> None:
+    """Refuse a device on which bitsandbytes does not do a format, by trying it on a small layer.
+
+    Args:
+        format: int8 or nf4.
+        device: As torch names it.
+
+    Raises:
+        LoRAMError: It fails there.
+    """
+    try:
+        layer = nn.Sequential(nn.Linear(64, 64, bias=False, device=device))
+        (_head_to_int8 if format == "int8" else _head_to_nf4)(layer, "0", layer[0])
+        inputs = torch.ones(1, 64, device=device, requires_grad=True)
+        layer(inputs).sum().backward()
+    except Exception as error:  # whatever a backend that lacks it says
+        raise LoRAMError(
+            f"expected a device on which bitsandbytes does {format}, found {device} ({error}): "
+            "choose another device or format"
+        ) from error
+
+
+def prepare_packed(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Let a model that came in 4 bits compute in the run's dtype, and keep its vocabulary.
+
+    The base's own, such as float16, would be a second one beside the activations'.
+
+    Args:
+        model: As loaded; one that did not come in 4 bits stays as it is.
+        folder: What it was loaded from, whose config.json may name another dtype.
+        dtype: The run's.
+    """
+    if not packed_weights(Checkpoint(folder).tensors):
+        return
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight: Any = module.weight
+            module.compute_dtype = weight.quant_state.dtype = dtype
+    if isinstance(model.get_output_embeddings(), bitsandbytes.nn.Linear4bit):
+        model.resize_token_embeddings = _refuse_to_resize
+
+
+def _refuse_to_resize(size: int | None = None, *_: Any, **__: Any) -> None:
+    raise LoRAMError(
+        f"expected the tokenizer's vocabulary to fit the pruned model's, found {size} tokens: an "
+        "lm_head in 4 bits cannot grow, so prune without quantize"
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, buffers and quantization states on their device.
+
+    An `OffloadedEmbedding` has none there.
+    """
+    parts: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            state = getattr(tensor, "quant_state", None)
+            scales = [
+                getattr(tensor, "SCB", None),
+                getattr(getattr(module, "state", None), "SCB", None),
+            ]
+            for found in (tensor, *scales, *_tensors_of(state)):
+                if found is not None:
+                    parts[found.data_ptr()] = found
+    return sum(part.nbytes for part in parts.values())
+
+
+def _tensors_of(state: Any) -> list[torch.Tensor]:
+    """What a bitsandbytes QuantState holds, with its second level."""
+    if state is None:
+        return []
+    own = [state.absmax, state.code, state.offset]
+    return [t for t in own if isinstance(t, torch.Tensor)] + _tensors_of(state.state2)

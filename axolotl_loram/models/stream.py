@@ -1,0 +1,393 @@
+"""Running a checkpoint one decoder layer at a time: a model of any size on a small machine.
+
+The model is built on the meta device, which holds no weights; a layer's weights are read when it is
+its turn. What surrounds the layers (embedding, masks, rotary positions, final norm, logits) is the
+model's own forward with stand-ins for the layers, so that scaled embeddings, sliding windows or
+capped logits need no code here.
+
+Hidden states lie on disk, (samples, tokens, hidden), and pass through memory batch by batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from axolotl_loram.architecture.model import Config, Tensor, family_of, layer_pieces, sizes_of
+from axolotl_loram.errors import LoRAMError, not_finite
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor
+from axolotl_loram.models.four_bit import take_any_width
+
+TOKENS_PER_BATCH = 2048
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def to_torch(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A stored tensor's values on the CPU.
+
+    Raises:
+        LoRAMError: It holds no plain floats, or a NaN or an infinity.
+    """
+    if stored.dtype not in TORCH_DTYPES:
+        raise LoRAMError(
+            f"expected weights of {', '.join(TORCH_DTYPES)} to calibrate, found {stored.name} of "
+            f"{stored.dtype}: prune the unquantized model, or use --method random without refit"
+        )
+    bits = torch.from_numpy(stored.read())
+    values = bits.view(TORCH_DTYPES[stored.dtype]).to(dtype)
+    _check_finite_weight(values, stored.name)
+    return values
+
+
+def _check_finite_weight(values: torch.Tensor, name: str) -> None:
+    """Refuse a NaN or an infinity, without a temporary as large as the weight."""
+    if not torch.isfinite(torch.stack(values.aminmax())).all():
+        raise not_finite(name)
+
+
+def to_bits(values: torch.Tensor, dtype: str) -> np.ndarray:
+    """Values rounded to a dtype that safetensors names, as opaque bits."""
+    rounded = values.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
+    flat = rounded.reshape(-1).view(torch.uint8).numpy()
+    return flat.view(f"u{rounded.element_size()}").reshape(rounded.shape)
+
+
+class LayerStream:
+    """The layers of a causal language model, loaded one at a time.
+
+    Attributes:
+        device: Where layers run.
+        dtype: What they run in: by default float32 on a CPU, bfloat16 on a GPU.
+        four_bit: Whether linear layers are held in NF4.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        device: str,
+        four_bit: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.checkpoint, self.device, self.four_bit = checkpoint, torch.device(device), four_bit
+        self.dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+        self.config, self.family = config, family_of(config)
+        self.model = _empty_model(config, self.dtype)
+        self.layers: Any = self.model.get_submodule(self.family.layers)
+        self.hidden_size = sizes_of(config)["hidden"]
+        self._arguments: dict[torch.Size, list[tuple[tuple, dict]]] = {}
+
+    def layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights, on the device, in evaluation mode."""
+        layer = copy.deepcopy(self.layers[index]).eval().requires_grad_(False)
+        prefix = f"{self.family.layers}.{index}."
+        for name, pieces in layer_pieces(self.config, index).items():
+            self._place(layer, name.removeprefix(prefix), self._assembled(pieces))
+        return layer.to(self.device)
+
+    def _assembled(self, pieces: list[list[Tensor]]) -> torch.Tensor:
+        """A parameter from what is stored of it; experts that are stored one by one are stacked."""
+        joined = [
+            torch.cat([to_torch(self.checkpoint[piece.name], self.dtype) for piece in of_expert])
+            if len(of_expert) > 1
+            else to_torch(self.checkpoint[of_expert[0].name], self.dtype)
+            for of_expert in pieces
+        ]
+        return joined[0] if pieces[0][0].expert is None else torch.stack(joined)
+
+    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the layer makes of hidden states (batch, tokens, hidden)."""
+        args, kwargs = self._called_with(hidden.shape[:2])[index]
+        output = layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden) before the first layer, of tokens on the CPU."""
+        return self._record(tokens)[0][0]
+
+    def loss(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Next-token loss of each sequence, (batch,), given the last layer's output."""
+        logits = self.logits(hidden)[:, :-1].float()
+        targets = tokens[:, 1:].to(logits.device)
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return losses.view(targets.shape).mean(1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, tokens, vocabulary), given the last layer's output.
+
+        The final norm and the output embedding are loaded on the first call, and stay until
+        `drop_head`.
+        """
+        self._load_head()
+        stand_ins = [_Replay(layer, hidden) for layer in self.layers]
+        with self._standing_in(stand_ins):
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
+
+    def _place(self, layer: nn.Module, name: str, values: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = layer.get_submodule(path)
+        if self.four_bit and isinstance(module, nn.Linear) and leaf == "weight":
+            replace_linear(layer, path, values, self.device)
+        else:
+            values = values.to(self.device)
+            buffer = leaf in module._buffers
+            setattr(module, leaf, values if buffer else nn.Parameter(values, requires_grad=False))
+
+    def _called_with(self, shape: torch.Size) -> list[tuple[tuple, dict]]:
+        """What the model passes to each of its layers beside hidden states of this shape."""
+        if shape not in self._arguments:
+            self._arguments[shape] = self._record(torch.zeros(shape, dtype=torch.int64))[1]
+        return self._arguments[shape]
+
+    def _record(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], list[tuple[tuple, dict]]]:
+        """Run the model with layers that note what they are called with."""
+        places = self._load_embedding(tokens)
+        stand_ins = [_Recorder(layer) for layer in self.layers]
+        stand_ins[-1].stop = True
+        with self._standing_in(stand_ins), torch.no_grad(), suppress(_Stop):
+            self.model(input_ids=places, use_cache=False)
+        called_with = [_moved(stand_in.called_with, self.device) for stand_in in stand_ins]
+        return [stand_in.hidden for stand_in in stand_ins], called_with
+
+    @property
+    def _stored_embedding(self) -> StoredTensor:
+        embedding = self.model.get_input_embeddings()
+        name = next(n for n, module in self.model.named_modules() if module is embedding)
+        return self.checkpoint[self.family.stored_name(f"{name}.weight")]
+
+    def _load_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Load the rows that are looked up, and no others; returns where each token's row is."""
+        embedding: Any = self.model.get_input_embeddings()
+        stored, (used, places) = self._stored_embedding, tokens.unique(return_inverse=True)
+        row_bytes = stored.shape[1] * stored.bits.itemsize
+        rows = [stored.read_bytes(row * row_bytes, row_bytes) for row in used.tolist()]
+        bits = torch.from_numpy(np.concatenate(rows)).view(TORCH_DTYPES[stored.dtype])
+        values = bits.view(len(used), -1).to(self.dtype)
+        _check_finite_weight(values, stored.name)
+        embedding.padding_idx = None  # it is a row of the whole
+        embedding.weight = nn.Parameter(values, requires_grad=False)
+        return places
+
+    def drop_head(self) -> None:
+        """Free what `loss` loaded."""
+        for module in self.model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _load_head(self) -> None:
+        head = self.model.get_output_embeddings()
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            inside = name.startswith(f"{self.family.layers}.")
+            aside = inside or name.startswith(self.family.whole)
+            if aside or module is self.model.get_input_embeddings() or not parameter.is_meta:
+                continue
+            stored = self.checkpoint.tensors.get(self.family.stored_name(name))
+            if stored is None and module is head:  # tied: the input embedding is the output's too
+                stored = self._stored_embedding
+            assert stored is not None  # pruning checked the tensors
+            values = to_torch(stored, self.dtype).to(self.device)
+            setattr(module, name.rpartition(".")[2], nn.Parameter(values, requires_grad=False))
+
+    @contextmanager
+    def _standing_in(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+        path, _, name = self.family.layers.rpartition(".")
+        owner = self.model.get_submodule(path)
+        setattr(owner, name, nn.ModuleList(stand_ins))
+        try:
+            yield
+        finally:
+            setattr(owner, name, self.layers)
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
+class _StandIn(nn.Module):
+    """Takes a layer's place; looks like it to whoever reads its attributes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+
+class _Recorder(_StandIn):
+    stop = False
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.__dict__["hidden"], self.__dict__["called_with"] = hidden, (args, kwargs)
+        if self.stop:
+            raise _Stop
+        return hidden
+
+
+class _Replay(_StandIn):
+    def __init__(self, layer: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__(layer)
+        self.__dict__["hidden"] = hidden
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.__dict__["hidden"]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors in nested tuples, lists and dicts, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
+def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device, its computed buffers (rotary frequencies) on the CPU."""
+    settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    with torch.device("meta"), _not_partitioned():
+        auto_class = getattr(transformers, family_of(config).auto_class)
+        model = auto_class.from_config(settings, dtype=dtype, trust_remote_code=False)
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in names:
+            empty = torch.empty_like(getattr(module, name), device="cpu")
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, empty, persistent=persistent)
+        if names:
+            model._init_weights(module)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _not_partitioned() -> Iterator[None]:
+    """Inside a run under ZeRO-3, transformers would deal any model it builds out to the ranks."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, device: torch.device) -> None:
+    """Put an NF4 linear layer, as QLoRA's, in the place of one of the same weight."""
+    import bitsandbytes
+
+    take_any_width()
+    old: Any = layer.get_submodule(path)
+    new: Any = bitsandbytes.nn.Linear4bit(
+        old.in_features,
+        old.out_features,
+        bias=old.bias is not None,
+        compute_dtype=weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    new.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    new.bias = old.bias
+    layer.set_submodule(path, new)
+    new.weight = new.weight.to(device)
+
+
+@contextmanager
+def seen_routing(layer: nn.Module, module: str, see: Callable[..., Any]) -> Iterator[None]:
+    """Call `see(experts, hidden, indices, weights)` before a layer's stacked experts run.
+
+    That is how transformers calls them: hidden states (tokens, hidden), and for each token the
+    experts it goes to and the weights of their outputs, both (tokens, k). Weights that are returned
+    take the place of the ones given.
+    """
+
+    def before(experts: nn.Module, args: tuple) -> tuple | None:
+        changed = see(experts, *args[:3])
+        return None if changed is None else (*args[:2], changed, *args[3:])
+
+    handle = layer.get_submodule(module).register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def seen_inputs(
+    layer: nn.Module, modules: Sequence[str], see: Callable[[str, torch.Tensor], Any]
+) -> Iterator[None]:
+    """Call `see(module, input)` before each of the modules runs; a tensor it returns goes in."""
+
+    def hook(name: str) -> Callable:
+        def before(module: nn.Module, args: tuple) -> tuple | None:
+            changed = see(name, args[0])
+            return None if changed is None else (changed, *args[1:])
+
+        return before
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class States:
+    """Tensors (samples, tokens, hidden) in one file, written and read a batch at a time.
+
+    A file that exists under its name is complete.
+    """
+
+    def __init__(self, file: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.file, self.shape, self.dtype = file, shape, dtype
+        self.row_bytes = shape[1] * shape[2] * dtype.itemsize
+
+    @property
+    def exists(self) -> bool:
+        """Whether it was written to the end."""
+        return self.file.exists()
+
+    def read(self, samples: Sequence[int]) -> torch.Tensor:
+        """The given samples, (len(samples), tokens, hidden), on the CPU."""
+        rows = [
+            np.fromfile(self.file, np.uint8, self.row_bytes, offset=sample * self.row_bytes)
+            for sample in samples
+        ]
+        flat = torch.from_numpy(np.concatenate(rows)).view(self.dtype)
+        return flat.view(len(samples), *self.shape[1:])
+
+    @contextmanager
+    def written(self) -> Iterator[Callable[[torch.Tensor], object]]:
+        """Gives a function that appends a batch; the file takes its name when the block ends."""
+        partial = self.file.with_suffix(".partial")
+        with partial.open("wb") as handle:
+
+            def append(batch: torch.Tensor) -> None:
+                bits = batch.detach().to("cpu", self.dtype).contiguous().view(torch.uint8)
+                handle.write(bits.numpy().data)
+
+            yield append
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(self.file)

@@ -1,0 +1,1 @@
+"""Drafting the declaration of a family that has none."""

@@ -1,0 +1,1 @@
+"""Choosing what goes, refitting what stays, writing the pruned checkpoint."""

@@ -1,0 +1,86 @@
+"""Pruned models made on the way to training, each once per base, settings and calibration text."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from axolotl_loram.architecture.model import sizes_of
+from axolotl_loram.architecture.plan import SCHEMA_VERSION
+from axolotl_loram.config import FillArgs, Pruning, PruningArgs
+from axolotl_loram.files.atomic import made_once
+from axolotl_loram.files.find import find_folder, load_config
+from axolotl_loram.files.progress import progress_bar
+from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.pruning.prune import prune, resolve
+from axolotl_loram.text.calibration import Calibration, from_rows, load_calibration
+
+LOG = logging.getLogger(__name__)
+Rows = Callable[[], Iterator[list[int]]]
+"""Gives the token ids of the run's own training data."""
+OWN_TEXT = "the run's datasets"
+"""What records call them."""
+
+
+def prune_into_cache(
+    model: str,
+    revision: str | None,
+    settings: PruningArgs,
+    cache_dir: str | None = None,
+    rows: Rows | None = None,
+) -> Path:
+    """The pruned model for these settings, made by whichever process comes first.
+
+    Args:
+        model: Folder or hub id of the base model.
+        revision: Revision on the hub.
+        settings: How to prune; what they leave open is settled here.
+        cache_dir: Where; $AXOLOTL_LORAM_CACHE or ~/.cache/axolotl-loram by default.
+        rows: What to calibrate on where the settings name no text.
+
+    Returns:
+        Its folder.
+    """
+    cache, base = cache_folder(cache_dir), find_folder(model, revision)
+    settled = resolve(settings, load_config(str(base)), own_text=rows is not None)
+    calibration = None
+    if settled.needs_calibration:
+        calibration = calibrate(settled, base, rows, settings.calibration_length is None)
+    stem = re.sub(r"[^\w.-]+", "-", model.rstrip("/").split("/")[-1])
+
+    def make(folder: Path) -> None:
+        LOG.info("pruning %s into %s", model, folder)
+        with progress_bar("pruning") as progress:
+            prune(model, folder, settled, revision, False, progress, calibration)
+
+    how = settled.model_dump(exclude={"device"})
+    read = calibration and calibration.record()
+    identity = [SCHEMA_VERSION, Checkpoint(base).fingerprint(), how, read]
+    return made_once(cache / f"{stem}-{settled.method}", identity, make)
+
+
+def cache_folder(named: str | None) -> Path:
+    """The folder that is named, or $AXOLOTL_LORAM_CACHE, or ~/.cache/axolotl-loram."""
+    default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
+    return Path(named or default).expanduser()
+
+
+def calibrate(
+    settings: Pruning, base: Path, rows: Rows | None, shrink: bool = False
+) -> Calibration:
+    """The text to prune by: what the settings name, or the run's own training data."""
+    if settings.calibration_path is not None or rows is None:
+        return load_calibration(settings, base)
+    return own_text(settings, base, rows, shrink)
+
+
+def own_text(
+    settings: Pruning | FillArgs, base: Path, rows: Rows, shrink: bool = False
+) -> Calibration:
+    """The run's own training data as calibration text; `shrink` as `calibration.pack` has it."""
+    size = sizes_of(load_config(str(base)))["vocabulary"]
+    known = ([token for token in row if token < size] for row in rows())  # none that the run adds
+    return from_rows(known, settings, base, OWN_TEXT, shrink=shrink)

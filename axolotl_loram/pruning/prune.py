@@ -1,0 +1,397 @@
+"""Making a pruned checkpoint: score, choose, refit, then gather every tensor along the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from axolotl_loram import __version__
+from axolotl_loram.architecture.model import (
+    Config,
+    changed,
+    family_of,
+    layer_count,
+    layer_fields,
+    sizes_of,
+)
+from axolotl_loram.architecture.pairing import check_tensors, weights_fingerprint
+from axolotl_loram.architecture.plan import (
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    Base,
+    PruningPlan,
+    keep_counts,
+    summary,
+)
+from axolotl_loram.architecture.record import versions
+from axolotl_loram.architecture.reference import read_indices
+from axolotl_loram.architecture.vocabulary import vocabulary_digest
+from axolotl_loram.config import CALIBRATED, Pruning, PruningArgs
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.atomic import check_vacant, write_json
+from axolotl_loram.files.find import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
+from axolotl_loram.files.nf4 import Packing, plan_packing
+from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.resumable import Work, resumable, work_folder
+from axolotl_loram.files.targets import locked, real
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor
+from axolotl_loram.files.untrusted import copy_files, read_json
+from axolotl_loram.pruning.criteria import CRITERIA
+from axolotl_loram.pruning.evidence import Evidence
+from axolotl_loram.pruning.gather import needed_bytes, write_weights
+from axolotl_loram.pruning.importance import choose
+from axolotl_loram.pruning.sparse import by_magnitude, load_sparse, sparse_layers, sparse_summary
+
+if TYPE_CHECKING:
+    from axolotl_loram.models.stream import LayerStream
+    from axolotl_loram.text.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was decided.
+
+    Attributes:
+        plan: What is kept.
+        replaced: Weights of the pruned shapes that are not just gathered.
+        refit: Held-out errors of each refitted projection.
+        zeros: Of a sparse model, what `sparse_summary` counts.
+    """
+
+    plan: PruningPlan
+    replaced: Mapping[str, StoredTensor] = field(default_factory=dict)
+    refit: Mapping[str, Any] = field(default_factory=dict)
+    zeros: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pruning: all that decides its result, and how to show its progress.
+
+    Attributes:
+        checkpoint: The base's weights.
+        sketch: A plan as large as the one to come (the one to come, if index files give it).
+        settings: How to prune.
+        calibration: Calibration text, if any is needed.
+        packing: Which weights are written in 4 bits, if any.
+        progress: Shows how far it is.
+    """
+
+    checkpoint: Checkpoint
+    sketch: PruningPlan
+    settings: Pruning
+    calibration: Calibration | None
+    packing: Packing | None = None
+    progress: Progress = no_progress
+
+    @property
+    def config(self) -> Config:
+        """The base's config."""
+        return self.sketch.config
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted job must agree in to be gone on with."""
+        return {
+            "version": __version__,
+            "base": asdict(self.sketch.base),
+            "pruning": self.settings.model_dump(exclude={"device"}),
+            "calibration": self.calibration and self.calibration.record(),
+            "device": self.calibration and self.device,  # decides the precision of hidden states
+        }
+
+    @property
+    def device(self) -> str:
+        """Where calibration runs."""
+        return device_of(self.settings)
+
+    def stream(self, four_bit: bool = False) -> LayerStream:
+        """The base's layers, on the device."""
+        from axolotl_loram.models.stream import LayerStream
+
+        return LayerStream(self.checkpoint, self.config, self.device, four_bit)
+
+    def evidence(self, work: Work, layers: list[int]) -> Evidence:
+        """What criteria look at."""
+        return Evidence(
+            self.checkpoint,
+            self.config,
+            layers,
+            work,
+            self.settings.seed,
+            self.calibration.tokens if self.calibration else None,
+            lambda: self.stream(self.settings.load_in_4bit),
+            self.progress,
+            frozenset(kind for count in self.sketch.counts.values() for kind in count),
+        )
+
+
+def prune(
+    model: str,
+    output: Path,
+    settings: PruningArgs,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """Write a pruned checkpoint: an ordinary Hugging Face folder, its plan and its record.
+
+    Interrupted, it leaves what it has done beside `output`, and goes on from there when it is
+    called again with the same arguments.
+
+    Args:
+        model: Folder or hub id of the base model, in safetensors.
+        output: Folder to write.
+        settings: How to prune; what they leave open is settled here (`PruningArgs.resolve`).
+        revision: Revision on the hub.
+        overwrite: Replace what `output` holds.
+        progress: Shows how far it is.
+        calibration: Calibration text, by default what `settings` names.
+
+    Returns:
+        What `loram.json` says.
+
+    Raises:
+        LoRAMError: Anything is wrong with the input; nothing is left at `output` then.
+    """
+    check_vacant(output, overwrite)
+    config = load_config(model, revision)
+    if config.get("quantization_config"):
+        raise LoRAMError(
+            f"expected a model in 16 or 32 bits to prune, found quantization_config in {model}: "
+            "load it dequantized, save it, and prune that"
+        )
+    resolved = resolve(settings, config, own_text=calibration is not None)
+    folder = find_folder(model, revision)
+    checkpoint = Checkpoint(folder)
+    check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
+    name = str(folder.resolve()) if Path(model).exists() else model
+    base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
+    sketch = plan_of_size(config, base, resolved)
+    check_scorable(sketch, resolved)
+    packing = _plan_packing(resolved, checkpoint, sketch)
+    calibration = calibration or _calibrate(resolved, folder)
+    job = Job(checkpoint, sketch, resolved, calibration, packing, progress)
+    check_room(job, output)
+    with resumable(output, job.identity, overwrite) as work:
+        outcome = decide(job, work)
+        pack = packing.pack if packing else None
+        plan, replaced = outcome.plan, outcome.replaced
+        files = write_weights(checkpoint, plan, work.result, progress, replaced, pack)
+        return _write_rest(folder, job, outcome, work.result, files)
+
+
+def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pruning:
+    """`PruningArgs.resolve` for the model with this config."""
+    return settings.resolve(own_text, layer_fields(config, None).get("max_position_embeddings"))
+
+
+def plan_of_size(config: dict[str, Any], base: Base, settings: Pruning) -> PruningPlan:
+    """A plan as large as the one to come, to count with; refuses what cannot be planned.
+
+    Raises:
+        LoRAMError: The ratio, the pattern or the index files do not suit the model.
+    """
+    if settings.indices_path is not None:
+        return PruningPlan(config, read_indices(Path(settings.indices_path), config), base)
+    if settings.sparsity is not None:
+        sparse_layers(config, settings.sparsity, *settings.protected)
+        return PruningPlan(config, {}, base)
+    assert settings.ratio is not None  # PruningArgs saw to it
+    family = family_of(config)
+    counts = keep_counts(config, settings.ratio, *settings.protected, settings.units)
+    kept = {}
+    for layer, count in counts.items():
+        sizes = sizes_of(config, layer)
+        for group in family.groups:
+            if group.kind in count:
+                units = np.arange(count[group.kind], dtype=np.int32)
+                rows = count.get(group.inside, sizes[group.inside]) if group.inside else None
+                stacked = units if rows is None else np.tile(units, (rows, 1))
+                kept[family.entry(layer, group)] = stacked
+    return PruningPlan(config, kept, base)
+
+
+def _plan_packing(settings: Pruning, checkpoint: Checkpoint, sketch: PruningPlan) -> Packing | None:
+    if settings.quantize is None:
+        return None
+    config = changed(read_json(checkpoint.folder / "config.json"), sketch.changes)
+    block, device = settings.quantize_block_size, device_of(settings)
+    return plan_packing(config, checkpoint.tensors, block, device)
+
+
+def device_of(settings: Pruning) -> str:
+    """Where to compute: as the settings say, else on the GPU if there is one."""
+    import torch
+
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
+    if not settings.needs_calibration:
+        return None
+    if settings.calibration_path is None:
+        why = f"method {settings.method}" if settings.method in CALIBRATED else "refit"
+        raise LoRAMError(
+            f"expected calibration text for {why}, found none: give --calibration FILE (.txt, "
+            ".jsonl, an Axolotl YAML) or a data set on the hub"
+        )
+    from axolotl_loram.text.calibration import load_calibration
+
+    return load_calibration(settings, folder)
+
+
+def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
+    """Refuse a criterion that does not know what it is to score.
+
+    Raises:
+        LoRAMError: It needs text and the model reads none, or cannot look inside stacked experts.
+    """
+    family, method = family_of(sketch.config), settings.method
+    if settings.needs_calibration and family.auto_class == "AutoModelForImageClassification":
+        raise LoRAMError(
+            f"expected method random or magnitude without refit for {family.model_type}, found "
+            f"{method}: calibration text goes through language models only"
+        )
+    kinds = {kind for count in sketch.counts.values() for kind in count}
+    if "expert_neurons" in kinds and method in CALIBRATED:
+        raise LoRAMError(
+            f"expected method random or magnitude for expert_neurons, found {method}: stacked "
+            "experts do not show what goes into each neuron"
+        )
+
+
+def check_room(job: Job, output: Path) -> None:
+    """Refuse to start without the disk space for the result and the work before it.
+
+    Raises:
+        LoRAMError: Too little is free, or nothing can be written there.
+    """
+    needed = needed_bytes(job.checkpoint, job.sketch)
+    refitted = needed if job.settings.sparsity or job.settings.refit else 0
+    if job.packing is not None:
+        needed = job.packing.needed_bytes(job.sketch.pruned_config, job.checkpoint)
+    needed += refitted
+    if job.calibration is not None:
+        states = job.calibration.tokens.size * sizes_of(job.config)["hidden"] * 4
+        kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
+        needed += states * kept
+    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
+    started = work_folder(output, job.identity)
+    found = shutil.disk_usage(existing).free + sum(
+        file.stat().st_size for file in started.rglob("*") if file.is_file()
+    )
+    with locked(real(output)):
+        pass  # something can be written there
+    if found < needed:
+        raise LoRAMError(
+            f"expected {needed / 2**30:.3g} GiB free for {output} and the work on it, found "
+            f"{found / 2**30:.3g} GiB in {existing}: make room or choose another disk"
+        )
+
+
+def decide(job: Job, work: Work) -> Outcome:
+    """Choose what to keep, and refit it if that is asked for."""
+    if job.settings.sparsity is not None:
+        return _make_sparse(job, work, job.settings.sparsity)
+    plan = job.sketch if job.settings.indices_path else choose_units(job, work)
+    if not job.settings.refit or not plan.kept:
+        return Outcome(plan)
+    from axolotl_loram.models.walk import Walk
+    from axolotl_loram.pruning.refit import refit
+
+    assert job.calibration is not None  # `_calibrate` saw to it
+    tokens, last = job.calibration.tokens, max(plan.counts)
+    walk = Walk(job.stream(), work, tokens, "refit", last + 1, job.progress)
+    replaced, errors = refit(walk, plan)
+    return Outcome(plan, replaced, errors)
+
+
+def choose_units(job: Job, work: Work) -> PruningPlan:
+    """Score the units and keep the best, of each layer or of all."""
+    settings, family, counts = job.settings, family_of(job.config), job.sketch.counts
+    kept: dict[str, np.ndarray] = {}
+    if not counts:
+        return job.sketch
+    criterion, evidence = CRITERIA[settings.method], job.evidence(work, list(counts))
+    criterion.score(evidence)
+    scores = {layer: evidence.load(layer) for layer in counts}
+    so_far = PruningPlan(job.config, {}, job.sketch.base)
+    for group in family.groups:
+        having = [layer for layer, count in counts.items() if group.kind in count]
+        own = {layer: scores[layer][group.kind] for layer in having}
+        if group.inside:  # of the experts that are kept
+            own = {layer: rows[so_far.kept_experts(layer)] for layer, rows in own.items()}
+        chosen = choose(
+            own,
+            {layer: counts[layer][group.kind] for layer in having},
+            settings.allocation == "global",
+            criterion.comparable,
+        )
+        kept |= {family.entry(layer, group): units for layer, units in chosen.items()}
+        so_far = replace(so_far, kept=dict(kept))
+    return so_far
+
+
+def _make_sparse(job: Job, work: Work, sparsity: float | str) -> Outcome:
+    layers = sparse_layers(job.config, sparsity, *job.settings.protected)
+    if job.settings.method == "magnitude":
+        by_magnitude(job.checkpoint, job.config, layers, sparsity, work, job.progress)
+    elif not all(work.has(f"sparse-{layer}") for layer in layers):
+        from axolotl_loram.models.walk import Walk
+        from axolotl_loram.pruning.sparsegpt import by_calibration
+
+        assert job.calibration is not None  # `_calibrate` saw to it
+        tokens, stop = job.calibration.tokens, max(layers) + 1
+        walk = Walk(job.stream(), work, tokens, "sparsifying", stop, job.progress)
+        by_calibration(walk, job.config, layers, job.settings.method, sparsity)
+    made = list(load_sparse(work, layers))
+    masks = {name: facts["mask"] for name, _, facts in made}
+    counted = {name: facts["nonzero"] for name, _, facts in made}
+    return Outcome(
+        PruningPlan(job.config, {}, job.sketch.base, masks),
+        {name: tensor for name, tensor, _ in made},
+        zeros=sparse_summary(job.config, counted),
+    )
+
+
+def _write_rest(
+    base_folder: Path, job: Job, outcome: Outcome, folder: Path, files: dict[str, str]
+) -> dict[str, Any]:
+    """Write config, tokenizer, plan and record beside the weights."""
+    plan, calibration = outcome.plan, job.calibration
+    raw = read_json(base_folder / "config.json")
+    raw.pop("auto_map", None)  # names code of the base's repository, which is not copied
+    quantized = {"quantization_config": job.packing.settings} if job.packing else {}
+    write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
+    copy_files(base_folder, folder, (*TOKENIZER_PATTERNS, "generation_config.json"))
+    plan.save(folder)
+    for file in sorted(folder.iterdir()):
+        if file.name not in files:  # the weights' are known, and large
+            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    written = Checkpoint(folder)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "pruned-model",
+        "base": asdict(plan.base),
+        "pruning": job.settings.model_dump(),
+        "calibration": calibration and calibration.record(),
+        "refit": dict(outcome.refit) or None,
+        "alignments": [],
+        "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
+        "weight_bytes": sum(tensor.nbytes for tensor in written.tensors.values()),
+        "plan": plan.digest,
+        "fingerprint": weights_fingerprint(written),
+        "vocabulary": vocabulary_digest(folder),
+        "versions": versions(),
+        "files": dict(sorted(files.items())),
+    }
+    write_json(folder / RECORD_FILE, record)
+    return record

@@ -1,0 +1,169 @@
+"""Setting single weights to zero: a share of them, or N of each M consecutive inputs stay.
+
+All linear weights of all layers that are not protected are made sparse. Shapes stay, so zeros save
+no memory by themselves: this is for comparing criteria, as LoRAM-Unst and LoRAM-Semi of the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.architecture.model import Config, family_of, has_experts, layer_count, tensors
+from axolotl_loram.architecture.plan import mask_digest, protected_layers
+from axolotl_loram.architecture.spaces import LINEAR, Weight
+from axolotl_loram.errors import LoRAMError, not_finite
+from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.resumable import Work
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor
+
+Sparsity = float | str
+"""A share of zeros, or a pattern "N:M"."""
+INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF << 52}
+"""Bits of infinity: what is not below them is not finite."""
+
+
+def pattern_of(sparsity: Sparsity) -> tuple[int, int] | None:
+    """(N, M) of "N:M"; None of a share."""
+    if isinstance(sparsity, str):
+        kept, _, group = sparsity.partition(":")
+        return int(kept), int(group)
+    return None
+
+
+def sparse_layers(config: Config, sparsity: Sparsity, first: int, last: int) -> list[int]:
+    """Layers to make sparse.
+
+    Raises:
+        LoRAMError: A pattern does not divide the inputs of one of their weights, or the model is
+            made of more than alike layers of linear weights.
+    """
+    family = family_of(config)
+    if has_experts(config) or family.section or family.auto_class != "AutoModelForCausalLM":
+        raise LoRAMError(
+            f"expected a dense language model for sparsity, found {family.model_type}: remove "
+            "whole units (--pruning-ratio) of such a model"
+        )
+    layers = sorted(
+        set(range(layer_count(config))) - protected_layers(layer_count(config), first, last)
+    )
+    pattern = pattern_of(sparsity)
+    for tensor in tensors(config):
+        if pattern and tensor.linear and tensor.shape[1] % pattern[1]:
+            raise LoRAMError(
+                f"expected the {tensor.shape[1]} inputs of {tensor.name} to be a multiple of "
+                f"{pattern[1]}, found pattern {sparsity}: use another pattern, or a share such as "
+                "0.5"
+            )
+    return layers
+
+
+def linear_weights(config: Config) -> tuple[Weight, ...]:
+    """A layer's linear weights, in the order of the declaration."""
+    return tuple(weight for weight in family_of(config).layer if weight.role == LINEAR)
+
+
+def by_magnitude(
+    checkpoint: Checkpoint,
+    config: Config,
+    layers: list[int],
+    sparsity: Sparsity,
+    work: Work,
+    progress: Progress = no_progress,
+) -> None:
+    """Zero the smallest weights of each tensor (of each group of M inputs, with a pattern)."""
+    prefix = family_of(config).layers
+    done = progress(len(layers), "sparsifying", "layer")
+    for layer in layers:
+        arrays = {}
+        if not work.has(f"sparse-{layer}"):
+            for weight in linear_weights(config):
+                name = f"{prefix}.{layer}.{weight.module}.weight"
+                bits = smallest_zeroed(checkpoint[name], sparsity)
+                arrays[name] = (checkpoint[name].dtype, bits)
+            save_sparse(work, layer, arrays)
+        done(1)
+
+
+def smallest_zeroed(stored: StoredTensor, sparsity: Sparsity) -> np.ndarray:
+    """A tensor's bits with the weights of least magnitude zero; exact, ties go in stored order.
+
+    Without its sign bit, a float's bits order as its magnitude does: nothing is converted.
+    """
+    bits = stored.read()
+    if stored.dtype not in INFINITY:
+        raise LoRAMError(
+            f"expected weights of {', '.join(INFINITY)}, found {stored.name} of {stored.dtype}: "
+            "prune the unquantized model"
+        )
+    magnitudes = np.left_shift(bits, 1)
+    if magnitudes.max() >= INFINITY[stored.dtype] * 2:
+        raise not_finite(stored.name)
+    pattern = pattern_of(sparsity)
+    if pattern:
+        kept, group = pattern
+        rows = magnitudes.reshape(-1, group)
+        lowest = np.argsort(rows, axis=1, kind="stable")[:, : group - kept]
+        np.put_along_axis(bits.reshape(-1, group), lowest, 0, axis=1)
+        return bits
+    count = removed_of(bits.size, sparsity)
+    flat, values = magnitudes.reshape(-1), bits.reshape(-1)
+    if count:
+        threshold = np.partition(flat, count - 1)[count - 1]
+        below = flat < threshold
+        ties = np.flatnonzero(flat == threshold)[: count - int(below.sum())]
+        values[below] = 0
+        values[ties] = 0
+    return bits
+
+
+def removed_of(total: int, sparsity: Sparsity) -> int:
+    """How many of `total` weights become zero, exact in decimal."""
+    return int(total * Fraction(str(sparsity)))
+
+
+def save_sparse(work: Work, layer: int, arrays: Mapping[str, tuple[str, np.ndarray]]) -> None:
+    """Keep a layer's sparse weights: name → (dtype, bits)."""
+    facts = {
+        name: {"mask": mask_digest(bits), "nonzero": int(np.count_nonzero(np.left_shift(bits, 1)))}
+        for name, (_, bits) in arrays.items()
+    }
+    work.save(f"sparse-{layer}", arrays, facts)
+
+
+def load_sparse(
+    work: Work, layers: list[int]
+) -> Iterator[tuple[str, StoredTensor, dict[str, Any]]]:
+    """What was made sparse: name, the tensor, and its "mask" digest and "nonzero" count."""
+    for layer in layers:
+        stored, facts = work.load(f"sparse-{layer}")
+        for name, tensor in stored.items():
+            yield name, tensor, facts[name]
+
+
+def sparse_summary(config: Config, nonzero: Mapping[str, int]) -> dict[str, Any]:
+    """Counts of a sparse model, given those of its sparse weights; it takes the base's memory."""
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in tensors(config)}
+    touched = sum(sizes[name] for name in nonzero)
+    left = sum(nonzero.values())
+    return {
+        "sparse_weights": touched,
+        "zeros": touched - left,
+        "sparsity": round(1 - left / touched, 6),
+        "nonzero_parameters": sum(sizes.values()) - touched + left,
+    }
+
+
+def planned_nonzero(config: Config, layers: list[int], sparsity: Sparsity) -> dict[str, int]:
+    """Weight → weights left, before anything is pruned (methods round by row or block)."""
+    pattern, counts = pattern_of(sparsity), {}
+    for tensor in tensors(config):
+        if tensor.layer in layers and tensor.linear:
+            size = math.prod(tensor.shape)
+            kept = size * pattern[0] // pattern[1] if pattern else size - removed_of(size, sparsity)
+            counts[tensor.name] = kept
+    return counts

@@ -1,0 +1,1 @@
+"""The adapter for the original: scattered, filled, merged, and whether it is whole."""

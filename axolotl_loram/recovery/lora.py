@@ -1,0 +1,125 @@
+"""LoRA of linear layers as matrices: read from an adapter, run with a layer, written back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.models.stream import TORCH_DTYPES, to_bits
+from axolotl_loram.recovery.scatter import Moved, split_name
+
+
+def scaling(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """LoRA's s of a module, as PEFT chooses it from an adapter's config."""
+    patterns = settings.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), settings["lora_alpha"])
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+@dataclass
+class LoRA:
+    """The update s B A of one linear layer, in float32.
+
+    Attributes:
+        module: The layer, as the running model calls it.
+        scale: s.
+        a: A, (r, inputs).
+        b: B, (outputs, r).
+        moved: The stored A and B, and where the base has what they hold.
+    """
+
+    module: str
+    scale: float
+    a: torch.Tensor
+    b: torch.Tensor
+    moved: tuple[Moved, Moved]
+
+    def kept(self, axis: int) -> np.ndarray | None:
+        """Positions in the base of B's rows (axis 0), A's columns (1); None where all are kept."""
+        a, b = self.moved
+        return b.features[0] if axis == 0 else a.features[1]
+
+    def bits(self) -> dict[str, np.ndarray]:
+        """A and B by their stored names, in their stored dtype."""
+        pairs = zip(self.moved, (self.a, self.b), strict=True)
+        return {m.stored.name: to_bits(values, m.stored.dtype) for m, values in pairs}
+
+
+Adapter = dict[str, LoRA]
+"""The LoRA of each module."""
+
+
+def read_loras(
+    moved: Sequence[Moved], settings: Mapping[str, Any], full_size: bool, device: str = "cpu"
+) -> Adapter:
+    """The LoRA of all linear layers inside decoder layers and elsewhere; the rest is left out.
+
+    Args:
+        moved: An adapter's tensors.
+        settings: Its config.
+        full_size: Whether in the base's shapes, zero at pruned features, or as trained.
+        device: Where to put the matrices.
+
+    Raises:
+        LoRAMError: There is LoRA on stacked experts, or B has biases, which are not filled.
+    """
+    parts: dict[str, dict[str, Moved]] = {}
+    for one in moved:
+        module, part = split_name(one.stored.name)
+        if one.stack or part == "lora_B.bias":
+            raise LoRAMError(
+                f"expected LoRA on linear layers to fill, found {one.stored.name}: recover this "
+                "adapter with zeros"
+            )
+        parts.setdefault(module, {})[part] = one
+    found = {}
+    for module, own in parts.items():
+        if "lora_A.weight" in own and "lora_B.weight" in own:
+            pair = own["lora_A.weight"], own["lora_B.weight"]
+            a, b = (_values(one, full_size).to(device) for one in pair)
+            found[module] = LoRA(module, scaling(settings, module, len(a)), a, b, pair)
+    return found
+
+
+def _values(moved: Moved, full_size: bool) -> torch.Tensor:
+    if moved.stored.dtype not in TORCH_DTYPES:
+        raise LoRAMError(
+            f"expected an adapter of {', '.join(TORCH_DTYPES)}, found {moved.stored.name} of "
+            f"{moved.stored.dtype}: recover it with zeros"
+        )
+    bits = np.ascontiguousarray(moved.scatter() if full_size else moved.stored.read())
+    values = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
+    return values.view(TORCH_DTYPES[moved.stored.dtype]).float()
+
+
+def below(adapter: Adapter, prefix: str) -> Adapter:
+    """The LoRA of one layer: path below ``prefix`` → its LoRA."""
+    inside = (name for name in adapter if name.startswith(prefix))
+    return {name.removeprefix(prefix): adapter[name] for name in inside}
+
+
+@contextmanager
+def added(layer: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """In the block, the layer runs with its LoRA (paths below the layer)."""
+    with ExitStack() as stack:
+        for path, lora in adapter.items():
+            handle = layer.get_submodule(path).register_forward_hook(_adder(lora))
+            stack.callback(handle.remove)
+        yield
+
+
+def _adder(lora: LoRA) -> Any:
+    def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        update = nn.functional.linear(nn.functional.linear(args[0].float(), lora.a), lora.b)
+        return output + (lora.scale * update).to(output.dtype)
+
+    return add

@@ -1,0 +1,310 @@
+"""Which features of the base each tensor of an adapter lies along, and moving it there and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.architecture.model import Tensor, embedding_module, family_of, parameters
+from axolotl_loram.architecture.plan import PruningPlan, gather, scatter
+from axolotl_loram.architecture.spaces import EXPERTS, Dim
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor
+from axolotl_loram.files.untrusted import read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "lora_A.weight": ((1, 1),),
+    "lora_B.weight": ((0, 0),),
+    "lora_B.bias": ((0, 0),),
+    "lora_embedding_A": (),
+    "lora_embedding_B": (),
+}
+"""Part of a LoRA → (its axis, the axis of the adapted weight that it lies along) for what prunes.
+
+A is (r, input), B is (output, r), and a linear weight is (output, input). Embeddings never prune.
+"""
+PARTNERS = {
+    "lora_A.weight": "lora_B.weight",
+    "lora_B.weight": "lora_A.weight",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_embedding_B": "lora_embedding_A",
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How LoRA of several experts lies in one matrix: which experts are kept, and what of each.
+
+    Attributes:
+        rank: r.
+        kept: The base's numbers of the kept experts.
+        features: What is kept along the other axis, for each kept expert.
+        experts: How many the base has.
+        is_a: Whether the matrix is A, (experts · r, input), or B, (output, r · experts).
+    """
+
+    rank: int
+    kept: np.ndarray
+    features: Sequence[np.ndarray | None]
+    experts: int
+    is_a: bool
+
+    def expert_first(self, matrix: np.ndarray) -> np.ndarray:
+        """The matrix as (experts, r, features), a view."""
+        if self.is_a:
+            return matrix.reshape(-1, self.rank, matrix.shape[1])
+        return matrix.reshape(len(matrix), self.rank, -1).transpose(2, 1, 0)
+
+    def scatter(self, narrow: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The base's matrix: zero but for the kept features of the kept experts."""
+        whole = np.zeros(shape, narrow.dtype)
+        theirs, ours = self.expert_first(whole), self.expert_first(narrow)
+        for slot, expert in enumerate(self.kept):
+            theirs[expert][:, _or_all(self.features[slot])] = ours[slot]
+        return whole
+
+    def gather(self, whole: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The pruned model's matrix: the kept features of the kept experts."""
+        narrow = np.empty(shape, whole.dtype)
+        theirs, ours = self.expert_first(whole), self.expert_first(narrow)
+        for slot, expert in enumerate(self.kept):
+            ours[slot] = theirs[expert][:, _or_all(self.features[slot])]
+        return narrow
+
+
+def _or_all(features: np.ndarray | None) -> Any:
+    return slice(None) if features is None else features
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One adapter tensor: where it comes from, the shape it will have, the features it keeps."""
+
+    stored: StoredTensor
+    shape: tuple[int, ...]
+    features: tuple[np.ndarray | None, ...]
+    stack: Stack | None = None
+
+    def scatter(self) -> np.ndarray:
+        """The tensor with zeros at pruned features, bits unchanged at kept ones."""
+        bits = self.stored.read()
+        if self.stack:
+            return self.stack.scatter(bits, self.shape)
+        return scatter(bits, self.features, self.shape)
+
+    def gather(self) -> np.ndarray:
+        """The tensor at kept features."""
+        bits = self.stored.read()
+        return self.stack.gather(bits, self.shape) if self.stack else gather(bits, self.features)
+
+
+def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Moved]:
+    """Find out, for each adapter tensor, along which features of the base it lies.
+
+    Args:
+        checkpoint: The adapter.
+        plan: The plan.
+        full_size: Whether its tensors have the base's shapes (to gather) or the pruned model's
+            (to scatter).
+
+    Returns:
+        The tensors in stored order, each with the shape it will have.
+
+    Raises:
+        LoRAMError: A tensor is none of LoRA's, has no partner of A and B, is empty, or its shape
+            does not fit the plan.
+    """
+    check_pairs(checkpoint)
+    declared: dict[str, list[Tensor]] = {}
+    for tensor in parameters(plan.config):
+        if not tensor.bias:
+            declared.setdefault(tensor.module, []).append(tensor)
+    tied = declared.get(embedding_module(plan.config) or "")
+    if tied:  # a tied lm_head is not stored, but can be adapted
+        declared.setdefault("lm_head", tied)
+    depths = _depths(checkpoint)
+    targets = read_targets(checkpoint.folder)
+    moved = []
+    for stored in checkpoint.tensors.values():
+        module, part = split_name(stored.name)
+        adapted = declared.get(module, [])
+        _check_dimensions(stored, part)
+        if part in LORA_AXES and adapted:
+            if adapted[0].role == EXPERTS:
+                adapted = _targeted(adapted, module, targets, depths[module])
+                adapted = adapted[depths[module] - depth_of(stored.name) :]
+            moved.append(_match_lora(stored, part, adapted[0], plan, full_size))
+        else:
+            moved.append(_match_whole(stored, module, adapted[0] if adapted else None, plan))
+    return moved
+
+
+def _check_dimensions(stored: StoredTensor, part: str) -> None:
+    """Refuse what is no matrix (or vector, of a bias): ZeRO-3 leaves tensors of shape (0,)."""
+    wanted = (1 if part == "lora_B.bias" else 2) if part in LORA_AXES else len(stored.shape)
+    if 0 in stored.shape or len(stored.shape) != wanted:
+        raise LoRAMError(
+            f"expected {stored.name} to be whole, found shape {list(stored.shape)}: the "
+            "adapter was not gathered when it was saved"
+        )
+
+
+def unpaired_tensors(adapter: Checkpoint) -> list[str]:
+    """A without B, or B without A."""
+    parts = ((name, split_name(name)[1]) for name in adapter.tensors)
+    return [
+        name
+        for name, part in parts
+        if part in PARTNERS and name.removesuffix(part) + PARTNERS[part] not in adapter.tensors
+    ]
+
+
+def check_pairs(adapter: Checkpoint) -> None:
+    """Refuse an adapter in which an A or a B is alone.
+
+    Raises:
+        LoRAMError: The first that is.
+    """
+    lone = unpaired_tensors(adapter)
+    if lone:
+        raise LoRAMError(
+            f"expected A and B of every module in {adapter.folder}, found {lone[0]} without its "
+            f"partner ({len(lone)} such): the adapter was not saved whole, so save it again"
+        )
+
+
+def named_model(adapter: Path) -> str:
+    """The model that an adapter's config says it is for.
+
+    Raises:
+        LoRAMError: It names none.
+    """
+    found = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(found, str) or not found:
+        raise LoRAMError(
+            f"expected {adapter / ADAPTER_CONFIG} to name a model as base_model_name_or_path, "
+            f"found {found!r}: give the pruned model (--pruned-model)"
+        )
+    return found
+
+
+def read_targets(adapter: Path) -> tuple[str, ...]:
+    """The parameters that an adapter's config targets beside modules."""
+    file = adapter / ADAPTER_CONFIG
+    return tuple((read_json(file).get("target_parameters") or ()) if file.exists() else ())
+
+
+def depth_of(name: str) -> int:
+    """How deep a LoRA tensor lies in the wrappers that PEFT puts around one another."""
+    return name.count(".base_layer.")
+
+
+def _depths(checkpoint: Checkpoint) -> dict[str, int]:
+    depths: dict[str, int] = {}
+    for name in checkpoint.tensors:
+        module, _ = split_name(name)
+        depths[module] = max(depths.get(module, 0), depth_of(name))
+    return depths
+
+
+def _targeted(
+    adapted: list[Tensor], module: str, targets: tuple[str, ...], deepest: int
+) -> list[Tensor]:
+    """The parameters of a module that LoRA is on: PEFT wraps the first of them innermost.
+
+    Raises:
+        LoRAMError: The adapter's config names another number of them than it has tensors for.
+    """
+    chosen = [t for t in adapted if any(t.name == x or t.name.endswith(f".{x}") for x in targets)]
+    if len(chosen) != deepest + 1:
+        raise LoRAMError(
+            f"expected LoRA on {deepest + 1} parameters of {module}, found target_parameters "
+            f"{list(targets)} in its config: this adapter was made for another model"
+        )
+    return chosen
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`` → module, ``lora_A.weight``."""
+    path = re.sub(r"\.(base_layer|token_adapter)\b", "", name.removeprefix(PREFIX))
+    found = re.fullmatch(r"(.+?)\.(lora_.+)", path)
+    return (found[1], found[2]) if found else (path.rpartition(".")[0], path.rpartition(".")[2])
+
+
+def _match_lora(
+    stored: StoredTensor, part: str, tensor: Tensor, plan: PruningPlan, full_size: bool
+) -> Moved:
+    if tensor.role == EXPERTS:
+        return _match_experts(stored, part, tensor, plan, full_size)
+    features: list[np.ndarray | None] = [None] * len(stored.shape)
+    shape = list(stored.shape)
+    for axis, weight_axis in LORA_AXES[part]:
+        dim: Dim = tensor.dims[weight_axis]
+        (kept,) = plan.features((dim,), tensor.layer)
+        whole = sum(space.size(tensor.sizes) for space in dim)
+        narrow = whole if kept is None else len(kept)
+        expected, shape[axis] = (whole, narrow) if full_size else (narrow, whole)
+        features[axis] = kept
+        if axis >= len(stored.shape) or stored.shape[axis] != expected:
+            raise _wrong_shape(stored, axis, expected, full_size)
+    return Moved(stored, tuple(shape), tuple(features))
+
+
+def _wrong_shape(stored: StoredTensor, axis: int, expected: int, full_size: bool) -> LoRAMError:
+    return LoRAMError(
+        f"expected {stored.name} to have {expected} features along axis {axis}, found "
+        f"shape {list(stored.shape)}: this adapter was "
+        + ("made for another base" if full_size else "trained under another plan")
+    )
+
+
+def _match_experts(
+    stored: StoredTensor, part: str, tensor: Tensor, plan: PruningPlan, full_size: bool
+) -> Moved:
+    """LoRA on stacked experts, as PEFT lays it out, in which each expert has its own features.
+
+    A is (experts · r, input), expert by expert, and B (output, r · experts), rank by rank.
+    """
+    kept, base = plan.kept_experts(tensor.layer), tensor.shape[0]
+    outputs, inputs = tensor.dims[:0:-1] if tensor.transposed else tensor.dims[1:]
+    is_a = part == "lora_A.weight"
+    dim, experts_axis = (inputs, 0) if is_a else (outputs, 1)
+    features = [plan.features((dim,), tensor.layer, slot)[0] for slot in range(len(kept))]
+    whole = sum(space.size(tensor.sizes) for space in dim)
+    narrow = whole if features[0] is None else len(features[0])
+    experts, size = (base, whole) if full_size else (len(kept), narrow)
+    rank, rest = divmod(stored.shape[experts_axis], experts)
+    if rest or rank == 0 or part == "lora_B.bias":
+        raise _wrong_shape(stored, experts_axis, experts * max(rank, 1), full_size)
+    if stored.shape[1 - experts_axis] != size:
+        raise _wrong_shape(stored, 1 - experts_axis, size, full_size)
+    new_experts, new_size = (len(kept), narrow) if full_size else (base, whole)
+    shape = (new_experts * rank, new_size) if is_a else (new_size, rank * new_experts)
+    return Moved(stored, shape, (), Stack(rank, kept, features, base, is_a))
+
+
+def _match_whole(
+    stored: StoredTensor, module: str, tensor: Tensor | None, plan: PruningPlan
+) -> Moved:
+    """A tensor that goes through as it is: a module saved whole that pruning does not touch."""
+    if "lora_magnitude_vector" in stored.name:
+        raise LoRAMError(f"expected a LoRA adapter, found {stored.name}: DoRA is not recoverable")
+    untouched = f"{module}.".startswith(family_of(plan.config).whole)
+    if tensor is None and not untouched:
+        raise LoRAMError(
+            f"expected tensors of modules that the base has, found {stored.name}: this adapter was "
+            "made for another model"
+        )
+    if tensor is not None and tensor.kinds:
+        raise LoRAMError(
+            f"expected only modules that pruning leaves whole to be saved whole, found "
+            f"{stored.name}: put no {module.rpartition('.')[2]} into lora_modules_to_save"
+        )
+    return Moved(stored, stored.shape, (None,) * len(stored.shape))

@@ -1,0 +1,1 @@
+"""What came out: evaluated, inspected, reported, published."""

@@ -1,0 +1,271 @@
+"""Perplexities and task scores of an evaluation: tables, intervals, and what share LoRAM keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from axolotl_loram.results import intervals
+from axolotl_loram.results.artefacts import Evaluation, Paired, Task, TextSet
+from axolotl_loram.results.charts import Chart, Dot, Dots
+from axolotl_loram.results.intervals import Interval
+from axolotl_loram.results.sections import UNKNOWN, Table, bounds, change, number, percent
+
+BASE, RECOVERED = "base", "base+recovered"
+ALSO = "also:"
+NAMES = {
+    BASE: "base model",
+    "pruned": "pruned model",
+    "pruned+adapter": "pruned model + its LoRA",
+    RECOVERED: "base + recovered LoRA",
+}
+COLORS = {BASE: "grey", "pruned": "green", "pruned+adapter": "purple", RECOVERED: "blue"}
+MOST_ROWS = 12  # of a table that is not folded
+OTHERS = ("orange", "red", "brown")
+KINDS = {"in_domain": "in domain", "out_of_domain": "out of domain"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What LoRAM came to on one set.
+
+    Attributes:
+        label: Which evaluation.
+        set_name: Which text.
+        kind: "in domain" or "out of domain".
+        before: Loss of the base model.
+        after: Loss of the base with the recovered adapter.
+        difference: after − before.
+        shares: Other adapter → share of its gain in loss that the recovered one has; None where
+            the other gained nothing.
+    """
+
+    label: str
+    set_name: str
+    kind: str
+    before: Interval
+    after: Interval
+    difference: Interval
+    shares: Mapping[str, float | None]
+
+
+def outcomes(label: str, evaluation: Evaluation) -> list[Outcome]:
+    """What LoRAM came to on each set that both models were measured on; in-domain ones first."""
+    found = []
+    for name, text in evaluation.perplexity.items():
+        if {BASE, RECOVERED} <= text.models.keys():
+            others = [key for key in text.models if key.startswith(ALSO)]
+            found.append(
+                Outcome(
+                    label,
+                    name,
+                    KINDS.get(text.kind, text.kind),
+                    _loss(text, BASE),
+                    _loss(text, RECOVERED),
+                    _difference(text, RECOVERED, BASE)[0],
+                    {key.removeprefix(ALSO): share_of(text, key) for key in others},
+                )
+            )
+    return sorted(found, key=lambda outcome: outcome.kind != "in domain")
+
+
+def share_of(text: TextSet, other: str) -> float | None:
+    """ln(base/recovered) / ln(base/other) in perplexities: 1 where both gain the same.
+
+    None where the other adapter did not gain, so that there is nothing to have a share of.
+    """
+    losses = {key: text.models[key].loss for key in (BASE, RECOVERED, other)}
+    gain = losses[BASE] - losses[other]
+    return (losses[BASE] - losses[RECOVERED]) / gain if gain > 0 else None
+
+
+def model_name(key: str, evaluation: Evaluation) -> str:
+    """What to call a model of an evaluation."""
+    if key.startswith(ALSO):
+        label = evaluation.models.get(key, {}).get("label")
+        return f"base + {label or key.removeprefix(ALSO)}"
+    return NAMES.get(key, key)
+
+
+def color_of(key: str, evaluation: Evaluation) -> str:
+    """The colour of a model, the same in every chart of an evaluation."""
+    if key in COLORS:
+        return COLORS[key]
+    others = [k for k in evaluation.models if k not in COLORS]
+    return OTHERS[others.index(key) % len(OTHERS)] if key in others else OTHERS[0]
+
+
+def perplexity_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
+    """A chart and tables for each set of text; `label` tells one evaluation from others."""
+    parts: list[Chart | Table] = []
+    for name, text in evaluation.perplexity.items():
+        if not text.models:  # not measured yet
+            continue
+        title = f"{name} ({KINDS.get(text.kind, text.kind)})" + f", {label}" * bool(label)
+        dots = [_perplexity_dot(key, text, evaluation) for key in text.models]
+        axis = "perplexity, lower is better (logarithmic)"
+        name = f"perplexity-{label}-{name}"
+        parts.append(Dots(name, f"Perplexity, {title}", {"": dots}, axis, log=True))
+        parts.append(_perplexity_table(f"{title}{_size(text)}", text, evaluation))
+        if len(text.models) > 1:
+            parts.append(_difference_table(title, text, evaluation))
+    return parts
+
+
+def task_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
+    """The chart and the tables of task scores; `label` tells one evaluation from others."""
+    of = f", {label}" * bool(label)
+    if not evaluation.tasks:
+        return []
+    groups = {
+        _task_title(name, task): [_score_dot(key, task, evaluation) for key in task.models]
+        for name, task in evaluation.tasks.items()
+    }
+    keys = list(dict.fromkeys(k for task in evaluation.tasks.values() for k in task.models))
+    rows = [
+        [_task_title(name, task), *(_score_text(task, key) for key in keys)]
+        for name, task in evaluation.tasks.items()
+    ]
+    names = [model_name(key, evaluation) for key in keys]
+    tables = [Table(f"Scores with 95 % intervals{of}", ["task", *names], rows)]
+    differing = [
+        [_task_title(name, task), *_difference_row(task, key, other, evaluation)]
+        for name, task in evaluation.tasks.items()
+        for key, other in _pairs(task)
+        if not key.startswith("pruned")
+    ]
+    if differing:
+        columns = ["task", "model", "against", "difference", "95 % interval", "samples"]
+        title, folded = f"Differences of scores{of}", len(differing) > MOST_ROWS
+        tables.append(Table(title, columns, differing, texts=3, hidden=folded))
+    chart = Dots(f"tasks-{label}", f"Task scores{of}", groups, "score, higher is better")
+    return [chart, *tables]
+
+
+def _size(text: TextSet) -> str:
+    sizes = [
+        f"{size:,} {what}"
+        for size, what in ((text.tokens, "tokens"), (text.documents, "documents"))
+        if size is not None
+    ]
+    return f": {', '.join(sizes)}" if sizes else ""
+
+
+def _loss(text: TextSet, key: str) -> Interval:
+    return intervals.normal(text.models[key].loss, text.models[key].standard_error)
+
+
+def _score(task: Task, key: str) -> Interval:
+    found = task.models[key]
+    return intervals.score(found.value, found.standard_error, task.samples)
+
+
+def _pairs(measured: TextSet | Task) -> list[tuple[str, str]]:
+    """Which models are held against which: all against the base, the recovered one against all."""
+    keys = list(measured.models)
+    against_base = [(key, BASE) for key in keys if key != BASE and BASE in keys]
+    others = [key for key in keys if key.startswith(ALSO) and RECOVERED in keys]
+    return against_base + [(RECOVERED, key) for key in others]
+
+
+def _difference(measured: TextSet | Task, key: str, other: str) -> tuple[Interval, str]:
+    """Ours minus theirs, and whether samples were paired."""
+    for ours, theirs, sign in ((key, other, 1), (other, key, -1)):
+        found: Paired | None = measured.paired.get(ours)
+        if found and found.against != theirs:
+            found = None
+        if ours == RECOVERED and isinstance(measured, TextSet):
+            found = found or measured.recovered_against.get(theirs)
+        # Where no answer differs, there is no spread to go by.
+        if found and (found.standard_error or isinstance(measured, TextSet)):
+            return intervals.normal(sign * found.difference, found.standard_error), "paired"
+    of = _loss if isinstance(measured, TextSet) else _score
+    return intervals.difference(of(measured, key), of(measured, other)), "unpaired"  # type: ignore[arg-type]
+
+
+def _perplexity_dot(key: str, text: TextSet, evaluation: Evaluation) -> Dot:
+    found = _loss(text, key).exp()
+    written = number(found.value)
+    if found.low is not None:
+        written += f"  ({bounds(found)})".replace(" to ", "–")
+    name = model_name(key, evaluation)
+    return Dot(name, color_of(key, evaluation), found.value, found.low, found.high, written)
+
+
+def _perplexity_table(title: str, text: TextSet, evaluation: Evaluation) -> Table:
+    others = [key for key in text.models if key.startswith(ALSO)] if BASE in text.models else []
+    others = others if RECOVERED in text.models else []
+    columns = ["model", "perplexity", "95 % interval", "loss, nats per token"]
+    columns += [f"share of the gain of {key.removeprefix(ALSO)}" for key in others]
+    rows = []
+    for key in text.models:
+        loss = _loss(text, key)
+        shares = [_share_cell(text, key, other) for other in others]
+        cells = [number(loss.exp().value), bounds(loss.exp()), number(loss.value, 5), *shares]
+        rows.append([model_name(key, evaluation), *cells])
+    return Table(f"Perplexity, {title}", columns, rows)
+
+
+def _share_cell(text: TextSet, key: str, other: str) -> str:
+    if key != RECOVERED:
+        return ""
+    share = share_of(text, other)
+    return UNKNOWN + " (no gain)" if share is None else percent(share)
+
+
+def _difference_table(title: str, text: TextSet, evaluation: Evaluation) -> Table:
+    rows = []
+    for key, other in _pairs(text):
+        found, how = _difference(text, key, other)
+        ratio = found.exp()
+        changes = Interval(
+            ratio.value - 1,
+            None if ratio.low is None else ratio.low - 1,
+            None if ratio.high is None else ratio.high - 1,
+        )
+        rows.append(
+            [
+                model_name(key, evaluation),
+                model_name(other, evaluation),
+                percent(changes.value, signed=True),
+                bounds(changes, lambda value: percent(value, signed=True)),
+                change(found.value),
+                how,
+            ]
+        )
+    columns = ["model", "against", "perplexity", "95 % interval", "loss", "samples"]
+    return Table(f"Differences, {title}", columns, rows, texts=2)
+
+
+def _task_title(name: str, task: Task) -> str:
+    shots = "" if task.num_fewshot is None else f", {task.num_fewshot}-shot"
+    return f"{name}{shots}" + (f" ({task.metric.partition(',')[0]})" if task.metric else "")
+
+
+def _is_rate(task: Task) -> bool:
+    return all(0 <= score.value <= 1 for score in task.models.values())
+
+
+def _score_text(task: Task, key: str) -> str:
+    if key not in task.models:
+        return "not measured"
+    found, write = _score(task, key), percent if _is_rate(task) else number
+    between = bounds(found, write).replace(" to ", "–").replace("\N{NO-BREAK SPACE}%–", "–")
+    return write(found.value) + ("" if found.low is None else f" ({between})")
+
+
+def _score_dot(key: str, task: Task, evaluation: Evaluation) -> Dot:
+    found, text = _score(task, key), _score_text(task, key)
+    name = model_name(key, evaluation)
+    return Dot(name, color_of(key, evaluation), found.value, found.low, found.high, text)
+
+
+def _difference_row(task: Task, key: str, other: str, evaluation: Evaluation) -> list[str]:
+    found, how = _difference(task, key, other)
+
+    def points(value: float) -> str:
+        return change(100 * value, 1) if _is_rate(task) else change(value)
+
+    unit = " points" if _is_rate(task) else ""
+    models = [model_name(key, evaluation), model_name(other, evaluation)]
+    return [*models, points(found.value) + unit, bounds(found, points), how]

@@ -1,0 +1,202 @@
+"""The memory of a report: predicted by part, and measured where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.results.artefacts import Artefact, training_of
+from axolotl_loram.results.charts import Bar, Bars
+from axolotl_loram.results.sections import KeyFigure, Section, Table, arrow
+from axolotl_loram.tables import GIB, memory_rows
+
+TITLES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}
+LOGGED = "memory/max_allocated (GiB)"  # what Axolotl logs of each step
+GPU = ("max_allocated_bytes", "max_allocated_before_training_bytes")
+
+
+@dataclass
+class Footprint:
+    """Predictions of one source: method → `Prediction` as a dict, and what runs of it took.
+
+    Attributes:
+        label: The run or plan.
+        method: What was run; None for a plan.
+        methods: Method → what is predicted.
+        measured: (method, run) → bytes allocated on a GPU at most.
+    """
+
+    label: str
+    method: str | None
+    methods: dict[str, Mapping[str, Any]]
+    measured: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+def memory_section(runs: Sequence[Artefact]) -> Section:
+    """Charts and tables of memory; what was not measured is named."""
+    section, prints = Section("memory", "Memory"), footprints(runs)
+    for found in prints:
+        unit, size = ("GiB", GIB) if _largest(found) >= GIB else ("MiB", 2**20)
+        section.items += [_chart(found, unit, size), _table(found, unit, size)]
+    if prints:
+        section.text.append(
+            "Predicted is what is allocated on one GPU at the worst moment, calculated from the "
+            "model’s shapes and the run’s settings; CUDA context and allocator slack are assumed, "
+            "and only in the table. Activations, logits and what loading takes are not at their "
+            "highest at once, so the rows of the table add up to more than the peak."
+        )
+    else:
+        section.missing.append(
+            "Memory was not predicted: add what `axolotl-loram plan --json` prints"
+        )
+    processes = list(_processes(runs))
+    for run, used in processes:
+        section.text.append(
+            f"{run}: measured on a CPU, {used / GIB:.2f} GiB resident at most in the whole "
+            "process, Python and its libraries included. Not to be compared with what is predicted "
+            "for a GPU."
+        )
+    trained = [run for run in runs if run.kind in ("loram", "lora")]
+    without = [run.label for run in trained if not _allocated(run)]
+    if without or not trained:
+        named = f" for {', '.join(without)}" if without else ""
+        section.missing.append(f"Memory on a GPU was not measured{named}")
+    return section
+
+
+def memory_figure(runs: Sequence[Artefact]) -> list[KeyFigure]:
+    """The peak of a run against its counterpart on the base, of a plan QLoRAM's against LoRA's."""
+    for found in footprints(runs):
+        pruned = found.method or "qloram"
+        base = pruned.replace("loram", "lora") if found.method else "lora"
+        if base != pruned and {base, pruned} <= found.methods.keys():
+            peaks = [found.methods[name]["allocated_bytes"] for name in (base, pruned)]
+            unit, size = ("GiB", GIB) if max(peaks) >= GIB else ("MiB", 2**20)
+            value = arrow(*(f"{peak / size:.1f}" for peak in peaks)) + f"\N{NO-BREAK SPACE}{unit}"
+            note = f"{TITLES[base]} → {TITLES[pruned]}, allocated on one GPU"
+            return [KeyFigure("Memory", value, note, "predicted")]
+    return []
+
+
+def footprints(runs: Sequence[Artefact]) -> list[Footprint]:
+    """What was predicted, by plan or run, with what was measured of it.
+
+    Raises:
+        LoRAMError: A prediction is not what this version writes.
+    """
+    found = []
+    for run in runs:
+        predicted = (training_of(run.record).get("memory") or {}).get("predicted") or {}
+        methods = run.record.get("methods") if run.kind == "plan" else predicted.get("methods")
+        if predicted and not methods:
+            methods = {predicted.get("method", "loram"): predicted}
+        if methods:
+            _check(methods, run)
+            method = None if run.kind == "plan" else _method(run)
+            found.append(Footprint(run.label, method, dict(methods)))
+        elif run.kind in ("loram", "lora") and _allocated(run):
+            found.append(Footprint(run.label, _method(run), {}))
+    for run in runs:
+        if allocated := _allocated(run):
+            own = next((each for each in found if each.label == run.label), found[0])
+            own.measured[_method(run), run.label] = allocated
+    return [each for each in found if each.methods or each.measured]
+
+
+def _check(methods: Any, run: Artefact) -> None:
+    try:
+        memory_rows(methods)
+        for each in methods.values():
+            each["allocated_bytes"], each["moments"]["loading"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise LoRAMError(
+            f"expected the memory of methods in {run.path}, found it without {error}: write it "
+            "again with this version of axolotl-loram"
+        ) from None
+
+
+def _method(run: Artefact) -> str:
+    """Which of the four methods a run is."""
+    if run.kind == "loram":
+        predicted = (training_of(run.record).get("memory") or {}).get("predicted") or {}
+        return str(predicted.get("method", "loram"))
+    return "qlora" if run.quantized else "lora"
+
+
+def _allocated(run: Artefact) -> float:
+    """Bytes allocated on a GPU at most, loading included; 0 where that was not measured."""
+    measured = (training_of(run.record).get("memory") or {}).get("measured") or {}
+    peak = max(measured.get(name) or 0 for name in GPU)
+    return float(peak or GIB * max((v for _, v in run.curve(LOGGED)), default=0.0))
+
+
+def _processes(runs: Sequence[Artefact]) -> Iterator[tuple[str, float]]:
+    for run in runs:
+        measured = (training_of(run.record).get("memory") or {}).get("measured") or {}
+        if used := measured.get("max_resident_process_bytes"):
+            yield run.label, float(used)
+
+
+def _largest(found: Footprint) -> float:
+    sizes = [method["allocated_bytes"] for method in found.methods.values()]
+    return max([*sizes, *found.measured.values()])
+
+
+def _chart(found: Footprint, unit: str, size: int) -> Bars:
+    names = list(dict.fromkeys([*found.methods, *(method for method, _ in found.measured)]))
+    bars = []
+    for name in names:
+        parts = _parts(found.methods[name]) if name in found.methods else {}
+        measured = {
+            f"run {run}": value / size
+            for (method, run), value in found.measured.items()
+            if method == name
+        }
+        scaled = {part: value / size for part, value in parts.items() if value > 0}
+        bars.append(Bar(TITLES.get(name, name), scaled, measured))
+    title = f"Memory on one GPU, {found.label}: " + "predicted by part" * bool(found.methods)
+    title += " and " * bool(found.methods and found.measured) + "measured" * bool(found.measured)
+    return Bars(f"memory-{found.label}", title, bars, unit)
+
+
+def _parts(method: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes by part, whose sum is what is allocated at the worst moment.
+
+    A training step holds the weights, LoRA's states, and at its worst moment so much more; where
+    loading takes more than any moment of a step, what it takes beyond that is a part of its own.
+    """
+    weights, device = method["weights"], method["weights_device_bytes"]
+    head = weights["embedding"] + weights["lm_head"]
+    linears = weights["linears"] + weights["experts"]
+    states = 2 * method["lora_bytes"] + method["optimizer_bytes"]
+    moments = method["moments"]
+    step = max(value for name, value in moments.items() if name != "loading")
+    return {
+        "linear weights": linears,
+        "embedding and lm_head": head,
+        "other weights": device - head - linears,
+        "LoRA, gradients, optimizer": states,
+        "activations and logits": step - device - states,
+        "more at loading": method["allocated_bytes"] - step,
+    }
+
+
+def _table(found: Footprint, unit: str, size: int) -> Table:
+    """Parts as rows, methods as columns; then what was measured, a row for each run."""
+    rows: list[list[str]] = []
+    names = list(dict.fromkeys([*found.methods, *(method for method, _ in found.measured)]))
+    for name, values in memory_rows(found.methods).items() if found.methods else ():
+        name = "peak with what is assumed" if name == "peak" else name
+        if name.startswith("CUDA"):
+            peaks = [method["allocated_bytes"] / size for method in found.methods.values()]
+            rows.append(["peak, allocated", *(f"{peak:,.2f}" for peak in peaks)])
+        rows.append([name, *(f"{value * GIB / size:,.2f}" for value in values)])
+    for row in rows:
+        row += ["not predicted"] * (len(names) - len(found.methods))
+    for (method, run), value in found.measured.items():
+        cells = [f"{value / size:,.2f}" if name == method else "not measured" for name in names]
+        rows.append([f"peak, allocated, measured in {run}", *cells])
+    title = f"{unit} on one GPU, {found.label}" + ": predicted" * bool(found.methods)
+    return Table(title, ["part", *(TITLES.get(name, name) for name in names)], rows)

@@ -1,0 +1,125 @@
+"""What an evaluation found, as its JSON says it: means, standard errors and differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.results.candidates import ALSO, BASE, RECOVERED
+from axolotl_loram.text.heldout import HeldOut
+
+
+def perplexity_section(held: HeldOut, losses: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What is said of one set.
+
+    Args:
+        held: The set.
+        losses: Model → what `document_losses` returns.
+
+    Returns:
+        Perplexity of each model; how much larger its loss is than the base's, and the recovered
+        adapter's than that of others, paired by document; the share of others' gain that the
+        recovered adapter keeps.
+    """
+    counted = next(iter(losses.values()), np.zeros((0, 2)))
+    models = {name: mean_loss(each) for name, each in losses.items()}
+    found = {
+        "kind": held.kind,
+        "source": held.source,
+        "tokens": int(counted[:, 1].sum()),
+        "documents": held.documents,
+        "models": models,
+        "paired": {
+            name: {"against": BASE, **paired_difference(each, losses[BASE])}
+            for name, each in losses.items()
+            if name != BASE and BASE in losses
+        },
+    }
+    if RECOVERED in losses:
+        others = [name for name in losses if name.startswith(ALSO)]
+        found["recovered_against"] = {
+            name: paired_difference(losses[RECOVERED], losses[name]) for name in others
+        }
+        found["share_of_gain"] = share_of_gain(models, others)
+    return found
+
+
+def task_sections(found: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> dict:
+    """What is said of the tasks.
+
+    Args:
+        found: Model, task → what `score` returns, task → scores of each question.
+
+    Returns:
+        Task → value of each model, and how much higher it is than the base's, paired by question.
+    """
+    tasks: dict[str, Any] = {}
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    for model, values, per_sample in found:
+        for name, value in values.items():
+            shared = {key: value[key] for key in ("metric", "num_fewshot", "samples")}
+            own = {key: value[key] for key in ("value", "standard_error", "metrics")}
+            tasks.setdefault(name, {**shared, "models": {}})["models"][model] = own
+            scores.setdefault(name, {})[model] = per_sample[name]
+    for name, by_model in scores.items():
+        tasks[name]["paired"] = _paired_scores(by_model)
+    return tasks
+
+
+def _paired_scores(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    against = scores.get(BASE)
+    found = {}
+    for name, each in scores.items():
+        if name != BASE and against is not None and 0 < len(each) == len(against):
+            pairs = np.stack([each - against, np.ones(len(each))], axis=1)
+            difference, error = _ratio(pairs)
+            named = {"difference": difference, "standard_error": error}
+            found[name] = {"against": BASE, **named}
+    return found
+
+
+def share_of_gain(
+    models: Mapping[str, Mapping[str, Any]], others: Sequence[str]
+) -> dict[str, float]:
+    """Other model that gained something → ln(base / recovered) / ln(base / other)."""
+    if BASE not in models:
+        return {}
+    gains = {name: models[BASE]["loss"] - models[name]["loss"] for name in (RECOVERED, *others)}
+    return {name: gains[RECOVERED] / gains[name] for name in others if gains[name] > 0}
+
+
+def mean_loss(losses: np.ndarray) -> dict[str, Any]:
+    """Loss per token, its standard error over documents, and perplexity.
+
+    The loss is a ratio of sums over documents; its standard error is that of a ratio estimate
+    (Cochran, Sampling Techniques, 1977, section 6.4), since documents, not tokens, are independent.
+
+    Args:
+        losses: What `document_losses` returns.
+    """
+    mean, error = _ratio(losses)
+    return {"loss": mean, "standard_error": error, "perplexity": exp(mean)}
+
+
+def paired_difference(losses: np.ndarray, against: np.ndarray) -> dict[str, Any]:
+    """How much larger a loss per token is than another on the same documents; standard error."""
+    difference, error = _ratio(np.stack([losses[:, 0] - against[:, 0], losses[:, 1]], axis=1))
+    return {"difference": difference, "standard_error": error}
+
+
+def exp(loss: float) -> float | None:
+    """Perplexity of a loss in nats; None where it is past what a float holds."""
+    return math.exp(loss) if loss < 700 else None
+
+
+def _ratio(sums: np.ndarray) -> tuple[float, float | None]:
+    """Σ first / Σ second over documents, and its standard error; None for a single document."""
+    count, (first, second) = len(sums), sums.sum(axis=0)
+    mean = float(first / second)
+    residuals = sums[:, 0] - mean * sums[:, 1]
+    if count == 1:
+        return mean, None
+    return mean, float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / second)

@@ -1,0 +1,1 @@
+"""Text as token ids: training data by Axolotl, calibration, what is held out."""

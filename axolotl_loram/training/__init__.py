@@ -1,0 +1,1 @@
+"""Runs through Axolotl: LoRA on the pruned model, and aligning it before."""

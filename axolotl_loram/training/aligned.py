@@ -1,0 +1,211 @@
+"""The aligned checkpoint: what the trainer saved, in the pruned model's format, with its plan."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axolotl_loram.architecture.pairing import (
+    check_plan,
+    check_pruned,
+    is_derived,
+    read_record,
+    weights_fingerprint,
+)
+from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.atomic import updated_folder, write_json
+from axolotl_loram.files.find import TOKENIZER_PATTERNS
+from axolotl_loram.files.tensors import (
+    ELEMENT_BYTES,
+    MODEL_FILE,
+    Checkpoint,
+    StoredTensor,
+    finite,
+    write_safetensors,
+)
+from axolotl_loram.results.checks import sha256_of
+
+LOG = logging.getLogger(__name__)
+CARRIED = ("config.json", "generation_config.json", PLAN_FILE, *TOKENIZER_PATTERNS)
+"""What an aligned checkpoint takes over from the pruned one as it is."""
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def assemble(
+    trained: Path,
+    pruned: Path,
+    output: Path,
+    alignment: Mapping[str, Any],
+    frozen: Collection[str] = (),
+) -> dict[str, Any]:
+    """Write the aligned checkpoint: whole, or not at all.
+
+    Weights keep the dtype that the pruned checkpoint stores them in. Files that have it already are
+    linked into `output`, where the file system can; when all is in its place, those in `trained`
+    are removed.
+
+    Args:
+        trained: Folder that the trainer saved the model in.
+        pruned: Folder of the pruned model that it was trained from.
+        output: Folder to write.
+        alignment: What the record is to say.
+        frozen: Weights that were not trained: they are the pruned model's own, bit for bit.
+
+    Returns:
+        What `loram.json` says.
+
+    Raises:
+        LoRAMError: A weight is missing, of another shape, or not finite; `output` stays as it was.
+    """
+    plan = PruningPlan.load(pruned)
+    check_plan(pruned, plan)
+    with updated_folder(output, "config.json", weight_files) as scratch:
+        files = _write_weights(trained, pruned, scratch, set(frozen))
+        for pattern in CARRIED:
+            for file in pruned.glob(pattern):
+                shutil.copyfile(file, scratch / file.name)
+        check_pruned(scratch, plan)
+        record = aligned_record(pruned, scratch, files, alignment)
+        write_json(scratch / RECORD_FILE, record)
+    try:
+        remove_weights(trained)
+    except OSError as error:
+        LOG.warning("%s is complete, but weights stay in %s: %s", output, trained, error)
+    return record
+
+
+def aligned_record(
+    pruned: Path, folder: Path, files: Mapping[str, str], alignment: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The record of an aligned checkpoint: the pruned one's, with one alignment more.
+
+    Args:
+        pruned: Folder of the pruned model.
+        folder: Folder of the aligned one, complete but for the record.
+        files: SHA-256 of its weights' files; those of the others are computed.
+        alignment: What to say about this alignment.
+    """
+    rest = {file.name: sha256_of(file) for file in folder.iterdir() if file.name not in files}
+    record = read_record(pruned)
+    before = record.get("alignments") or []
+    record.pop("alignment", None)  # what records had before there were any
+    written = Checkpoint(folder)
+    size = sum(tensor.nbytes for tensor in written.tensors.values())
+    return {
+        **record,
+        "alignments": [*before, dict(alignment)],
+        "weight_bytes": size,
+        "fingerprint": weights_fingerprint(written),
+        "files": dict(sorted({**rest, **files}.items())),
+    }
+
+
+def remove_weights(folder: Path) -> None:
+    """Remove a model's weights from a folder that keeps other things too."""
+    for file in weight_files(folder):
+        file.unlink(missing_ok=True)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A model's weights and their index, under whatever names."""
+    stem = MODEL_FILE.partition(".")[0]
+    return [*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{MODEL_FILE}.index.json")]
+
+
+def _write_weights(trained: Path, pruned: Path, folder: Path, frozen: set[str]) -> dict[str, str]:
+    """Write every shard of the trained model; returns file name → SHA-256."""
+    new, stored = Checkpoint(trained), Checkpoint(pruned)
+    missing = [name for name in stored.tensors if name not in new.tensors and not is_derived(name)]
+    if missing:
+        raise LoRAMError(
+            f"expected all weights of the aligned model in {trained}, found no {missing[0]} "
+            f"({len(missing)} such): resume from the last checkpoint in it"
+        )
+    files, sizes = {}, 0
+    for file, names in new.shards.items():
+        parts = [_part(new[name], stored.tensors.get(name), name in frozen) for name in names]
+        sizes += sum(part.nbytes for part in parts)
+        if all(part.source.file.parent == trained and not part.converts for part in parts):
+            for part in parts:
+                for _ in part.blocks():  # refuses what is not finite
+                    pass
+            _link(trained / file, folder / file)
+            files[file] = sha256_of(folder / file)
+        else:
+            described = [(part.source.name, part.dtype, part.source.shape) for part in parts]
+            data = (part.blocks() for part in parts)
+            files[file] = write_safetensors(folder / file, described, data)
+    if MODEL_FILE not in new.shards:
+        weight_map = {name: file for file, names in new.shards.items() for name in names}
+        index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
+        write_json(folder / f"{MODEL_FILE}.index.json", index)
+    return files
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight to write: where it is, and the dtype to write it in."""
+
+    source: StoredTensor
+    dtype: str
+
+    @property
+    def converts(self) -> bool:
+        """Whether its dtype is another than the one it has."""
+        return self.dtype != self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, as written."""
+        return math.prod(self.source.shape) * ELEMENT_BYTES[self.dtype]
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Its bits, some rows at a time.
+
+        Raises:
+            LoRAMError: They hold a NaN or an infinity.
+        """
+        for block in self.source.blocks():
+            if self.converts:
+                block = _converted(block, FLOATS[self.source.dtype], FLOATS[self.dtype])
+            if not finite(block, self.dtype):
+                raise LoRAMError(
+                    f"expected finite weights, found NaN or infinity in {self.source.name}: the "
+                    "alignment diverged; lower the learning rate and start again"
+                )
+            yield block
+
+
+def _part(tensor: StoredTensor, stored: StoredTensor | None, frozen: bool) -> Part:
+    if stored is None or stored.dtype == tensor.dtype:
+        return Part(tensor, tensor.dtype)
+    if frozen or not {stored.dtype, tensor.dtype} <= FLOATS.keys():
+        return Part(stored, stored.dtype)
+    return Part(tensor, stored.dtype)
+
+
+def _converted(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Values rounded to another dtype, as bits of it."""
+    import torch
+
+    values = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(getattr(torch, source))
+    rounded = values.to(getattr(torch, target))
+    signed = getattr(torch, f"int{8 * rounded.itemsize}")
+    return rounded.view(signed).numpy().view(f"u{rounded.itemsize}")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,176 @@
+"""What of Axolotl's settings works with LoRAM, as far as a look at cfg can tell."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.config_loram import LoRAMConfig
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.recovery.recover import unrecoverable
+
+LOG = logging.getLogger(__name__)
+ADAPTERS = {"loram": "lora", "qloram": "qlora", "lora": "lora", "qlora": "qlora"}
+"""What a YAML may name as its adapter → what Axolotl calls it.
+
+The first two mean the same as the others, but Axolotl refuses them where this package is not
+installed, whereas it would train the original model under the others.
+"""
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
+"""Axolotl's fused LoRA kernels, which it switches on itself where a YAML names none of them."""
+
+
+def check_supported(cfg: Any) -> None:
+    """Refuse, by name and with the reason, what LoRAM cannot recover.
+
+    Args:
+        cfg: The YAML as Axolotl read it, not validated yet.
+
+    Raises:
+        LoRAMError: One sentence.
+    """
+    if not cfg.loram:
+        raise LoRAMError(
+            "expected a `loram:` section for the LoRAMPlugin, found none: add "
+            "`loram: {pruned_model_path: ...}` or take the plugin out"
+        )
+    if aligns(cfg):
+        return check_alignment(cfg)
+    if cfg.adapter not in ADAPTERS:
+        raise LoRAMError(
+            f"expected adapter: {', '.join(ADAPTERS)} with loram:, found {cfg.adapter!r}: LoRAM "
+            "recovers LoRA matrices only"
+        )
+    if cfg.merge_lora and cfg.loram.recovery == "masked":
+        raise LoRAMError(
+            "expected `recovery: plain` for merge-lora, found masked: output_dir/merged is the "
+            "merged model already, and would be replaced by the plainly recovered one"
+        )
+    refused = {
+        "relora": "it merges into the pruned weights as it goes, which the original has not",
+        "gptq": "pruned models hold plain weights; use adapter: qlora for 4 bits",
+        "reinit_weights": "it would throw the pruned model's weights away",
+        "peft_layer_replication": "it makes layers that the original has not",
+    }
+    _refuse(cfg, refused, "loram:")
+    if (cfg.tensor_parallel_size or 1) > 1:
+        raise LoRAMError(
+            "expected tensor_parallel_size 1 with loram:, found "
+            f"{cfg.tensor_parallel_size}: it splits every layer by the base's head counts"
+        )
+    loftq = cfg.peft and cfg.peft.loftq_config
+    adapter = {
+        "use_dora": cfg.peft_use_dora,
+        "init_lora_weights": "loftq" if loftq else cfg.peft_init_lora_weights or True,
+    }
+    refusal = unrecoverable(adapter)
+    if refusal:
+        raise LoRAMError(f"this adapter cannot be recovered: {refusal}")
+
+
+def aligns(cfg: Any) -> bool:
+    """Whether this is the align stage, in which base_model is the pruned model itself."""
+    return bool(cfg.loram) and cfg.loram.get("stage") == "align"
+
+
+def check_alignment(cfg: Any) -> None:
+    """Refuse, by name and with the reason, what does not go with `stage: align`.
+
+    Raises:
+        LoRAMError: One sentence.
+    """
+    whole = "all weights are trained; adapters come after, with `stage: train`"
+    sharded = "no rank would have the whole weights to save"
+    refused = {
+        "adapter": whole,
+        "lora_model_dir": whole,
+        "load_in_4bit": "weights in 4 bits cannot be trained",
+        "load_in_8bit": "weights in 8 bits cannot be trained",
+        "gptq": "weights in 4 bits cannot be trained",
+        "rl": "alignment is continual pre-training, on plain text",
+        "reward_model": "alignment is continual pre-training, on plain text",
+        "process_reward_model": "alignment is continual pre-training, on plain text",
+        "qat": "the pruned checkpoint's weights are not quantized",
+        "reinit_weights": "it would throw the pruned model's weights away",
+        "load_best_model_at_end": "the aligned checkpoint is the last step's",
+        "hub_model_id": "the trainer would upload its own folder; use `axolotl-loram publish` then",
+    }
+    _refuse(cfg, refused, "`stage: align`")
+    if cfg.loram.get("objective") == "distillation":
+        _check_distillation(cfg)
+    for key in ("tensor_parallel_size", "expert_parallel_size"):
+        if (cfg[key] or 1) > 1:
+            raise LoRAMError(f"expected {key} 1 with `stage: align`, found {cfg[key]}: {sharded}")
+
+
+def _check_distillation(cfg: Any) -> None:
+    """Refuse what would take a batch's sequences apart, or together: they are looked up whole."""
+    refused = {
+        "sample_packing": "what the base says is kept by whole sequences; set it to false",
+        "kd_trainer": "it distils by itself",
+    }
+    _refuse(cfg, refused, "`objective: distillation`")
+    if (cfg.context_parallel_size or 1) > 1:
+        raise LoRAMError(
+            "expected context_parallel_size 1 with `objective: distillation`, found "
+            f"{cfg.context_parallel_size}: what the base says is kept by whole sequences"
+        )
+    if (cfg.streaming or cfg.pretraining_dataset) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LoRAMError(
+            "expected data that is not streamed, or one process, with `objective: distillation`, "
+            f"found {os.environ['WORLD_SIZE']} processes, each with its own part of the stream: "
+            "set streaming to false and name `datasets`"
+        )
+
+
+def _refuse(cfg: Any, refused: dict[str, str], where: str) -> None:
+    for key, reason in refused.items():
+        if cfg[key]:
+            raise LoRAMError(f"expected no `{key}` with {where}, found {cfg[key]!r}: {reason}")
+
+
+def trains_masked(section: LoRAMConfig, plan: PruningPlan) -> bool:
+    """Whether the update is to be confined to the weights that pruning left.
+
+    Raises:
+        LoRAMError: It is asked for, but pruning removed whole units, and left no zeros.
+    """
+    if (section.masked or section.recovery == "masked") and not plan.masks:
+        raise LoRAMError(
+            "expected a sparse pruned model with `masked: true` or `recovery: masked`, found one "
+            "that lost whole units, which has no mask: take them out"
+        )
+    return bool(plan.masks) and section.masked is not False
+
+
+def check_router_losses(config: Any, plan: PruningPlan) -> None:
+    """Refuse a load-balancing loss over layers that have different numbers of experts.
+
+    Args:
+        config: The pruned model's config, as it was built.
+        plan: Its plan.
+
+    Raises:
+        LoRAMError: transformers would stack the routers' outputs of all layers, and fail.
+    """
+    pruned = any("experts" in kept for kept in plan.counts.values())
+    if pruned and getattr(config, "output_router_logits", False):
+        raise LoRAMError(
+            "expected output_router_logits false with pruned experts, found true: the "
+            "load-balancing loss takes equally many experts in each layer; add "
+            "`overrides_of_model_config: {output_router_logits: false}`"
+        )
+
+
+def switch_off_kernels(cfg: Any) -> None:
+    """Keep Axolotl from fusing LoRA: its kernels multiply by A and B themselves, without the mask.
+
+    Takes effect before the model is loaded: that is when Axolotl patches it as cfg says.
+    """
+    on = [name for name in KERNELS if cfg[name]]
+    if on:
+        LOG.warning("switching %s off: the masked update does not go through them", ", ".join(on))
+    for name in on:
+        cfg[name] = False

@@ -1,0 +1,228 @@
+"""Mixtures of experts: whole experts and neurons within them as units."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from calibrated import evidence_for, load, text_tokens
+from conftest import build_model
+from families import pico_config
+
+import axolotl_loram.heterogeneous  # noqa: F401
+from axolotl_loram.architecture.model import (
+    changed,
+    config_changes,
+    layer_groups,
+    sizes_of,
+    tensors,
+)
+from axolotl_loram.architecture.plan import PruningPlan, keep_counts
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import load_config
+from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.pruning.criteria import CRITERIA
+from axolotl_loram.pruning.prune import prune
+from axolotl_loram.training.support import check_router_losses
+
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moe") / "base"
+    model = build_model("mixtral", **{"num_experts": 4, "num_experts_per_tok": 2})
+    model.save_pretrained(folder)
+    return folder
+
+
+def scored(folder, work, method, layers=(1, 2), units=("experts",)):
+    evidence = evidence_for(folder, work, layers, kinds=frozenset(units))
+    CRITERIA[method].score(evidence)
+    return {layer: evidence.load(layer) for layer in layers}
+
+
+def contributions(model, layer, tokens):
+    """What each expert adds to each token's hidden state, (experts, tokens, hidden), spelt out."""
+    seen = {}
+    experts = model.model.layers[layer].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda _, args: seen.update(args=args))
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(tokens))
+    handle.remove()
+    hidden, indices, weights = seen["args"]
+    added = torch.zeros(experts.num_experts, *hidden.shape)
+    for expert in range(experts.num_experts):
+        gate, up = (hidden @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        output = (torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert].T
+        added[expert] = output * (weights * (indices == expert)).sum(1, keepdim=True)
+    return added.double().detach()
+
+
+@pytest.mark.parametrize("method", ["activation", "fluctuation"])
+def test_experts_are_scored_by_what_they_add(method, moe, tmp_path):
+    scores, model = scored(moe, tmp_path / "work", method), load(moe)
+    for layer in (1, 2):
+        added = contributions(model, layer, text_tokens())
+        if method == "fluctuation":
+            expected = added.var(dim=1, correction=0).sum(1).sqrt()
+        else:
+            expected = added.square().sum((1, 2)).sqrt()
+        np.testing.assert_allclose(scores[layer]["experts"], expected.numpy(), rtol=1e-4)
+
+
+def test_taylor_of_experts_is_the_gradient_of_a_mask_on_their_outputs(moe, tmp_path):
+    scores, model = scored(moe, tmp_path / "work", "taylor"), load(moe).requires_grad_(False)
+    expected = np.zeros(4)
+    for sample in torch.from_numpy(text_tokens()):
+        mask = torch.ones(4, requires_grad=True)
+        experts = model.model.layers[1].mlp.experts
+        handle = experts.register_forward_pre_hook(
+            lambda _, args, mask=mask: (args[0], args[1], args[2] * mask[args[1]])
+        )
+        model(input_ids=sample[None], labels=sample[None]).loss.backward()
+        handle.remove()
+        expected += mask.grad.abs().double().numpy()
+    np.testing.assert_allclose(scores[1]["experts"], expected, rtol=1e-3)
+
+
+def test_magnitude_counts_all_that_goes_with_the_unit(moe, tmp_path):
+    scores, model = (
+        scored(moe, tmp_path / "work", "magnitude", units=("experts", "expert_neurons")),
+        load(moe),
+    )
+    mlp = model.model.layers[2].mlp
+    up, down, router = (
+        values.detach().double().square()
+        for values in (mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate.weight)
+    )
+    whole = up.sum((1, 2)) + down.sum((1, 2)) + router.sum(1)
+    np.testing.assert_allclose(scores[2]["experts"], whole.numpy(), rtol=1e-5)
+    gate, value = up.chunk(2, dim=1)
+    neurons = gate.sum(2) + value.sum(2) + down.sum(1)
+    np.testing.assert_allclose(scores[2]["expert_neurons"], neurons.numpy(), rtol=1e-5)
+
+
+def test_experts_and_their_neurons_are_chosen_by_score(moe, tmp_path):
+    settings = PruningArgs(method="magnitude", ratio=0.5, units="experts,expert_neurons")
+    prune(str(moe), tmp_path / "pruned", settings)
+    plan = PruningPlan.load(tmp_path / "pruned")
+    scores = scored(moe, tmp_path / "work", "magnitude", units=("experts", "expert_neurons"))
+    kept = plan.kept_in(1)
+    assert kept["experts"].tolist() == sorted(np.argsort(-scores[1]["experts"])[:2].tolist())
+    for slot, expert in enumerate(kept["experts"]):
+        best = np.argsort(-scores[1]["expert_neurons"][expert])[:24]
+        assert kept["expert_neurons"][slot].tolist() == sorted(best.tolist())
+    names = Checkpoint(tmp_path / "pruned").tensors
+    ours = {name for name in names if ".layers.1.block_sparse_moe.experts." in name}
+    assert {name.split(".experts.")[1] for name in ours} == {
+        f"{expert}.w{part}.weight" for expert in (0, 1) for part in (1, 2, 3)
+    }
+
+
+def test_calibrated_pruning_of_a_mixture_refits_its_attention(moe, tmp_path, text_file):
+    from conftest import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(moe)
+    settings = PruningArgs(
+        method="activation",
+        ratio=0.5,
+        calibration_path=str(text_file),
+        calibration_samples=8,
+        calibration_length=32,
+    )
+    record = prune(str(moe), tmp_path / "pruned", settings)
+    assert record["parameters"]["kept_per_pruned_layer"] == {"kv_groups": 1, "experts": 2}
+    assert all("o_proj" in name for name in record["refit"]) and len(record["refit"]) == 2
+
+
+def test_counts_of_mixtral_8x7b():
+    """By hand: 32 layers of attention and 8 experts, embeddings, norms, routers."""
+    attention, expert = 2 * 4096**2 + 2 * 4096 * 1024, 3 * 4096 * 14336
+    outside = 2 * 32000 * 4096 + 4096
+    layer = attention + 8 * expert + 8 * 4096 + 2 * 4096
+    from axolotl_loram.architecture.plan import summary
+
+    counted = summary(MIXTRAL_8X7B, keep_counts(MIXTRAL_8X7B, 0.5, 4, 2, ["experts"]))
+    assert counted["base_parameters"] == outside + 32 * layer == 46_702_792_704
+    assert counted["pruned_parameters"] == outside + 32 * layer - 26 * 4 * (expert + 4096)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_either_name_of_the_number_of_experts_is_read_and_kept(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(pico_config("qwen3_moe")).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    config = json.loads(file.read_text())
+    config[name] = config.pop("num_local_experts")
+    file.write_text(json.dumps(config))
+    prune(
+        str(tmp_path / "base"),
+        tmp_path / "pruned",
+        PruningArgs(ratio=0.5, protect_first=0, protect_last=0),
+    )
+    model = load(tmp_path / "pruned")
+    assert [
+        layer.mlp.experts.num_experts for i, layer in enumerate(model.model.layers) if i != 1
+    ] == [2] * 3
+    assert sizes_of(load_config(str(tmp_path / "pruned")), 2)["experts"] == 2
+
+
+def test_a_plain_config_keeps_its_own_name_of_the_number_of_experts():
+    config = {**MIXTRAL_8X7B, "num_experts": MIXTRAL_8X7B["num_local_experts"]}
+    del config["num_local_experts"]
+    pruned = changed(config, config_changes(config, keep_counts(config, 0.5, 0, 0)))
+    assert pruned["num_experts"] == 4 and "num_local_experts" not in pruned
+
+
+def test_dense_layers_among_sparse_ones_have_their_own_kinds():
+    config = pico_config("qwen3_moe").to_dict()
+    kinds = [{group.kind for group in layer_groups(config, layer)} for layer in (0, 1)]
+    assert kinds == [{"kv_groups", "experts", "expert_neurons"}, {"kv_groups", "neurons"}]
+    assert not any("experts" in t.name for t in tensors(config) if t.layer == 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio": 0.75}, r"keep 2 experts, found 1 of 4 .* at most 0\.5, or `units:` without exp"),
+        (
+            {"ratio": 0.5, "units": "heads"},
+            "expected units among kv_groups, experts, expert_neurons",
+        ),
+        ({"sparsity": 0.5}, "a dense language model for sparsity, found mixtral"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused(settings, message, moe, tmp_path):
+    with pytest.raises(LoRAMError, match=message):
+        prune(str(moe), tmp_path / "pruned", PruningArgs(**settings))
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_load_balancing_loss_over_unequal_layers_is_refused(moe, tmp_path):
+    prune(str(moe), tmp_path / "pruned", PruningArgs(ratio=0.5))
+    plan, config = PruningPlan.load(tmp_path / "pruned"), load(tmp_path / "pruned").config
+    check_router_losses(config, plan)
+    config.output_router_logits = True
+    with pytest.raises(LoRAMError, match="overrides_of_model_config"):
+        check_router_losses(config, plan)
+
+
+def test_scoring_expert_neurons_by_text_is_refused(moe, tmp_path, text_file):
+    settings = PruningArgs(
+        method="taylor", ratio=0.5, units="expert_neurons", calibration_path=str(text_file)
+    )
+    with pytest.raises(LoRAMError, match="random or magnitude for expert_neurons"):
+        prune(str(moe), tmp_path / "pruned", settings)
