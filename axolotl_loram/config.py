@@ -338,3 +338,11 @@ class FillArgs(Section):
                 f"{self.fill}: fitted needs text, best that of the fine-tuning"
             )
         return self
+
+
+ADAPTERS = {"loram": "lora", "qloram": "qlora", "lora": "lora", "qlora": "qlora"}
+"""What a YAML may name as its adapter → what Axolotl calls it.
+
+The first two mean the same as the others, but Axolotl refuses them where this package is not
+installed, whereas it would train the original model under the others.
+"""

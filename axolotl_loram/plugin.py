@@ -32,7 +32,8 @@ from axolotl.telemetry.manager import FIELDS_TO_REDACT
 from transformers import TrainerCallback
 
 import axolotl_loram.models.per_layer  # noqa: F401  (teaches transformers the pruned model's layers)
-from axolotl_loram.architecture.plan import summary
+from axolotl_loram.architecture.counts import summary
+from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.progress import progress_bar
@@ -56,12 +57,7 @@ from axolotl_loram.training.memory_log import measure_run, start_measuring
 from axolotl_loram.training.monitor import RecoveredEvaluation, check_can_evaluate
 from axolotl_loram.training.objective import prepare_objective
 from axolotl_loram.training.run import Run, begin_training, use_recovered_adapter
-from axolotl_loram.training.support import (
-    ADAPTERS,
-    aligns,
-    check_router_losses,
-    check_supported,
-)
+from axolotl_loram.training.support import aligns, check_router_losses, check_supported
 
 LOG = logging.getLogger(__name__)
 MERGED_FOLDER = "merged"

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from axolotl_loram.config import PruningArgs
+from axolotl_loram.models.formats import Formats
 from axolotl_loram.models.small_head import store_small, weight_bytes
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
-from axolotl_loram.training.formats import Formats
 
 ROWS = Path(__file__).with_suffix(".csv")
 RATIO, SEEDS = 0.5, (0, 1)

@@ -27,9 +27,9 @@ from peft import PeftModel
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from axolotl_loram.architecture.plan import summary
+from axolotl_loram.architecture.config_json import load_config
+from axolotl_loram.architecture.counts import summary
 from axolotl_loram.config import PruningArgs
-from axolotl_loram.files.find import load_config
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
 

@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, utils
 
 import axolotl_loram.heterogeneous  # noqa: F401
+from axolotl_loram.models.formats import Formats
 from axolotl_loram.models.small_head import store_small
 from axolotl_loram.models.stream import replace_linear
-from axolotl_loram.training.formats import Formats
 
 
 class LeftOut(Exception):

@@ -25,8 +25,9 @@ import numpy as np
 from measure import append_row, surroundings, timed
 from safetensors.numpy import save_file
 
+from axolotl_loram.architecture.counts import keep_counts
 from axolotl_loram.architecture.model import tensors
-from axolotl_loram.architecture.plan import Base, PruningPlan, entries_of, keep_counts
+from axolotl_loram.architecture.plan import Base, PruningPlan, entries_of
 from axolotl_loram.pruning.importance import random_scores, select
 
 LLAMA_2_70B = {

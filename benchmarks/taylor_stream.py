@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT / "examples/quickstart"))
 
 from pretrained import SMOLLM2, folder_of
 
-from axolotl_loram.architecture.model import layer_count, parameter_count, tensors
+from axolotl_loram.architecture.config_json import layer_count
+from axolotl_loram.architecture.model import parameter_count, tensors
 
 SAMPLES, LENGTH = 4, 128
 WHOLE = """

@@ -32,8 +32,8 @@ from pathlib import Path
 import yaml
 from measure import ROOT, append_row, surroundings
 
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.config import PruningArgs
-from axolotl_loram.files.find import load_config
 from axolotl_loram.memory.layout import Layer, Layout
 from axolotl_loram.memory.predict import predict
 from axolotl_loram.memory.settings import TrainingArgs, settings_of

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.model import Config, family_of, parameter_count, tensors
+from axolotl_loram.architecture.config_json import Config, family_of, load_config
+from axolotl_loram.architecture.model import parameter_count, tensors
 from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.architecture.vocabulary import differ, vocabulary_digest
 from axolotl_loram.errors import LoRAMError
@@ -17,7 +18,6 @@ from axolotl_loram.files.find import (
     find_local_file,
     find_local_weights,
     hub_id_of,
-    load_config,
 )
 from axolotl_loram.files.nf4 import logical_shapes
 from axolotl_loram.files.tensors import Checkpoint

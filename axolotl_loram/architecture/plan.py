@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,22 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.model import (
+from axolotl_loram.architecture.config_json import (
     Config,
-    Tensor,
-    changed,
     check_config,
-    config_changes,
     family_of,
     layer_count,
-    layer_groups,
-    own_fields,
-    parameter_count,
     sizes_of,
-    tensors,
 )
-from axolotl_loram.architecture.spaces import Dim, Group, Kept, Sizes, kept_features
-from axolotl_loram.config import check_ratio
+from axolotl_loram.architecture.model import Tensor, changed, config_changes, layer_groups, tensors
+from axolotl_loram.architecture.spaces import Dim, Group, Kept, kept_features
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import open_safetensors, write_safetensors
 from axolotl_loram.files.untrusted import check_types, parse_json
@@ -286,102 +278,3 @@ def _check_units(name: str, units: np.ndarray, available: int, rows: int | None)
             f"0…{available - 1}, found {np.array2string(units, threshold=6)}: the plan is damaged "
             "or for another model"
         )
-
-
-def protected_layers(layers: int, first: int, last: int) -> set[int]:
-    """Layers that stay whole: the `first` and `last` ones, at most a quarter of them at each end.
-
-    The paper's 4 and 2 suit 32 layers and more; of an 8-layer model they would leave two to prune.
-    """
-    if min(first, last) < 0:
-        raise LoRAMError(f"expected 0 or more protected layers, found {first} first, {last} last")
-    kept_first, kept_last = min(first, layers // 4), min(last, layers // 4)
-    if (kept_first, kept_last) != (first, last):
-        _say_fewer(kept_first, kept_last, layers, first, last)
-    return set(range(kept_first)) | set(range(layers - kept_last, layers))
-
-
-@functools.cache  # once: a search for a ratio asks dozens of times
-def _say_fewer(*numbers: int) -> None:
-    LOG.warning(
-        "protecting the first %d and last %d of %d layers, not %d and %d: at most a quarter at "
-        "each end",
-        *numbers,
-    )
-
-
-def keep_counts(
-    config: Config, ratio: float, first: int, last: int, units: Collection[str] | None = None
-) -> dict[int, dict[str, int]]:
-    """Layer → kind → units kept at a uniform pruning ratio; protected layers are missing.
-
-    Args:
-        config: The base's config.
-        ratio: Share of the units to remove.
-        first: Layers at the start that stay whole.
-        last: Layers at the end that stay whole.
-        units: Kinds of unit to remove, by default all but the optional ones.
-
-    Raises:
-        LoRAMError: The ratio is outside (0, 1), leaves a layer without a unit of some kind, the
-            model has no such units, or is pruned already.
-    """
-    check_ratio(ratio)
-    if own_fields(config):
-        raise LoRAMError(
-            "expected a model whose layers are all alike, found per_layer_config in its config: "
-            "prune the original model, not one that is pruned already"
-        )
-    protected = protected_layers(layer_count(config), first, last)
-    wanted = _kinds(config, units)
-    counts: dict[int, dict[str, int]] = {}
-    for layer in range(layer_count(config)):
-        groups = [group for group in layer_groups(config, layer) if group.kind in wanted]
-        if layer not in protected and groups:
-            sizes = sizes_of(config, layer)
-            counts[layer] = {group.kind: _keep_count(group, ratio, sizes) for group in groups}
-    return counts
-
-
-def _kinds(config: Config, units: Collection[str] | None) -> set[str]:
-    groups = family_of(config).groups
-    unknown = set(units or ()) - {group.kind for group in groups}
-    if unknown:
-        raise LoRAMError(
-            f"expected units among {', '.join(group.kind for group in groups)} for "
-            f"{config['model_type']}, found {min(unknown)}"
-        )
-    return set(units) if units else {group.kind for group in groups if not group.optional}
-
-
-def _keep_count(group: Group, ratio: float, sizes: Sizes) -> int:
-    count, fewest, total = group.keep_count(ratio, sizes), group.fewest(sizes), sizes[group.kind]
-    if count < fewest:
-        least = f"a {group.noun}" if fewest == 1 else f"{fewest} {group.kind}"
-        found = "none" if count == 0 else str(count)
-        most = f"use a ratio of at most {1 - fewest / total:.4g}" if fewest < total else "use"
-        raise LoRAMError(
-            f"expected every layer to keep {least}, found {found} of {total} left at pruning "
-            f"ratio {ratio}: {most}, or `units:` without {group.kind}".replace("use, or", "use")
-        )
-    return count
-
-
-def summary(config: Config, counts: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
-    """Parameter counts of base and pruned model, as the paper's tables count them.
-
-    `nominal_qloram_reduction` is four times the parameter reduction: it counts every parameter as
-    4 bits, embeddings and quantization constants included, which no real checkpoint reaches.
-    """
-    base = parameter_count(config)
-    pruned = parameter_count(changed(config, config_changes(config, counts)))
-    return {
-        "model_type": config["model_type"],
-        "layers": layer_count(config),
-        "pruned_layers": len(counts),
-        "kept_per_pruned_layer": {k: n for kept in counts.values() for k, n in kept.items()},
-        "base_parameters": base,
-        "pruned_parameters": pruned,
-        "parameter_reduction": round(base / pruned, 4),
-        "nominal_qloram_reduction": round(4 * base / pruned, 4),
-    }

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.model import sizes_of
+from axolotl_loram.architecture.config_json import sizes_of
 from axolotl_loram.architecture.plan import entries_of
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.untrusted import own_file

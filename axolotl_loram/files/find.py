@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.model import with_defaults
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import MODEL_FILE, has_weights, shard_names
 from axolotl_loram.files.untrusted import read_json
@@ -144,18 +143,6 @@ def stored_config(model: str, revision: str | None = None) -> dict[str, Any]:
     if not path.is_file():
         path = find_folder(model, revision, patterns=["config.json"]) / "config.json"
     return read_json(path)
-
-
-def load_config(model: str, revision: str | None = None) -> dict[str, Any]:
-    """A model's config, with the sizes that it leaves out, from a folder, file or hub id.
-
-    It is read as it is, without transformers, whose config classes take seconds to import; no code
-    from the checkpoint is run.
-
-    Raises:
-        LoRAMError: No such model, or an unknown architecture.
-    """
-    return with_defaults(stored_config(model, revision))
 
 
 def _looks_local(model: str) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from axolotl_loram.architecture.model import Config, Tensor, layer_fields, parameters
+from axolotl_loram.architecture.config_json import Config, layer_fields
+from axolotl_loram.architecture.model import Tensor, parameters
 from axolotl_loram.architecture.spaces import EMBEDDING, EXPERTS, HEAD, LINEAR, Sizes
 from axolotl_loram.errors import LoRAMError
 

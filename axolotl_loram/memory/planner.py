@@ -6,16 +6,23 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from axolotl_loram.architecture.model import Config, embedding_module, family_of
-from axolotl_loram.architecture.plan import Base, PruningPlan, summary
-from axolotl_loram.files.find import find_folder, load_config
+from axolotl_loram.architecture.config_json import Config, family_of, load_config
+from axolotl_loram.architecture.counts import (
+    plan_of_size,
+    planned_nonzero,
+    sparse_layers,
+    sparse_summary,
+    summary,
+)
+from axolotl_loram.architecture.model import embedding_module
+from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.files.find import find_folder
 from axolotl_loram.memory.gpus import that_hold
 from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.predict import compare, predict, pruned_config, smallest_ratio
 from axolotl_loram.memory.request import Request
-from axolotl_loram.pruning.prune import plan_of_size
-from axolotl_loram.pruning.sparse import planned_nonzero, sparse_layers, sparse_summary
-from axolotl_loram.tables import lines, memory_table
+from axolotl_loram.memory.tables import memory_table
+from axolotl_loram.tables import lines
 
 LOG = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from axolotl_loram.architecture.model import Config, Tensor, changed, config_changes
-from axolotl_loram.architecture.plan import keep_counts
+from axolotl_loram.architecture.config_json import Config
+from axolotl_loram.architecture.counts import keep_counts
+from axolotl_loram.architecture.model import Tensor, changed, config_changes
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.activations import Activations
 from axolotl_loram.memory.layout import Layout, Part, part_of

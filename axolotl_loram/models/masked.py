@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from axolotl_loram.architecture.lora_names import PREFIX
 from axolotl_loram.architecture.plan import PruningPlan, mask_digest
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import Checkpoint
-from axolotl_loram.recovery.scatter import PREFIX
 
 BLOCK_ELEMENTS = 1 << 24
 """Most elements of a block of (B A) ∘ M: 64 MB in float32."""

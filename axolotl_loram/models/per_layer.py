@@ -21,7 +21,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import heterogeneity
 
-from axolotl_loram.architecture.model import FAMILIES, family_of, parameters
+from axolotl_loram.architecture.config_json import family_of
+from axolotl_loram.architecture.families import FAMILIES
+from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.spaces import EXPERTS, LINEAR
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.models.four_bit import take_any_width

@@ -17,15 +17,15 @@ import bitsandbytes
 import torch
 from torch import nn
 
-from axolotl_loram.architecture.model import Config, tensors
+from axolotl_loram.architecture.config_json import Config, load_config
+from axolotl_loram.architecture.model import tensors
 from axolotl_loram.architecture.spaces import HEAD
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.nf4 import packed_weights
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.models.formats import Formats, check_trains_packed, choose_formats
 from axolotl_loram.models.stream import replace_linear
-from axolotl_loram.training.formats import Formats, check_trains_packed, choose_formats
 
 LOG = logging.getLogger(__name__)
 OUTLIERS = 6.0

@@ -23,7 +23,8 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from axolotl_loram.architecture.model import Config, Tensor, family_of, layer_pieces, sizes_of
+from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
+from axolotl_loram.architecture.model import Tensor, layer_pieces
 from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.models.four_bit import take_any_width

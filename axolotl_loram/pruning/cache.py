@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from axolotl_loram.architecture.model import sizes_of
+from axolotl_loram.architecture.config_json import load_config, sizes_of
 from axolotl_loram.architecture.plan import SCHEMA_VERSION
 from axolotl_loram.config import FillArgs, Pruning, PruningArgs
 from axolotl_loram.files.atomic import made_once
-from axolotl_loram.files.find import find_folder, load_config
+from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.pruning.prune import prune, resolve

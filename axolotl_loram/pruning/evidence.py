@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from axolotl_loram.architecture.model import Config, family_of, layer_groups, sizes_of
+from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
+from axolotl_loram.architecture.model import layer_groups
 from axolotl_loram.architecture.spaces import Family, Group, Sizes
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work

@@ -12,41 +12,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from axolotl_loram import __version__
-from axolotl_loram.architecture.model import (
+from axolotl_loram.architecture.config_json import (
     Config,
-    changed,
     family_of,
     layer_count,
     layer_fields,
+    load_config,
     sizes_of,
 )
+from axolotl_loram.architecture.counts import plan_of_size, sparse_layers, sparse_summary, summary
+from axolotl_loram.architecture.model import changed
 from axolotl_loram.architecture.pairing import check_tensors, weights_fingerprint
-from axolotl_loram.architecture.plan import (
-    RECORD_FILE,
-    SCHEMA_VERSION,
-    Base,
-    PruningPlan,
-    keep_counts,
-    summary,
-)
+from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.architecture.record import versions
-from axolotl_loram.architecture.reference import read_indices
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
 from axolotl_loram.config import CALIBRATED, Pruning, PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, write_json
-from axolotl_loram.files.find import TOKENIZER_PATTERNS, commit_of, find_folder, load_config
-from axolotl_loram.files.nf4 import Packing, plan_packing
+from axolotl_loram.files.find import TOKENIZER_PATTERNS, commit_of, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work, resumable, work_folder
 from axolotl_loram.files.targets import locked, real
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import copy_files, read_json
+from axolotl_loram.models.packing import Packing, plan_packing
 from axolotl_loram.pruning.criteria import CRITERIA
 from axolotl_loram.pruning.evidence import Evidence
 from axolotl_loram.pruning.gather import needed_bytes, write_weights
 from axolotl_loram.pruning.importance import choose
-from axolotl_loram.pruning.sparse import by_magnitude, load_sparse, sparse_layers, sparse_summary
+from axolotl_loram.pruning.sparse import by_magnitude, load_sparse
 
 if TYPE_CHECKING:
     from axolotl_loram.models.stream import LayerStream
@@ -191,32 +185,6 @@ def prune(
 def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pruning:
     """`PruningArgs.resolve` for the model with this config."""
     return settings.resolve(own_text, layer_fields(config, None).get("max_position_embeddings"))
-
-
-def plan_of_size(config: dict[str, Any], base: Base, settings: Pruning) -> PruningPlan:
-    """A plan as large as the one to come, to count with; refuses what cannot be planned.
-
-    Raises:
-        LoRAMError: The ratio, the pattern or the index files do not suit the model.
-    """
-    if settings.indices_path is not None:
-        return PruningPlan(config, read_indices(Path(settings.indices_path), config), base)
-    if settings.sparsity is not None:
-        sparse_layers(config, settings.sparsity, *settings.protected)
-        return PruningPlan(config, {}, base)
-    assert settings.ratio is not None  # PruningArgs saw to it
-    family = family_of(config)
-    counts = keep_counts(config, settings.ratio, *settings.protected, settings.units)
-    kept = {}
-    for layer, count in counts.items():
-        sizes = sizes_of(config, layer)
-        for group in family.groups:
-            if group.kind in count:
-                units = np.arange(count[group.kind], dtype=np.int32)
-                rows = count.get(group.inside, sizes[group.inside]) if group.inside else None
-                stacked = units if rows is None else np.tile(units, (rows, 1))
-                kept[family.entry(layer, group)] = stacked
-    return PruningPlan(config, kept, base)
 
 
 def _plan_packing(settings: Pruning, checkpoint: Checkpoint, sketch: PruningPlan) -> Packing | None:

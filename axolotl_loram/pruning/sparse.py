@@ -6,60 +6,22 @@ no memory by themselves: this is for comparing criteria, as LoRAM-Unst and LoRAM
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.model import Config, family_of, has_experts, layer_count, tensors
-from axolotl_loram.architecture.plan import mask_digest, protected_layers
+from axolotl_loram.architecture.config_json import Config, family_of
+from axolotl_loram.architecture.counts import Sparsity, pattern_of, removed_of
+from axolotl_loram.architecture.plan import mask_digest
 from axolotl_loram.architecture.spaces import LINEAR, Weight
 from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 
-Sparsity = float | str
-"""A share of zeros, or a pattern "N:M"."""
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF << 52}
 """Bits of infinity: what is not below them is not finite."""
-
-
-def pattern_of(sparsity: Sparsity) -> tuple[int, int] | None:
-    """(N, M) of "N:M"; None of a share."""
-    if isinstance(sparsity, str):
-        kept, _, group = sparsity.partition(":")
-        return int(kept), int(group)
-    return None
-
-
-def sparse_layers(config: Config, sparsity: Sparsity, first: int, last: int) -> list[int]:
-    """Layers to make sparse.
-
-    Raises:
-        LoRAMError: A pattern does not divide the inputs of one of their weights, or the model is
-            made of more than alike layers of linear weights.
-    """
-    family = family_of(config)
-    if has_experts(config) or family.section or family.auto_class != "AutoModelForCausalLM":
-        raise LoRAMError(
-            f"expected a dense language model for sparsity, found {family.model_type}: remove "
-            "whole units (--pruning-ratio) of such a model"
-        )
-    layers = sorted(
-        set(range(layer_count(config))) - protected_layers(layer_count(config), first, last)
-    )
-    pattern = pattern_of(sparsity)
-    for tensor in tensors(config):
-        if pattern and tensor.linear and tensor.shape[1] % pattern[1]:
-            raise LoRAMError(
-                f"expected the {tensor.shape[1]} inputs of {tensor.name} to be a multiple of "
-                f"{pattern[1]}, found pattern {sparsity}: use another pattern, or a share such as "
-                "0.5"
-            )
-    return layers
 
 
 def linear_weights(config: Config) -> tuple[Weight, ...]:
@@ -121,11 +83,6 @@ def smallest_zeroed(stored: StoredTensor, sparsity: Sparsity) -> np.ndarray:
     return bits
 
 
-def removed_of(total: int, sparsity: Sparsity) -> int:
-    """How many of `total` weights become zero, exact in decimal."""
-    return int(total * Fraction(str(sparsity)))
-
-
 def save_sparse(work: Work, layer: int, arrays: Mapping[str, tuple[str, np.ndarray]]) -> None:
     """Keep a layer's sparse weights: name → (dtype, bits)."""
     facts = {
@@ -143,27 +100,3 @@ def load_sparse(
         stored, facts = work.load(f"sparse-{layer}")
         for name, tensor in stored.items():
             yield name, tensor, facts[name]
-
-
-def sparse_summary(config: Config, nonzero: Mapping[str, int]) -> dict[str, Any]:
-    """Counts of a sparse model, given those of its sparse weights; it takes the base's memory."""
-    sizes = {tensor.name: math.prod(tensor.shape) for tensor in tensors(config)}
-    touched = sum(sizes[name] for name in nonzero)
-    left = sum(nonzero.values())
-    return {
-        "sparse_weights": touched,
-        "zeros": touched - left,
-        "sparsity": round(1 - left / touched, 6),
-        "nonzero_parameters": sum(sizes.values()) - touched + left,
-    }
-
-
-def planned_nonzero(config: Config, layers: list[int], sparsity: Sparsity) -> dict[str, int]:
-    """Weight → weights left, before anything is pruned (methods round by row or block)."""
-    pattern, counts = pattern_of(sparsity), {}
-    for tensor in tensors(config):
-        if tensor.layer in layers and tensor.linear:
-            size = math.prod(tensor.shape)
-            kept = size * pattern[0] // pattern[1] if pattern else size - removed_of(size, sparsity)
-            counts[tensor.name] = kept
-    return counts

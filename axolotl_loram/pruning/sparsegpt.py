@@ -7,17 +7,12 @@ import logging
 import torch
 from torch import nn
 
-from axolotl_loram.architecture.model import Config
+from axolotl_loram.architecture.config_json import Config
+from axolotl_loram.architecture.counts import Sparsity, pattern_of, removed_of
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.models.stream import TORCH_DTYPES, seen_inputs, to_bits
 from axolotl_loram.models.walk import Walk
-from axolotl_loram.pruning.sparse import (
-    Sparsity,
-    linear_weights,
-    pattern_of,
-    removed_of,
-    save_sparse,
-)
+from axolotl_loram.pruning.sparse import linear_weights, save_sparse
 
 LOG = logging.getLogger(__name__)
 BLOCK = 128

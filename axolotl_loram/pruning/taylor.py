@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from axolotl_loram.architecture.model import layer_count, readers
+from axolotl_loram.architecture.config_json import layer_count
+from axolotl_loram.architecture.model import readers
 from axolotl_loram.architecture.spaces import Sizes, Weight, per_unit
 from axolotl_loram.models.stream import States, seen_inputs, seen_routing
 from axolotl_loram.models.walk import Walk

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 
 import axolotl_loram.models.per_layer  # noqa: F401  (builds the pruned layers)
+from axolotl_loram.architecture.config_json import load_config
+from axolotl_loram.architecture.lora_names import named_model
 from axolotl_loram.architecture.model import layer_weights
 from axolotl_loram.architecture.pairing import check_pair
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import FillArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import find_folder, load_config
+from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import unfinished
 from axolotl_loram.files.tensors import Checkpoint, read_json
@@ -33,7 +35,7 @@ from axolotl_loram.models.walk import Walk
 from axolotl_loram.recovery.fitted import fit, fittable
 from axolotl_loram.recovery.lora import Adapter, below, read_loras
 from axolotl_loram.recovery.recover import Filler, default_output, read_adapter_config, recover
-from axolotl_loram.recovery.scatter import Moved, named_model
+from axolotl_loram.recovery.scatter import Moved
 from axolotl_loram.text.calibration import Calibration, load_calibration
 
 LIMIT = 3.0

@@ -13,9 +13,10 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from axolotl_loram.architecture.lora_names import split_name
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.models.stream import TORCH_DTYPES, to_bits
-from axolotl_loram.recovery.scatter import Moved, split_name
+from axolotl_loram.recovery.scatter import Moved
 
 
 def scaling(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from axolotl_loram.architecture.model import is_tied
+from axolotl_loram.architecture.config_json import is_tied
+from axolotl_loram.architecture.lora_names import named_model, split_name
 from axolotl_loram.architecture.pairing import (
     check_adapter_tokenizer,
     check_pair,
@@ -33,7 +34,7 @@ from axolotl_loram.models.masked import add_update, pack, read_support
 from axolotl_loram.models.stream import TORCH_DTYPES
 from axolotl_loram.recovery.lora import scaling
 from axolotl_loram.recovery.recover import read_adapter_config
-from axolotl_loram.recovery.scatter import match, named_model, split_name
+from axolotl_loram.recovery.scatter import match
 from axolotl_loram.recovery.whole import check_modules, check_trained
 
 LOG = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model
 from axolotl_loram.architecture.pairing import (
     check_adapter_tokenizer,
     check_plan,
@@ -34,7 +35,7 @@ from axolotl_loram.files.atomic import check_vacant, new_folder, updated_folder,
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder, is_hub_id
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, write_safetensors
 from axolotl_loram.files.untrusted import copy_files, read_json
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG, Moved, match, named_model
+from axolotl_loram.recovery.scatter import Moved, match
 from axolotl_loram.recovery.whole import check_modules, check_trained
 
 LOG = logging.getLogger(__name__)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.model import Tensor, embedding_module, family_of, parameters
+from axolotl_loram.architecture.config_json import family_of
+from axolotl_loram.architecture.lora_names import PARTNERS, depth_of, read_targets, split_name
+from axolotl_loram.architecture.model import Tensor, embedding_module, parameters
 from axolotl_loram.architecture.plan import PruningPlan, gather, scatter
 from axolotl_loram.architecture.spaces import EXPERTS, Dim
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
-from axolotl_loram.files.untrusted import read_json
 
-ADAPTER_CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
 LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
     "lora_A.weight": ((1, 1),),
     "lora_B.weight": ((0, 0),),
@@ -30,12 +27,6 @@ LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
 
 A is (r, input), B is (output, r), and a linear weight is (output, input). Embeddings never prune.
 """
-PARTNERS = {
-    "lora_A.weight": "lora_B.weight",
-    "lora_B.weight": "lora_A.weight",
-    "lora_embedding_A": "lora_embedding_B",
-    "lora_embedding_B": "lora_embedding_A",
-}
 
 
 @dataclass(frozen=True)
@@ -180,32 +171,6 @@ def check_pairs(adapter: Checkpoint) -> None:
         )
 
 
-def named_model(adapter: Path) -> str:
-    """The model that an adapter's config says it is for.
-
-    Raises:
-        LoRAMError: It names none.
-    """
-    found = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(found, str) or not found:
-        raise LoRAMError(
-            f"expected {adapter / ADAPTER_CONFIG} to name a model as base_model_name_or_path, "
-            f"found {found!r}: give the pruned model (--pruned-model)"
-        )
-    return found
-
-
-def read_targets(adapter: Path) -> tuple[str, ...]:
-    """The parameters that an adapter's config targets beside modules."""
-    file = adapter / ADAPTER_CONFIG
-    return tuple((read_json(file).get("target_parameters") or ()) if file.exists() else ())
-
-
-def depth_of(name: str) -> int:
-    """How deep a LoRA tensor lies in the wrappers that PEFT puts around one another."""
-    return name.count(".base_layer.")
-
-
 def _depths(checkpoint: Checkpoint) -> dict[str, int]:
     depths: dict[str, int] = {}
     for name in checkpoint.tensors:
@@ -229,13 +194,6 @@ def _targeted(
             f"{list(targets)} in its config: this adapter was made for another model"
         )
     return chosen
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`` → module, ``lora_A.weight``."""
-    path = re.sub(r"\.(base_layer|token_adapter)\b", "", name.removeprefix(PREFIX))
-    found = re.fullmatch(r"(.+?)\.(lora_.+)", path)
-    return (found[1], found[2]) if found else (path.rpartition(".")[0], path.rpartition(".")[2])
 
 
 def _match_lora(

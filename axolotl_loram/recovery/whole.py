@@ -8,18 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_loram.architecture.lora_names import PARTNERS, split_name
 from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.spaces import EXPERTS
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite
-from axolotl_loram.recovery.scatter import (
-    LORA_AXES,
-    PARTNERS,
-    check_pairs,
-    split_name,
-    unpaired_tensors,
-)
+from axolotl_loram.recovery.scatter import LORA_AXES, check_pairs, unpaired_tensors
 
 STARTS_AT_ZERO = ("lora_B.weight", "lora_embedding_A")
 """What PEFT begins with zeros: still zero, it was never trained."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from axolotl_loram.architecture.model import Config
+from axolotl_loram.architecture.config_json import Config, load_config
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model, split_name
 from axolotl_loram.architecture.pairing import check_adapter_tokenizer, check_trained_under
 from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import find_local_file, load_config
+from axolotl_loram.files.find import find_local_file
 from axolotl_loram.files.tensors import ADAPTER_FILE
 from axolotl_loram.files.untrusted import read_json
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG, LORA_AXES, match, named_model, split_name
+from axolotl_loram.recovery.scatter import LORA_AXES, match
 from axolotl_loram.recovery.whole import PROBLEMS, check_modules, names_modules
 from axolotl_loram.results.checks import Finding, Subject
 

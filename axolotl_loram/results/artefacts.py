@@ -10,13 +10,14 @@ from typing import Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ValidationError
 
-from axolotl_loram.architecture.model import layer_count, layer_groups, sizes_of
+from axolotl_loram.architecture.config_json import layer_count, sizes_of
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
+from axolotl_loram.architecture.model import layer_groups
 from axolotl_loram.architecture.pairing import read_record
 from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import is_folder
 from axolotl_loram.files.untrusted import read_json
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG
 
 EVALUATION_FILE = "evaluation.json"
 EVALUATION_VERSION = 1

@@ -15,7 +15,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 
 import axolotl_loram.models.per_layer  # noqa: F401  (to load pruned models)
-from axolotl_loram.architecture.model import family_of
+from axolotl_loram.architecture.config_json import family_of, load_config
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model
 from axolotl_loram.architecture.pairing import (
     check_pair,
     check_plan,
@@ -24,10 +25,9 @@ from axolotl_loram.architecture.pairing import (
 )
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import find_folder, load_config
+from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.models.masked import confine
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG, named_model
 from axolotl_loram.text.axolotl_text import one_line
 
 BASE, PRUNED, TRAINED, RECOVERED = "base", "pruned", "pruned+adapter", "base+recovered"

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from axolotl_loram.architecture.model import embedding_module, layer_count, sizes_of
-from axolotl_loram.architecture.plan import PruningPlan, entries_of, summary
+from axolotl_loram.architecture.config_json import layer_count, sizes_of
+from axolotl_loram.architecture.counts import summary
+from axolotl_loram.architecture.model import embedding_module
+from axolotl_loram.architecture.plan import PruningPlan, entries_of
 from axolotl_loram.architecture.record import refit_summary
 from axolotl_loram.architecture.spaces import Group
 from axolotl_loram.errors import LoRAMError

@@ -14,6 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from axolotl_loram.architecture.config_json import load_config
+from axolotl_loram.architecture.counts import summary
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.pairing import (
     check_base_shapes,
     check_base_tokenizer,
@@ -23,27 +26,13 @@ from axolotl_loram.architecture.pairing import (
     check_tensors,
     shapes_of,
 )
-from axolotl_loram.architecture.plan import (
-    PLAN_FILE,
-    RECORD_FILE,
-    Base,
-    PruningPlan,
-    mask_digest,
-    summary,
-)
+from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, Base, PruningPlan, mask_digest
 from axolotl_loram.architecture.vocabulary import differ, vocabulary_digest
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import (
-    MODEL_PATTERNS,
-    commit_of,
-    find_local_file,
-    find_local_weights,
-    load_config,
-)
+from axolotl_loram.files.find import MODEL_PATTERNS, commit_of, find_local_file, find_local_weights
 from axolotl_loram.files.nf4 import logical_shapes
 from axolotl_loram.files.progress import Progress
 from axolotl_loram.files.tensors import ADAPTER_FILE, BLOCK_BYTES, Checkpoint
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG
 
 Outcome = Literal["ok", "failed", "not checked"]
 Finding = tuple[Outcome, str]

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.model import layer_fields
+from axolotl_loram.architecture.config_json import layer_fields, load_config
 from axolotl_loram.architecture.record import versions
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import new_file, write_json
-from axolotl_loram.files.find import find_folder, load_config
+from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work
 from axolotl_loram.files.targets import locked

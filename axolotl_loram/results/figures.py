@@ -9,7 +9,7 @@ from typing import Any
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import new_file
 from axolotl_loram.memory.gpus import GPUS
-from axolotl_loram.tables import memory_rows
+from axolotl_loram.memory.tables import memory_rows
 
 NOT_STACKED = ("peak", "host memory: weights")
 

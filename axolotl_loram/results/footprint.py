@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.memory.tables import GIB, memory_rows
 from axolotl_loram.results.artefacts import Artefact, training_of
 from axolotl_loram.results.charts import Bar, Bars
 from axolotl_loram.results.sections import KeyFigure, Section, Table, arrow
-from axolotl_loram.tables import GIB, memory_rows
 
 TITLES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}
 LOGGED = "memory/max_allocated (GiB)"  # what Axolotl logs of each step

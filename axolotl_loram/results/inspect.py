@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from axolotl_loram.architecture.counts import summary
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.pairing import check_pruned, read_record
-from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan, summary
+from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
 from axolotl_loram.architecture.record import refit_summary
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.tensors import has_weights
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG
 from axolotl_loram.results.ordinary import describe_ordinary, shown
 from axolotl_loram.results.verify import as_dicts, failures, verify
 from axolotl_loram.tables import lines

@@ -6,22 +6,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.model import (
+from axolotl_loram.architecture.config_json import (
     Config,
     layer_count,
     layer_fields,
-    layer_groups,
-    parameter_count,
+    load_config,
     sizes_of,
 )
+from axolotl_loram.architecture.counts import keep_counts, protected_layers, summary
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
+from axolotl_loram.architecture.model import layer_groups, parameter_count
 from axolotl_loram.architecture.pairing import check_tensors
-from axolotl_loram.architecture.plan import RECORD_FILE, keep_counts, protected_layers, summary
+from axolotl_loram.architecture.plan import RECORD_FILE
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.tensors import Checkpoint, has_weights
 from axolotl_loram.files.untrusted import read_json
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG
 
 RATIOS = (0.5, 0.75, 0.85)
 """Pruning ratios that people are shown first."""

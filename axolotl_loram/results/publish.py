@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_loram import __version__
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.pairing import read_record
 from axolotl_loram.architecture.plan import RECORD_FILE, Base, PruningPlan
 from axolotl_loram.errors import LoRAMError
@@ -21,7 +22,6 @@ from axolotl_loram.files.find import MODEL_PATTERNS, TOKENIZER_PATTERNS, is_hub_
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.files.tensors import ADAPTER_FILE
 from axolotl_loram.recovery.recover import model_card
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG
 from axolotl_loram.results.card import PLOT_FILE, Card, kept_units, licence_of
 from axolotl_loram.results.figures import plot_kept
 from axolotl_loram.results.hub import Repository, full_name

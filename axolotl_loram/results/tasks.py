@@ -17,9 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.untrusted import read_json
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG
 from axolotl_loram.results.candidates import Candidate
 from axolotl_loram.results.perplexity import fitting
 from axolotl_loram.text.axolotl_text import one_line

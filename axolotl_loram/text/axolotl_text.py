@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_loram.config import ADAPTERS
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.untrusted import read_yaml
-from axolotl_loram.training.support import ADAPTERS
 
 IDS = ("input_ids", "chosen_input_ids", "chosen_ids")
 """What Axolotl calls a row's token ids; the last two in preference data."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from axolotl_loram.architecture.model import sizes_of
+from axolotl_loram.architecture.config_json import sizes_of
 from axolotl_loram.architecture.record import versions
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.training.align import Alignment, heldout_losses, label_tokens, seconds_before

@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import ADAPTER_FILE
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG
 
 STATE_FILE = "trainer_state.json"
 """What the trainer writes last into a checkpoint: where it is missing, the rest may be too."""

@@ -26,7 +26,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 import axolotl_loram.models.per_layer  # noqa: F401  (builds the pruned layers)
 from axolotl_loram import __version__
-from axolotl_loram.architecture.model import layer_pieces, sizes_of, with_defaults
+from axolotl_loram.architecture.config_json import sizes_of, with_defaults
+from axolotl_loram.architecture.model import layer_pieces
 from axolotl_loram.architecture.pairing import check_pair
 from axolotl_loram.architecture.plan import RECORD_FILE, PruningPlan
 from axolotl_loram.architecture.record import versions

@@ -12,7 +12,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.predict import GIB, Prediction, compare, predict
 from axolotl_loram.memory.settings import TrainingArgs, settings_of
-from axolotl_loram.training.formats import Formats
+from axolotl_loram.models.formats import Formats
 
 LOG = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from axolotl_loram.architecture.model import layer_fields
+from axolotl_loram.architecture.config_json import layer_fields
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_local_weights

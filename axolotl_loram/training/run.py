@@ -19,13 +19,13 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import made_once, new_file, write_json
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
+from axolotl_loram.models.formats import Formats
 from axolotl_loram.models.small_head import decide_formats
 from axolotl_loram.pruning.cache import OWN_TEXT, own_text, prune_into_cache
 from axolotl_loram.recovery.fill import Job, check_fillable
 from axolotl_loram.recovery.recover import gather_adapter, read_adapter_config
 from axolotl_loram.text.axolotl_text import token_rows
 from axolotl_loram.training.checkpoints import is_first_rank
-from axolotl_loram.training.formats import Formats
 from axolotl_loram.training.memory_log import predict_run
 from axolotl_loram.training.resuming import choose_checkpoint
 from axolotl_loram.training.sharding import check_adapter_saves

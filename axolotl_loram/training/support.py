@@ -7,17 +7,12 @@ import os
 from typing import Any
 
 from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.recovery.recover import unrecoverable
 
 LOG = logging.getLogger(__name__)
-ADAPTERS = {"loram": "lora", "qloram": "qlora", "lora": "lora", "qlora": "qlora"}
-"""What a YAML may name as its adapter → what Axolotl calls it.
-
-The first two mean the same as the others, but Axolotl refuses them where this package is not
-installed, whereas it would train the original model under the others.
-"""
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 """Axolotl's fused LoRA kernels, which it switches on itself where a YAML names none of them."""
 

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 
 from axolotl_loram import __version__
-from axolotl_loram.architecture.model import layer_count
+from axolotl_loram.architecture.config_json import layer_count, load_config
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import write_json
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.targets import sync
@@ -67,13 +66,13 @@ class Teacher:
         """
         self.record = read_json(folder / TEACHER_FILE)
         self._files: list[dict[str, StoredTensor]] = []
-        self._places: dict[bytes, tuple[int, int, int]] = {}
+        self.places: dict[bytes, tuple[int, int, int]] = {}
         for name in self.record["files"]:
             tensors, _ = open_safetensors(folder / name)
             starts = tensors["starts"].read().view(np.int64)
             for row, digest in enumerate(tensors["digests"].read()):
                 place = (len(self._files), int(starts[row]), int(starts[row + 1]))
-                self._places[digest.tobytes()] = place
+                self.places[digest.tobytes()] = place
             self._files.append(tensors)
 
     def targets(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> Targets:
@@ -105,7 +104,7 @@ class Teacher:
         return found
 
     def _of_sequence(self, tokens: np.ndarray) -> Targets:
-        place = self._places.get(digest_of(tokens))
+        place = self.places.get(digest_of(tokens))
         if place is None:
             raise LoRAMError(
                 f"expected sequences that the teacher's outputs were computed for, found one of "

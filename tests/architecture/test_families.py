@@ -13,17 +13,12 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture.model import (
-    FAMILIES,
-    layer_count,
-    parameter_count,
-    parameters,
-    tensors,
-)
+from axolotl_loram.architecture.config_json import layer_count, load_config
+from axolotl_loram.architecture.families import FAMILIES
+from axolotl_loram.architecture.model import parameter_count, parameters, tensors
 from axolotl_loram.architecture.plan import PruningPlan, gather, scatter
 from axolotl_loram.architecture.spaces import EXPERTS, LINEAR
 from axolotl_loram.config import PruningArgs
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.pruning.prune import prune

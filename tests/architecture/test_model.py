@@ -10,23 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from axolotl_loram.architecture.model import (
-    FAMILIES,
+from axolotl_loram.architecture.config_json import (
     TIED,
     check_config,
-    config_changes,
     family_of,
     is_tied,
+    load_config,
     own_fields,
-    parameter_count,
-    parameters,
-    tensors,
     with_defaults,
 )
-from axolotl_loram.architecture.plan import _say_fewer, keep_counts, protected_layers, summary
+from axolotl_loram.architecture.counts import _say_fewer, keep_counts, protected_layers, summary
+from axolotl_loram.architecture.families import FAMILIES
+from axolotl_loram.architecture.model import config_changes, parameter_count, parameters, tensors
 from axolotl_loram.architecture.spaces import Space, kept_features
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import load_config
 
 LLAMA_2_70B = {
     "model_type": "llama",

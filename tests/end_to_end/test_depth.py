@@ -23,13 +23,14 @@ from test_training import adapter_weights, assert_same, check_output, train
 from test_training import logits_of as logits_with
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture.model import FAMILIES, own_fields, parameters
+from axolotl_loram.architecture.config_json import load_config, own_fields
+from axolotl_loram.architecture.families import FAMILIES
+from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.pairing import check_pruned, shapes_of
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.spaces import EXPERTS, LINEAR
 from axolotl_loram.cli import main
 from axolotl_loram.config import PruningArgs
-from axolotl_loram.files.find import load_config
 from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.propose.propose import propose
 from axolotl_loram.pruning.prune import prune

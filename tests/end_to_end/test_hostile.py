@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
 from axolotl_loram.architecture.reference import read_indices
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files import untrusted
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
 from axolotl_loram.files.untrusted import copy_files, read_json, read_yaml
 from axolotl_loram.pruning.prune import prune

@@ -13,21 +13,17 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from axolotl_loram.architecture.counts import keep_counts
 from axolotl_loram.architecture.model import config_changes, tensors
 from axolotl_loram.architecture.pairing import check_pruned
-from axolotl_loram.architecture.plan import PruningPlan, keep_counts
+from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.cli import main
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files import nf4 as prequantized
-from axolotl_loram.files.nf4 import (
-    STATE,
-    Packing,
-    logical_shapes,
-    packed_sizes,
-    plan_packing,
-)
+from axolotl_loram.files.nf4 import STATE, logical_shapes, packed_sizes
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.models.packing import Packing, plan_packing
 from axolotl_loram.pruning.prune import prune
 
 TOKENS = torch.arange(3, 60)[None]

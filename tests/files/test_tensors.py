@@ -15,8 +15,9 @@ from conftest import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from axolotl_loram.architecture.counts import keep_counts
 from axolotl_loram.architecture.model import tensors
-from axolotl_loram.architecture.plan import PruningPlan, entries_of, gather, keep_counts
+from axolotl_loram.architecture.plan import PruningPlan, entries_of, gather
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files import tensors as checkpoint_module

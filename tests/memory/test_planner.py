@@ -20,7 +20,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.planner import plan, report
 from axolotl_loram.memory.request import parse_size, request
 from axolotl_loram.memory.settings import TrainingArgs, settings_of
-from axolotl_loram.training.formats import Formats
+from axolotl_loram.models.formats import Formats
 from axolotl_loram.training.memory_log import measure_run, predict_run, start_measuring
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture.model import FAMILIES as ALL_FAMILIES
+from axolotl_loram.architecture.config_json import load_config
+from axolotl_loram.architecture.families import FAMILIES as ALL_FAMILIES
 from axolotl_loram.architecture.model import parameter_count
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import load_config
 from axolotl_loram.memory.activations import Activations
 from axolotl_loram.memory.gpus import GPUS, that_hold
 from axolotl_loram.memory.layout import Layout

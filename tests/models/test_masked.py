@@ -22,12 +22,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.model import tensors
 from axolotl_loram.architecture.plan import Base, PruningPlan, mask_digest
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_loram import LoRAMArgs, LoRAMConfig
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models import masked
 from axolotl_loram.models.masked import MaskedLora, MaskedUpdate, confine, pack

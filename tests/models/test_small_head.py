@@ -17,6 +17,7 @@ import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.models.formats import Formats, choose_formats
 from axolotl_loram.models.small_head import (
     OffloadedEmbedding,
     check_device,
@@ -29,7 +30,6 @@ from axolotl_loram.models.small_head import (
 from axolotl_loram.models.stream import replace_linear
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
-from axolotl_loram.training.formats import Formats, choose_formats
 
 TOKENS = torch.arange(3, 60)[None]
 VOCABULARY = 264

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from conftest import run_command
 
 from axolotl_loram.architecture.blocks import HIDDEN, KEY_VALUE, QUERY
-from axolotl_loram.architecture.model import FAMILIES, parameters
+from axolotl_loram.architecture.families import FAMILIES
+from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.spaces import kept_features
 from axolotl_loram.cli import main
 from axolotl_loram.errors import LoRAMError

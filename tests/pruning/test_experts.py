@@ -10,17 +10,12 @@ from conftest import build_model
 from families import pico_config
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture.model import (
-    changed,
-    config_changes,
-    layer_groups,
-    sizes_of,
-    tensors,
-)
-from axolotl_loram.architecture.plan import PruningPlan, keep_counts
+from axolotl_loram.architecture.config_json import load_config, sizes_of
+from axolotl_loram.architecture.counts import keep_counts
+from axolotl_loram.architecture.model import changed, config_changes, layer_groups, tensors
+from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.pruning.criteria import CRITERIA
 from axolotl_loram.pruning.prune import prune
@@ -152,7 +147,7 @@ def test_counts_of_mixtral_8x7b():
     attention, expert = 2 * 4096**2 + 2 * 4096 * 1024, 3 * 4096 * 14336
     outside = 2 * 32000 * 4096 + 4096
     layer = attention + 8 * expert + 8 * 4096 + 2 * 4096
-    from axolotl_loram.architecture.plan import summary
+    from axolotl_loram.architecture.counts import summary
 
     counted = summary(MIXTRAL_8X7B, keep_counts(MIXTRAL_8X7B, 0.5, 4, 2, ["experts"]))
     assert counted["base_parameters"] == outside + 32 * layer == 46_702_792_704

@@ -265,7 +265,7 @@ def test_a_base_whose_weights_are_elsewhere_is_compared_by_config(make_model, tm
 
 @pytest.mark.parametrize("units", [[], [1, 1], [2, 1], [-1, 3], [40, 48]])
 def test_plans_with_impossible_units_are_refused(units, make_model):
-    from axolotl_loram.files.find import load_config
+    from axolotl_loram.architecture.config_json import load_config
 
     config = load_config(str(make_model()))
     import numpy as np

@@ -13,10 +13,10 @@ from calibrated import text_tokens
 from conftest import run_command
 
 import axolotl_loram.heterogeneous  # noqa: F401
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.resumable import resumable
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.stream import LayerStream

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.model import tensors
-from axolotl_loram.files.find import load_config
 from axolotl_loram.recovery.recover import recover
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA}

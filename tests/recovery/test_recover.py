@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture.model import sizes_of, tensors
+from axolotl_loram.architecture.config_json import sizes_of
+from axolotl_loram.architecture.model import tensors
 from axolotl_loram.architecture.plan import Base, PruningPlan, entries_of
 from axolotl_loram.architecture.spaces import kept_features
 from axolotl_loram.config import PruningArgs

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_loram.architecture.model import tensors, with_defaults
+from axolotl_loram.architecture.config_json import with_defaults
+from axolotl_loram.architecture.model import tensors
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.record import losses_of
 from axolotl_loram.cli import main

@@ -8,7 +8,7 @@ import torch
 from conftest import build_model
 from transformers import AutoModelForCausalLM
 
-from axolotl_loram.files.find import load_config
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.files.resumable import Work
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.stream import LayerStream

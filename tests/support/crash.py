@@ -38,11 +38,11 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LONGEST, LoRAMError
 from axolotl_loram.files import targets
 from axolotl_loram.files.tensors import MODEL_FILE, Checkpoint, write_safetensors
+from axolotl_loram.models.formats import Formats
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import default_output, recover
 from axolotl_loram.results.publish import Publication
 from axolotl_loram.training.aligned import assemble, remove_weights
-from axolotl_loram.training.formats import Formats
 
 tqdm.set_lock(threading.RLock())  # tqdm's own is shared with children, also if one dies holding it
 tqdm.monitor_interval = 0  # no second thread, which a fork leaves behind

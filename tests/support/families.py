@@ -1,6 +1,6 @@
 """Every declared family as a pico model; run as a script, prints the table of the README."""
 
-from axolotl_loram.architecture.model import FAMILIES
+from axolotl_loram.architecture.families import FAMILIES
 from axolotl_loram.architecture.spaces import EXPERTS, LINEAR
 
 PICO = {

@@ -20,30 +20,26 @@ import numpy as np
 import yaml
 from families import MOE, PICO
 
-from axolotl_loram.architecture.model import parameters, tensors, with_defaults
+from axolotl_loram.architecture.config_json import load_config, with_defaults
+from axolotl_loram.architecture.counts import keep_counts, summary
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
+from axolotl_loram.architecture.model import parameters, tensors
 from axolotl_loram.architecture.pairing import (
     check_adapter_tokenizer,
     check_base,
     check_pruned,
     read_record,
 )
-from axolotl_loram.architecture.plan import (
-    PLAN_FILE,
-    RECORD_FILE,
-    PruningPlan,
-    keep_counts,
-    summary,
-)
+from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.architecture.reference import read_indices
 from axolotl_loram.config import PruningArgs
-from axolotl_loram.files.find import load_config
 from axolotl_loram.files.tensors import ADAPTER_FILE, MODEL_FILE, Checkpoint, write_safetensors
 from axolotl_loram.memory import cluster
 from axolotl_loram.memory.request import request
 from axolotl_loram.memory.zero import read_zero
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
-from axolotl_loram.recovery.scatter import ADAPTER_CONFIG, match
+from axolotl_loram.recovery.scatter import match
 from axolotl_loram.results.artefacts import EVALUATION_FILE, TRAINER_STATE
 from axolotl_loram.results.inspect import inspect
 from axolotl_loram.results.report import build

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.model import Config, family_of, is_tied
+from axolotl_loram.architecture.config_json import Config, family_of, is_tied
 from axolotl_loram.architecture.spaces import EMBEDDING, HEAD
 from axolotl_loram.config import NATIVE, QLORAM
 from axolotl_loram.config_loram import LoRAMConfig
