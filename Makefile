@@ -31,7 +31,7 @@ test-nodes: .venv/installed
 test-saves: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix
 
-# Whole stories on SmolLM2-135M and Gemma 3 270M, downloaded once: MINUTES.
+# Whole stories on SmolLM2-135M and Gemma 3 270M, downloaded once: a quarter of an hour.
 test-real: .venv/installed
 	$(BIN)/python -m pytest -m real --durations 0
 
