@@ -60,9 +60,10 @@ def declared(family: Family) -> Iterator[None]:
     try:
         yield
     finally:
-        del rows[family.model_type]
         if before:
-            rows[family.model_type] = before
+            rows[family.model_type] = before  # in its old place: order is that of the table
+        else:
+            del rows[family.model_type]
 
 
 @contextmanager

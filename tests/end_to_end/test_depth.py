@@ -193,7 +193,7 @@ def test_every_way_to_prune(settings, layers, deep, tmp_path):
         str(deep(layers) / "base"),
         tmp_path / "pruned",
         settings,
-        calibration=TEXT if settings.needs_calibration else None,
+        calibration=TEXT if settings.resolve().needs_calibration else None,
     )
     assert failures(verify(tmp_path / "pruned")) == []
     plan, model = PruningPlan.load(tmp_path / "pruned"), loaded(tmp_path / "pruned", "llama")

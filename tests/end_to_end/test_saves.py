@@ -54,7 +54,7 @@ class Runs:
         variables = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join([str(HERE / "cpu_ranks"), str(HERE.parent)]),
+            "PYTHONPATH": os.pathsep.join([str(HERE / "support/cpu_ranks"), str(HERE.parent)]),
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "WITNESS": str(self.folder / "witness"),

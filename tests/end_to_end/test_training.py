@@ -322,7 +322,7 @@ def test_two_ranks_under_zero_3_leave_one_complete_adapter(pruned, make_model, s
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(root / "cpu_ranks"),
+        "PYTHONPATH": str(root / "support/cpu_ranks"),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }

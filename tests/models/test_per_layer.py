@@ -8,7 +8,7 @@ from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-import axolotl_loram.heterogeneous as heterogeneous
+from axolotl_loram.models import per_layer as heterogeneous
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune

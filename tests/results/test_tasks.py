@@ -124,9 +124,7 @@ def test_the_papers_suite_is_in_the_installed_lm_eval():
     assert {name: task.shots for name, task in tasks.items()} == dict(SUITES["paper"])
     for name, task in tasks.items():
         text = Path(task.file).read_text(encoding="utf-8")
-        assert f"task: {name}" in text and ("axolotl_loram/tasks" in str(task.file)) == (
-            name in OWN
-        )
+        assert f"task: {name}" in text and ("results/lm_eval" in str(task.file)) == (name in OWN)
     assert "strict-match" in Path(tasks["gsm8k_cot"].file).read_text(encoding="utf-8")
     assert Task("humaneval_pass10").identity() != tasks["humaneval_pass10"].identity()
 
@@ -146,7 +144,7 @@ def test_own_tasks_ask_what_lm_evals_do():
         same = {"output_type", "test_split", "doc_to_text", "doc_to_target", "num_fewshot"}
         same |= {"repeats", "generation_kwargs"} - ours
         assert {k: mine.get(k) for k in same} == {k: original.get(k) for k in same}
-    from axolotl_loram.tasks import utils
+    from axolotl_loram.results.lm_eval import utils
 
     options = {"options": "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of these"}
     assert utils.doc_to_choice(options)[:3] == ["38", "27.675", "30"]

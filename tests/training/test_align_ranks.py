@@ -88,7 +88,7 @@ def train(work, name, *launcher, check=True, environment=None, **changes):
     """Run `axolotl train` and return what it says."""
     witness = work / f"witness-{name}"
     witness.mkdir(exist_ok=True)
-    paths = [str(HERE / "cpu_ranks"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE / "support/cpu_ranks"), os.environ.get("PYTHONPATH", "")]
     variables = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
