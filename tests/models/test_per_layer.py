@@ -8,9 +8,9 @@ from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from axolotl_loram.models import per_layer as heterogeneous
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.models import per_layer as heterogeneous
 from axolotl_loram.pruning.prune import prune
 
 TOKENS = torch.arange(3, 40)[None]
