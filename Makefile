@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: quickstart test test-fast test-nodes test-saves test-real lint format bench bench-criteria bench-ablation families clean
+.PHONY: quickstart test test-fast test-nodes test-saves test-real lint format bench bench-criteria bench-ablation families docs clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -65,7 +65,11 @@ bench-criteria: .venv/installed
 bench-ablation: .venv/installed
 	$(BIN)/python benchmarks/ablation.py
 
-# The README's table of families, from their declarations.
+# What of docs/ follows from the code: keys.md, the tables of families.md and which-gpu.md.
+docs: .venv/installed
+	$(BIN)/python docs/generate.py
+
+# The table of families, from their declarations, to look at.
 families: .venv/installed
 	@$(BIN)/python tests/support/families.py
 

@@ -1,9 +1,12 @@
-"""The project's own promises: its imports, its YAML, its README."""
+"""The project's own promises: its imports, its YAML, its documents."""
 
 import ast
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,7 @@ FLOORS = [
 """A module imports what is on its own floor, or on one before it."""
 HOSTED = ("axolotl_loram.plugin", "axolotl_loram.text.axolotl_text")
 """The modules that import axolotl."""
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 YAML_FILES = sorted(ROOT.glob("examples/**/*.yml"))
 
 
@@ -95,10 +99,16 @@ def test_the_quickstart_compares_equals():
     assert differing == {"plugins", "loram", "output_dir"}
 
 
-def test_readme_yaml_is_accepted():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    assert any("loram" in block for block in blocks)
+def blocks_of(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_yaml_of_the_documents_is_accepted(page):
+    blocks = [yaml.safe_load(block) for block in blocks_of(page, "yaml")]
+    assert page.name != "README.md" or any("loram" in block for block in blocks)
     for block in blocks:
         if "loram" in block:
             LoRAMArgs(loram=block["loram"])
@@ -106,23 +116,71 @@ def test_readme_yaml_is_accepted():
             check_supported(DictDefault(block if aligns else {"adapter": "lora", **block}))
 
 
-def test_readme_commands_exist():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_documents_exist(page):
     from axolotl_loram.cli import main
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    used = re.findall(r"axolotl-loram (\w+)((?: [^\n`]*)?)", text)
-    assert used
-    for name, rest in used:
-        options = {option for p in main.commands[name].params for option in p.opts}
-        assert set(re.findall(r"(--[\w-]+)", rest)) <= options
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"(?<![/\w])axolotl-loram ([a-z]+)((?: [^\n`]*)?)", text):
+        options = {
+            option for p in main.commands[name].params for option in p.opts + p.secondary_opts
+        }
+        assert set(re.findall(r"(?<!\S)(--[\w-]+)", rest.partition("#")[0])) <= options
+    scripts = re.findall(r"python ((?:benchmarks|docs|examples)/[\w/]+\.py)", text)
+    assert not [script for script in scripts if not (ROOT / script).exists()]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|^    )make ([\w-]+)", text, re.MULTILINE))
-    assert {"quickstart", "test"} <= named <= targets
+    assert named <= targets
+    assert page.name != "README.md" or {"quickstart", "test"} <= named
 
 
-def test_the_readme_has_the_table_of_families():
-    """`make families` prints it."""
-    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_the_documents_names_what_there_is(page):
+    """Imports resolve; of `axolotl_loram as al`, every name and every keyword is there."""
+    for block in blocks_of(page, "python"):
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(compile(ast.Module([node], []), page.name, "exec"), {})
+        if find_spec("axolotl_loram.api"):
+            check_calls(tree)
+
+
+def check_calls(tree: ast.AST) -> None:
+    """Hold the calls of `al.…` in a block against the functions of the Python API."""
+    import axolotl_loram as al
+
+    for node in ast.walk(tree):
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and ast.unparse(called.value) == "al":
+            keywords = {keyword.arg: None for keyword in node.keywords}
+            signature(getattr(al, called.attr)).bind(*node.args, **keywords)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_documents_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    files = [link.partition("#")[0] for link in links if "://" not in link]
+    assert not [file for file in files if file and not (page.parent / file).exists()]
+
+
+@pytest.mark.parametrize(("page", "most"), [("README.md", 10_240), ("CONTRIBUTING.md", 7_000)])
+def test_the_first_pages_stay_short(page, most):
+    assert (ROOT / page).stat().st_size <= most
+
+
+def test_the_readme_leads_to_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [page.name for page in (ROOT / "docs").glob("*.md")]
+    assert pages and not [name for name in pages if f"](docs/{name})" not in text]
+
+
+def test_what_is_made_from_the_code_is_up_to_date(monkeypatch):
+    """`make docs` writes it: the keys, the tables of families and of GPUs."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    for name, text in import_module("generate").pages().items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run `make docs`"
+    assert table() in (ROOT / "docs/families.md").read_text(encoding="utf-8")
     assert set(TRAINED) <= set(FAMILIES) and set(ALSO) <= set(FAMILIES)
 
 

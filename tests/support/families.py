@@ -1,4 +1,4 @@
-"""Every declared family as a pico model; run as a script, prints the table of the README."""
+"""Every declared family as a pico model; run as a script, prints the table of docs/families.md."""
 
 from axolotl_loram.architecture.families import FAMILIES
 from axolotl_loram.architecture.spaces import EXPERTS, LINEAR

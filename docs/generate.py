@@ -1,0 +1,152 @@
+"""Writes what of docs/ follows from the code: `make docs`.
+
+keys.md from the field descriptions of the schemas; the tables of families.md and which-gpu.md
+between their marks. tests/test_project.py holds the files against `pages`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from axolotl_loram.architecture.config_json import load_config
+from axolotl_loram.architecture.counts import keep_counts, summary
+from axolotl_loram.config import PROTECTED, FillArgs, PruningArgs
+from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config_loram import LoRAMConfig
+from axolotl_loram.memory.gpus import that_hold
+from axolotl_loram.memory.predict import GIB, compare, pruned_config
+from axolotl_loram.memory.settings import TrainingArgs
+
+DOCS = Path(__file__).resolve().parent
+SCHEMAS = {
+    "The `loram:` section": LoRAMConfig,
+    "`loram: pruning:`, and the options of `axolotl-loram prune`": PruningArgs,
+    "Options of `axolotl-loram recover`": FillArgs,
+    "Options of `axolotl-loram align`": LayerwiseArgs,
+    "Settings of a run that `axolotl-loram plan` takes": TrainingArgs,
+}
+SIZES = {
+    "llama-3.1-8b": "Llama 3.1 8B",
+    "qwen2.5-32b": "Qwen2.5 32B",
+    "llama-3.1-70b": "Llama 3.1 70B",
+}
+NAMES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}
+RATIOS = (0.5, 0.65, 0.75, 0.85)
+END = "<!-- end -->"
+INTRODUCTION = """# Keys
+
+Made by `make docs` from the descriptions in `axolotl_loram/config*.py` and `memory/settings.py`.
+A default that is empty depends on other settings; the text says how. On the command line `_` is
+`-`, `ratio` is `--pruning-ratio`, and keys that end in `_path` lose that end."""
+
+
+def kind_of(annotation: Any) -> str:
+    """A type as people write it: `0.5`'s is number, a Literal's its values."""
+    text = re.sub(
+        r"typing\.|axolotl_loram\.\w+\.", "", str(getattr(annotation, "__name__", annotation))
+    )
+    if "Literal" in str(annotation):
+        text = str(annotation)
+        text = ", ".join(re.findall(r"'([^']+)'", text))
+    for name, word in {
+        "float": "number",
+        "str": "text",
+        "bool": "true or false",
+        "int": "whole number",
+    }.items():
+        text = re.sub(rf"\b{name}\b", word, text)
+    text = text.replace(" | None", "").replace("tuple[text, ...] | text", "text")
+    return text.replace("<class '", "").replace("'>", "").replace(" | ", " or ")
+
+
+def rows(schema: type[BaseModel]) -> Iterator[str]:
+    """One row for each key that says what it is for."""
+    for name, field in schema.model_fields.items():
+        if field.description:
+            default = field.default
+            said = (
+                "(needed)"
+                if default is PydanticUndefined
+                else ""
+                if default is None
+                else f"`{default}`"
+            )
+            said = said.replace("True", "true").replace("False", "false")
+            kind = "the section below" if "PruningArgs" in str(field.annotation) else None
+            text = field.description.replace("|", "\\|")
+            yield f"| `{name}` | {kind or kind_of(field.annotation)} | {said} | {text} |"
+
+
+def keys() -> str:
+    """The whole of keys.md."""
+    parts = [INTRODUCTION]
+    for title, schema in SCHEMAS.items():
+        table = "\n".join(
+            ["| key | value | default | what it does |", "|---|---|---|---|", *rows(schema)]
+        )
+        parts += [f"## {title}", table]
+    return "\n\n".join(parts) + "\n"
+
+
+def gpus() -> str:
+    """For each model and method: predicted peak, the smallest GPU that holds it."""
+    lines = [
+        "| model | trained as | parameters | peak, GiB | smallest GPU | hours |",
+        "|---|---|---|---|---|---|",
+    ]
+    settings = TrainingArgs(sequence_len=2048)
+    for file, title in SIZES.items():
+        config = load_config(str(DOCS / f"configs/{file}.json"))
+        for ratio in RATIOS:
+            found = compare(config, pruned_config(config, ratio, PROTECTED), settings)
+            sizes = summary(config, keep_counts(config, ratio, *PROTECTED))
+            wanted = (
+                ("lora", "qlora", "loram", "qloram") if ratio == RATIOS[0] else ("loram", "qloram")
+            )
+            for method in wanted:
+                small = method.endswith("ram")
+                count = sizes["pruned_parameters" if small else "base_parameters"]
+                peak = found[method].peak_bytes
+                fits = (that_hold(peak) or ["none"])[0]
+                name = NAMES[method]
+                said = f"{name} at {ratio}" if small else f"{name}, whole model"
+                sizes_said = f"{count / 1e9:.1f}B | {peak / GIB:.1f}"
+                lines.append(f"| {title} | {said} | {sizes_said} | {fits} | not measured |")
+    return "\n".join(lines)
+
+
+def families() -> str:
+    """The table of families."""
+    sys.path.insert(0, str(DOCS.parent / "tests/support"))
+    from families import table
+
+    return table()
+
+
+PARTS = {"families.md": families, "which-gpu.md": gpus}
+
+
+def with_part(text: str, made: str) -> str:
+    """A page with what lies between its marks replaced."""
+    before, opening, rest = re.split(r"(<!-- made by [^>]*-->)", text, maxsplit=1)
+    return f"{before}{opening}\n{made}\n{END}{rest.partition(END)[2]}"
+
+
+def pages() -> dict[str, str]:
+    """File name in docs/ → its text as it should be."""
+    made = {"keys.md": keys()}
+    for name, part in PARTS.items():
+        made[name] = with_part((DOCS / name).read_text(encoding="utf-8"), part())
+    return made
+
+
+if __name__ == "__main__":
+    for file_name, text in pages().items():
+        (DOCS / file_name).write_text(text, encoding="utf-8")
