@@ -138,6 +138,8 @@ def load_pruned(
 
     Train LoRA on it with ``init_lora_weights`` and ``bias`` at their defaults and without DoRA,
     save the adapter, and `recover` it. A model pruned with ``quantize="nf4"`` comes in 4 bits.
+    From then on, transformers' own `from_pretrained` knows such folders too; before, it refuses
+    even their tokenizer, which is the base's.
 
     Args:
         model: Folder or hub id of a model that `prune` wrote.
@@ -146,10 +148,12 @@ def load_pruned(
             quantization, blocks of 64).
         dtype: Of what is not in 4 bits, and of the computation; by default what is stored.
         device_map: As transformers takes it; by default the CPU, with `load_in_4bit` a GPU if any.
-        lm_head_format: What the frozen lm_head is kept in; in 4 bits "nf4" by default, else
-            "native".
+        lm_head_format: What the frozen lm_head is kept in, by default as it is stored. "nf4" is
+            what `axolotl train` takes with 4 bits; TRL then needs ``loss_type="nll"``, for its
+            chunked loss multiplies by the weight itself.
         embedding_format: What the frozen embedding is kept in; in 4 bits by default "cpu" (in the
-            CPU's memory; the rows that a batch needs are sent over), else "native".
+            CPU's memory; the rows that a batch needs are sent over) unless it is the lm_head too,
+            else "native".
         options: For transformers' `from_pretrained`, such as ``attn_implementation="sdpa"``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Loading a pruned model outside Axolotl: checked, and in 4 bits as QLoRAM trains it."""
+"""Loading a pruned model outside Axolotl: checked, and in 4 bits where that is asked for."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def load_pruned(
         ) from error
     check_widths(loaded)
     prepare_packed(loaded, folder, loaded.dtype)
+    # Native, and not as `axolotl train` has it: TRL's usual loss multiplies by lm_head.weight.
     four_bit = (load_in_4bit or packed) and bool(module_names(plan.config))
-    defaults = QLORAM if four_bit else dict.fromkeys(QLORAM, NATIVE)
+    defaults = {"lm_head": NATIVE, "embedding": QLORAM["embedding"] if four_bit else NATIVE}
     chosen = {part: wish or defaults[part] for part, wish in wishes.items()}
     asked = frozenset(part for part, wish in wishes.items() if wish)
     store_small(loaded, Formats(**chosen, asked=asked), _vocabulary(loaded))

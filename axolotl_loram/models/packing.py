@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from axolotl_loram.architecture.config_json import Config, family_of
 from axolotl_loram.architecture.model import has_experts, tensors
@@ -22,6 +21,9 @@ from axolotl_loram.files.tensors import (
     open_safetensors,
     write_safetensors,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
