@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import html
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +44,8 @@ class Found(Result):
     found: Json = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """A copy of it."""
-        return copy.deepcopy(dict(self.found))
+        """A copy of it, of types that JSON has."""
+        return json.loads(json.dumps(self.found))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MemoryPlan(Found):
 
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
-        """LoRA, QLoRA, LoRAM and QLoRAM → parts and "peak_bytes"; empty for an alignment."""
+        """lora, qlora, loram and qloram → parts and "peak_bytes"; empty for an alignment."""
         return self.as_dict().get("methods", {})
 
     @property

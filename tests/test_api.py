@@ -75,9 +75,9 @@ def test_plan_memory_is_the_commands(make_model):
     found = al.plan_memory(base, ratio=0.5, lora_r=4, sequence_len=128)
     options = ("--pruning-ratio", 0.5, "--lora-r", 4, "--sequence-len", 128)
     assert found.as_dict() == command("plan", base, *options)
-    assert list(found.methods) == ["LoRA", "QLoRA", "LoRAM", "QLoRAM"] == list(found.gpus)
+    assert list(found.methods) == ["lora", "qlora", "loram", "qloram"] == list(found.gpus)
     human = CliRunner().invoke(main, ["plan", str(base), *map(str, options)]).stdout
-    assert human == f"{found}\n" and "QLoRAM" in found._repr_html_()
+    assert human == f"{found}\n" and "qloram" in found._repr_html_()
     found.as_dict()["methods"].clear()
     assert found.methods  # what is given out are copies
     fitted = al.plan_memory(base, fit="1.2GiB", adapter="loram")
@@ -191,7 +191,7 @@ def test_load_pruned_checks_plan_and_weights(pruned, make_model, tmp_path):
     (other.path / "loram_plan.safetensors").rename(pruned.path / "loram_plan.safetensors")
     with pytest.raises(al.LoRAMError, match="plan and checkpoint are from two prunings"):
         al.load_pruned(pruned.path)
-    with pytest.raises(al.LoRAMError, match="transformers loads, found .* refused"):
+    with pytest.raises(al.LoRAMError, match=r"transformers loads, found .* refused"):
         al.load_pruned(make_pruned_again(make_model, tmp_path), no_such_option=1)
     with pytest.raises(al.LoRAMError, match="dtype such as bfloat16, found 'bfloat61'"):
         al.load_pruned(tmp_path / "again", load_in_4bit=True, dtype="bfloat61")
@@ -305,5 +305,5 @@ def test_the_notebook_runs(four_bit, make_model, tmp_path):
         [sys.executable, program], env={**os.environ, **chosen}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "QLoRAM" in done.stdout and str(tmp_path / "recovered-trl") in done.stdout
+    assert "qloram" in done.stdout and str(tmp_path / "recovered-trl") in done.stdout
     assert (tmp_path / "recovered-peft/adapter_config.json").exists()
