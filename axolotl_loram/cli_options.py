@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 import click
 from pydantic import BaseModel
 
+from axolotl_loram.api import option_of
+from axolotl_loram.api_results import Result
 from axolotl_loram.config import PruningArgs
-from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.settings import TrainingArgs
 from axolotl_loram.tables import lines
 
@@ -27,14 +28,15 @@ def schema_options(schema: type[BaseModel], names: Mapping[str, str]) -> Callabl
         for name, field in reversed(schema.model_fields.items()):
             if field.description is None:
                 continue
-            flag = names.get(name, f"--{name.removesuffix('_path').replace('_', '-')}")
+            keyword = option_of(name)
+            flag = names.get(name, f"--{keyword.replace('_', '-')}")
             given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
             kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
             if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
                 kind = click.Choice(get_args(kind) or given)
             command = click.option(
                 f"{flag}/--no-{flag[2:]}" if kind is bool and field.default is not False else flag,
-                name,
+                keyword,
                 is_flag=kind is bool,
                 type=kind,
                 default=None,  # the schema's own defaults hold, which depend on one another
@@ -50,14 +52,6 @@ pruning_options = schema_options(PruningArgs, {"ratio": "--pruning-ratio"})
 training_options = schema_options(TrainingArgs, {})
 
 
-def parse_pruning(options: dict[str, Any]) -> PruningArgs:
-    """Options as settings; a value that is not allowed is wrong use."""
-    try:
-        return PruningArgs.parse(**{k: v for k, v in options.items() if v is not None})
-    except LoRAMError as error:
-        raise click.UsageError(str(error)) from None
-
-
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, only that."
 )
@@ -68,3 +62,8 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an ex
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print a result as one JSON object, or as lines of name and value for people."""
     click.echo(json.dumps(result) if as_json else lines(result))
+
+
+def print_result(result: Result, as_json: bool) -> None:
+    """Print what a function of `api` returned, as one JSON object or for people."""
+    click.echo(json.dumps(result.as_dict()) if as_json else result)

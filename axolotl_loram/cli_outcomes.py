@@ -13,9 +13,8 @@ from typing import Any
 
 import click
 
-from axolotl_loram.cli_options import json_option, revision_option, show
-
-EVALUATED = ("base", "pruned", "pruned+adapter", "base+recovered")
+from axolotl_loram import api
+from axolotl_loram.cli_options import json_option, print_result, revision_option, show
 
 
 @click.command()
@@ -62,14 +61,9 @@ def inspect(
             proposal = propose(stored_config(model, revision))
         click.echo(json.dumps(proposal.summary()) if as_json else proposal.text())
         return
-    from axolotl_loram.files.progress import progress_bar
-    from axolotl_loram.results import inspect as inspection
-    from axolotl_loram.results.verify import Check, require_whole
-
-    with progress_bar("verifying") as progress:
-        found = inspection.inspect(model, revision, verifying, base, progress)
-    click.echo(json.dumps(found) if as_json else inspection.report(found))
-    require_whole((Check(**check) for check in found.get("checks", ())), model)
+    found = api.inspect(model, verify=verifying, base=base, revision=revision)
+    print_result(found, as_json)
+    found.require_whole()
 
 
 @click.command()
@@ -97,19 +91,16 @@ def inspect(
     "--overwrite", is_flag=True, help="Replace another model that is in the repository (or OUTPUT)."
 )
 @json_option
-def publish(folder: Path, repository: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+def publish(folder: Path, repository: str, as_json: bool, **options: Any) -> None:
     """Check FOLDER, write its model card and put both on the hub as REPOSITORY (org/name).
 
     FOLDER is a pruned model or a recovered adapter. Cut off or interrupted, the same command goes
     on; nothing is visible on the hub before all of it is there.
     """
-    from axolotl_loram.results import publish as publishing
-
-    job = publishing.Publication(folder, repository, **options)
-    done = job.rehearse() if dry_run else job.publish()
-    for notice in done["notices"]:
+    done = api.publish(folder, repository, **options)
+    for notice in done.notices:
         click.echo(f"note: {notice}", err=True)
-    click.echo(json.dumps(done) if as_json else publishing.report(done))
+    print_result(done, as_json)
 
 
 @click.command()
@@ -179,14 +170,9 @@ def evaluate(config: Path, as_json: bool, **options: Any) -> None:
     Run again, it goes on where it was, and adds what is newly asked for.
     """
     options = parse_evaluation(**options)
-    from axolotl_loram.files.progress import progress_bar
-    from axolotl_loram.results.evaluate import Request
-    from axolotl_loram.results.evaluate import evaluate as run_evaluation
-    from axolotl_loram.tables import evaluation_table
-
-    with redirect_stdout(sys.stderr), progress_bar("evaluating") as progress:
-        result = run_evaluation(Request(config, **options), progress)
-    click.echo(json.dumps(result) if as_json else evaluation_table(result))
+    with redirect_stdout(sys.stderr):  # lm-eval prints there
+        found = api.evaluate(config, **options)
+    print_result(found, as_json)
 
 
 def parse_evaluation(
@@ -194,9 +180,6 @@ def parse_evaluation(
 ) -> dict[str, Any]:
     """Options of `evaluate` as fields of `Request`; what is not allowed is wrong use."""
     names = [name.strip() for name in models.split(",") if name.strip()]
-    for name in names:
-        if name not in EVALUATED:
-            raise click.UsageError(f"expected --models out of {', '.join(EVALUATED)}, found {name}")
     folders = [each.rpartition("=")[::2] for each in also]
     if len({name or Path(folder).name for name, folder in folders}) < len(folders):
         raise click.UsageError(f"expected different names in --also, found {', '.join(also)}")

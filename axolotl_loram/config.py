@@ -47,11 +47,15 @@ class Section(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            problem = error.errors()[0]
-            cause = problem.get("ctx", {}).get("error")
-            where = ".".join(str(part) for part in problem["loc"])
-            found = f"{where}: {problem['msg']}, found {problem['input']!r:.80}"
-            raise LoRAMError(str(cause) if cause else found) from None
+            raise LoRAMError(first_problem(error)) from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of what pydantic finds wrong, as one sentence."""
+    problem = error.errors()[0]
+    cause = problem.get("ctx", {}).get("error")
+    where = ".".join(str(part) for part in problem["loc"])
+    return str(cause) if cause else f"{where}: {problem['msg']}, found {problem['input']!r:.80}"
 
 
 STRUCTURED = ("random", "magnitude", "activation", "fluctuation", "taylor")

@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""The one exception that users see, and its kind for wrong settings."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class LoRAMError(ValueError):
     def __init__(self, sentence: str) -> None:
         line = " ".join(sentence.split())
         super().__init__(line if len(line) < LONGEST else f"{line[:600]} … {line[-200:]}")
+
+
+class WrongUse(LoRAMError):
+    """A setting that does not exist or is not allowed, found before any work began."""
 
 
 def not_finite(name: str) -> LoRAMError:

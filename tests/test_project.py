@@ -27,6 +27,7 @@ FLOORS = [
     *("errors", "config", "tables"),
     *("files", "architecture", "memory", "models", "text"),
     *("pruning", "recovery", "results", "training", "propose"),
+    "api",
     *("cli", "plugin"),
 ]
 """A module imports what is on its own floor, or on one before it."""
