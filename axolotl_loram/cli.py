@@ -127,9 +127,9 @@ def plan(
 
     result = planning.plan(asked)
     if plot is not None:
-        from axolotl_loram.results.figures import plot_memory
+        from axolotl_loram.results.figures import save_memory
 
-        plot_memory(result["methods"], plot, Path(model).name)
+        save_memory(result["methods"], plot, Path(model).name)
     click.echo(json.dumps(result) if as_json else planning.report(result))
 
 

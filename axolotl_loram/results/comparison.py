@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from axolotl_loram.results import intervals
 from axolotl_loram.results.artefacts import Evaluation, Paired, Task, TextSet
-from axolotl_loram.results.charts import Chart, Dot, Dots
+from axolotl_loram.results.figures import Chart, Dot, Dots
 from axolotl_loram.results.intervals import Interval
 from axolotl_loram.results.sections import UNKNOWN, Table, bounds, change, number, percent
 

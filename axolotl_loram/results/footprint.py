@@ -9,7 +9,7 @@ from typing import Any
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.tables import GIB, memory_rows
 from axolotl_loram.results.artefacts import Artefact, training_of
-from axolotl_loram.results.charts import Bar, Bars
+from axolotl_loram.results.figures import Bar, Bars
 from axolotl_loram.results.sections import KeyFigure, Section, Table, arrow
 
 TITLES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}

@@ -15,11 +15,11 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.tensors import has_weights
+from axolotl_loram.results.artefacts import EVALUATION_FILE
 from axolotl_loram.results.ordinary import describe_ordinary, shown
 from axolotl_loram.results.verify import as_dicts, failures, verify
 from axolotl_loram.tables import lines
 
-EVALUATION_FILE = "evaluation.json"
 SMALL_PATTERNS = ("config.json", "loram*", ADAPTER_CONFIG, EVALUATION_FILE)
 ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.py")
 STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions")

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from axolotl_loram import __version__
 from axolotl_loram.files.atomic import new_file
-from axolotl_loram.results.charts import NARROW, WIDE, Chart, draw
+from axolotl_loram.results.figures import NARROW, PALETTE, WIDE, Chart, svg
 from axolotl_loram.results.sections import Report
 
 
@@ -24,7 +24,7 @@ def html(report: Report) -> str:
     )
     environment.filters["code"] = _code
     return environment.get_template("page.html").render(
-        report=report, svg=_svg, wide=WIDE, narrow=NARROW, version=__version__
+        report=report, svg=_svg, wide=WIDE, narrow=NARROW, palette=PALETTE, version=__version__
     )
 
 
@@ -48,4 +48,4 @@ def _code(text: str) -> Markup:
 
 
 def _svg(chart: Chart, width: int) -> Markup:
-    return Markup(draw(chart, width))  # ElementTree escaped it
+    return Markup(svg(chart, width))  # ElementTree escaped it

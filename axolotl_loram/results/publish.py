@@ -22,10 +22,10 @@ from axolotl_loram.files.find import MODEL_PATTERNS, TOKENIZER_PATTERNS, is_hub_
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.files.tensors import ADAPTER_FILE
 from axolotl_loram.recovery.recover import model_card
-from axolotl_loram.results.card import PLOT_FILE, Card, kept_units, licence_of
-from axolotl_loram.results.figures import plot_kept
+from axolotl_loram.results.artefacts import EVALUATION_FILE, kept_units
+from axolotl_loram.results.card import PLOT_FILE, Card, licence_of
+from axolotl_loram.results.figures import Strips, save
 from axolotl_loram.results.hub import Repository, full_name
-from axolotl_loram.results.inspect import EVALUATION_FILE
 from axolotl_loram.results.verify import require_whole, verify
 from axolotl_loram.tables import lines
 
@@ -219,12 +219,9 @@ class Publication:
         return {name: scratch / name for name in names}
 
     def _plot(self, plan: PruningPlan, file: Path, notices: list[str]) -> bool:
-        shares = {
-            kind: [None if units is None else units[0] / units[1] for units in column]
-            for kind, column in kept_units(plan).items()
-        }
+        title = f"{self.repository}: share of each layer that is kept"
         try:
-            plot_kept(shares, file, f"{self.repository}: share of each layer that is kept")
+            save(Strips("kept", title, kept_units(plan)), file)
         except LoRAMError as error:
             notices.append(f"the card has no plot: {error}")
             return False

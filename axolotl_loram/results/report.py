@@ -9,8 +9,8 @@ from typing import Any
 from axolotl_loram.architecture.record import refit_summary
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.results.artefacts import Artefact, Evaluation, read, training_of
-from axolotl_loram.results.charts import Lines, Series, Strip, Strips
 from axolotl_loram.results.comparison import Outcome, outcomes, perplexity_parts, task_parts
+from axolotl_loram.results.figures import Lines, Series, Strips
 from axolotl_loram.results.footprint import memory_figure, memory_section
 from axolotl_loram.results.sections import (
     KeyFigure,
@@ -241,18 +241,8 @@ def _widths(runs: Sequence[Artefact]) -> Section:
         digest = run.record.get("plan")
         if run.widths and digest not in shown:
             shown.add(digest)
-            strips = [
-                Strip(
-                    width.noun[0].upper() + width.noun[1:],
-                    [
-                        None if kept is None or total is None else (kept, total)
-                        for kept, total in zip(width.kept, width.total, strict=True)
-                    ],
-                )
-                for width in run.widths
-            ]
             title = f"Kept width of each layer, {run.label}"
-            section.items.append(Strips(f"widths-{run.label}", title, strips))
+            section.items.append(Strips(f"widths-{run.label}", title, run.widths))
             section.items.append(_width_table(run))
         elif run.pruned and not run.widths:
             section.text.append(f"{run.label}: every layer keeps its width; weights were zeroed.")
@@ -268,19 +258,11 @@ def _widths(runs: Sequence[Artefact]) -> Section:
 
 
 def _width_table(run: Artefact) -> Table:
-    layers = range(len(run.widths[0].kept))
     rows = [
-        [
-            str(layer),
-            *(
-                "none" if w.kept[layer] is None else f"{w.kept[layer]:,} of {w.total[layer]:,}"
-                for w in run.widths
-            ),
-        ]
-        for layer in layers
+        [str(layer), *("none" if units is None else "{:,} of {:,}".format(*units) for units in row)]
+        for layer, row in enumerate(zip(*run.widths.values(), strict=True))
     ]
-    nouns = [width.noun for width in run.widths]
-    return Table(f"Every layer of {run.label}", ["layer", *nouns], rows, hidden=True)
+    return Table(f"Every layer of {run.label}", ["layer", *run.widths], rows, hidden=True)
 
 
 def _provenance(runs: Sequence[Artefact]) -> Section:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from axolotl_loram.results.charts import Chart
+from axolotl_loram.results.figures import Chart
 from axolotl_loram.results.intervals import Interval
 
 UNKNOWN = "–"
