@@ -64,7 +64,7 @@ def inspect(
         return
     from axolotl_loram.files.progress import progress_bar
     from axolotl_loram.results import inspect as inspection
-    from axolotl_loram.results.verify import Check, require_whole
+    from axolotl_loram.results.inspect import Check, require_whole
 
     with progress_bar("verifying") as progress:
         found = inspection.inspect(model, revision, verifying, base, progress)

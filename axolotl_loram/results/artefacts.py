@@ -19,6 +19,9 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import is_folder
 from axolotl_loram.files.untrusted import read_json
 
+BASE, PRUNED, TRAINED, RECOVERED = "base", "pruned", "pruned+adapter", "base+recovered"
+MODELS = (BASE, PRUNED, TRAINED, RECOVERED)
+ALSO = "also:"
 EVALUATION_FILE = "evaluation.json"
 EVALUATION_VERSION = 1
 TRAINER_STATE = "trainer_state.json"

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from axolotl_loram.results import intervals
-from axolotl_loram.results.artefacts import Evaluation, Paired, Task, TextSet
+from axolotl_loram.results import statistics
+from axolotl_loram.results.artefacts import ALSO, BASE, RECOVERED, Evaluation, Paired, Task, TextSet
 from axolotl_loram.results.figures import Chart, Dot, Dots
-from axolotl_loram.results.intervals import Interval
 from axolotl_loram.results.sections import UNKNOWN, Table, bounds, change, number, percent
+from axolotl_loram.results.statistics import Interval
 
-BASE, RECOVERED = "base", "base+recovered"
-ALSO = "also:"
 NAMES = {
     BASE: "base model",
     "pruned": "pruned model",
@@ -152,12 +150,12 @@ def _size(text: TextSet) -> str:
 
 
 def _loss(text: TextSet, key: str) -> Interval:
-    return intervals.normal(text.models[key].loss, text.models[key].standard_error)
+    return statistics.normal(text.models[key].loss, text.models[key].standard_error)
 
 
 def _score(task: Task, key: str) -> Interval:
     found = task.models[key]
-    return intervals.score(found.value, found.standard_error, task.samples)
+    return statistics.score(found.value, found.standard_error, task.samples)
 
 
 def _pairs(measured: TextSet | Task) -> list[tuple[str, str]]:
@@ -178,9 +176,9 @@ def _difference(measured: TextSet | Task, key: str, other: str) -> tuple[Interva
             found = found or measured.recovered_against.get(theirs)
         # Where no answer differs, there is no spread to go by.
         if found and (found.standard_error or isinstance(measured, TextSet)):
-            return intervals.normal(sign * found.difference, found.standard_error), "paired"
+            return statistics.normal(sign * found.difference, found.standard_error), "paired"
     of = _loss if isinstance(measured, TextSet) else _score
-    return intervals.difference(of(measured, key), of(measured, other)), "unpaired"  # type: ignore[arg-type]
+    return statistics.difference(of(measured, key), of(measured, other)), "unpaired"  # type: ignore[arg-type]
 
 
 def _perplexity_dot(key: str, text: TextSet, evaluation: Evaluation) -> Dot:

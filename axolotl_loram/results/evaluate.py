@@ -29,13 +29,13 @@ from axolotl_loram.files.resumable import Work
 from axolotl_loram.files.targets import locked
 from axolotl_loram.files.untrusted import read_yaml
 from axolotl_loram.memory.request import check_settings
+from axolotl_loram.models.device import choose_device
 from axolotl_loram.results.candidates import (
     BASE,
     MODELS,
     RECOVERED,
     Candidate,
     Trial,
-    choose_device,
     load_model,
     trial_of,
     with_adapter,

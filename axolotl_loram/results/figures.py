@@ -33,7 +33,7 @@ PALETTE = {
 }
 """Name of a colour → what it is on white."""
 STYLE = {
-    "font.size": 9.0,
+    "font.size": 12.0,
     "text.parse_math": False,  # a label may hold what is taken for mathematics
     "svg.fonttype": "none",
     "text.color": PALETTE["ink"],
@@ -160,10 +160,10 @@ def _clean(root: Any) -> None:
             parent.attrib.pop("id", None)
         for setting in parent.attrib.pop("style", "").split(";"):
             name, _, value = (part.strip() for part in setting.partition(":"))
-            if name == "font":  # its family is the page's
+            if name == "font":
                 parent.set("font-size", re.findall(r"[\d.]+px", value)[0])
-                parent.set("font-weight", "600" if "bold" in value else "400")
-            elif name:
+                parent.set("font-weight", "bold" if "bold" in value else "normal")
+            elif name and name != "font-family":  # the page has its own
                 parent.set(name, names.get(value, value))
 
 
@@ -216,7 +216,7 @@ def save_memory(methods: Mapping[str, Mapping[str, Any]], file: Path, title: str
         Bar(method, {name: row[column] for name, row in parts.items()})
         for column, method in enumerate(methods)
     ]
-    most = 1.1 * max(rows["peak"], default=0)
+    most = 1.1 * max(rows.get("peak", ()), default=0)
     limits = {name: size for name, size in GPUS.items() if size <= most}
     save(Bars("memory", f"{title}: GiB on the device, predicted", bars, limits=limits), file)
 
@@ -227,15 +227,17 @@ def _drawn(chart: Chart, width: int) -> Iterator[Any]:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure  # draws without a display, and without pyplot's state
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise LoRAMError(
             "expected matplotlib for charts, found none: pip install 'axolotl-loram[plot]'"
         ) from None
     # Ids of a hidden chart must not be those of a shown one.
-    with rc_context(STYLE | {"svg.hashsalt": f"{chart.name} {width}"}), warnings.catch_warnings():
+    style: Any = STYLE | {"svg.hashsalt": f"{chart.name} {width}"}
+    with rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font without some letter; a page has its own
-        figure = Figure(figsize=(width / 72, 5), dpi=72, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.05)
+        layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.05)
+        figure = Figure(figsize=(width / 72, 5), dpi=72, layout=layout)
         figure.set_figheight(_draw(chart, figure, width) / 72)
         yield figure
 
@@ -246,8 +248,8 @@ def plain(text: str) -> str:
 
 
 def _cut(text: str, pixels: float) -> str:
-    """What fits of a text, at about 5.5 pixels a letter."""
-    most, text = max(4, int(pixels / 5.5)), plain(text)
+    """What fits of a text, at about 6.6 pixels a letter."""
+    most, text = max(4, int(pixels / 6.6)), plain(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -261,19 +263,19 @@ def _perplexity(loss: float, _: Any = None) -> str:
 
 
 def _legend(figure: Any, handles: Mapping[str, Any], width: int) -> int:
-    """A legend above; returns its height in pixels."""
+    """A legend below; returns its height in pixels."""
     labels = [_cut(f" {label}", width - 50) for label in handles]  # "_" in front would hide it
-    columns = max(1, int(width / (5.5 * max(map(len, labels), default=1) + 45)))
+    columns = max(1, int(width / (6.6 * max(map(len, labels), default=1) + 50)))
     if labels:
-        place = {"loc": "outside upper left", "ncols": columns, "fontsize": 8.5}
+        place = {"loc": "outside lower left", "ncols": columns}
         figure.legend(list(handles.values()), labels, **place)
-    return 16 * math.ceil(len(labels) / columns)
+    return 20 * math.ceil(len(labels) / columns)
 
 
 def _row(axes: Any, y: float, left: str, right: str, width: int, **style: Any) -> None:
     """A line of text across the axes: a name, and what is said of it."""
     where = {"transform": axes.get_yaxis_transform(), "va": "center", **style}
-    axes.text(0, y, _cut(left, width - 5.5 * len(right) - 12), **where)
+    axes.text(0, y, _cut(left, width - 6.6 * len(right) - 12), **where)
     axes.text(1, y, plain(right), ha="right", **where)
 
 
@@ -296,7 +298,7 @@ def _draw(chart: Chart, figure: Any, width: int) -> float:
 def _(chart: Lines, figure: Any, width: int) -> float:
     from matplotlib.ticker import MaxNLocator
 
-    axes, handles = figure.subplots(), {}
+    axes, handles = figure.subplots(), dict[str, Any]()
     for series in chart.series:
         x, y = zip(*series.points, strict=True)
         style, mark = "--" if series.dashed else "-", "o" if len(x) <= 60 else ""
@@ -310,12 +312,12 @@ def _(chart: Lines, figure: Any, width: int) -> float:
     right.yaxis.set_major_formatter(_perplexity)
     axes.yaxis.set_major_formatter(_short)
     axes.grid()
-    return 290 + _legend(figure, handles, width)
+    return 300 + _legend(figure, handles, width)
 
 
 @_draw.register
 def _(chart: Bars, figure: Any, width: int) -> float:
-    axes, handles, y = figure.subplots(), {}, 0.0
+    axes, handles, y = figure.subplots(), dict[str, Any](), 0.0
     names = list(dict.fromkeys(part for bar in chart.bars for part in bar.parts))
     colors = {name: PALETTE[PARTS[i % len(PARTS)]] for i, name in enumerate(names)}
     for bar in chart.bars:
@@ -326,7 +328,7 @@ def _(chart: Bars, figure: Any, width: int) -> float:
             drawn = axes.barh(y + 1.4, value, 0.9, left=left, color=colors[part], lw=0)
             handles.setdefault(part, drawn)
             left += value
-        y += 2.0
+        y += 2.0 if bar.parts else 1.0
         for what, value in bar.measured.items():
             drawn = axes.barh(y + 0.3, value, 0.5, color=PALETTE["ink"], lw=0)
             handles.setdefault("measured", drawn)
@@ -334,9 +336,9 @@ def _(chart: Bars, figure: Any, width: int) -> float:
             y += 1.4
     for name, limit in chart.limits.items():
         axes.axvline(limit, color=PALETTE["muted"], lw=0.75)
-        axes.text(limit, y, f" {name}", rotation=90, va="bottom", ha="right", fontsize=7)
+        axes.text(limit, y, f" {name}", rotation=90, va="bottom", ha="right", fontsize=10)
     _rows(axes, y, chart.unit)
-    return 20 * y + 50 + _legend(figure, handles, width)
+    return 24 * y + 60 + _legend(figure, handles, width)
 
 
 @_draw.register
@@ -352,14 +354,16 @@ def _(chart: Strips, figure: Any, width: int) -> float:
         axes.bar(list(held), list(held.values()), wide, color=kept, lw=0)
         axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(-0.6, len(layers) - 0.4))
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        axes.set_title(_cut(f"{label} kept, by layer", width), loc="left", fontsize=9)
+        axes.set_title(_cut(f"{label} kept, by layer", width), loc="left", fontsize=12)
         axes.xaxis.set_major_locator(MaxNLocator(max(2, width // 45), integer=True))
         axes.spines[:].set_visible(False)
-    return 20 + 95 * len(chart.strips)
+    return 20 + 110 * len(chart.strips)
 
 
 @_draw.register
 def _(chart: Dots, figure: Any, width: int) -> float:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     axes, y = figure.subplots(), 0.0
     for title, dots in chart.groups.items():
         if title:
@@ -371,9 +375,11 @@ def _(chart: Dots, figure: Any, width: int) -> float:
             y += 1.9
     if chart.log:
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        low, high = axes.get_xlim()
+        few = MaxNLocator(4) if high < 10 * low else LogLocator(subs=(1, 3))
+        axes.xaxis.set(major_locator=few, minor_locator=NullLocator())
     _rows(axes, y, chart.x_label)
-    return 19 * y + 50
+    return 24 * y + 60
 
 
 def _dot(axes: Any, dot: Dot, y: float, log: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from axolotl_loram.results.figures import Chart
-from axolotl_loram.results.intervals import Interval
+from axolotl_loram.results.statistics import Interval
 
 UNKNOWN = "–"
 

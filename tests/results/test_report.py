@@ -26,7 +26,7 @@ from axolotl_loram.files.tensors import write_safetensors
 from axolotl_loram.memory.planner import plan
 from axolotl_loram.memory.request import request
 from axolotl_loram.pruning.prune import prune
-from axolotl_loram.results import intervals
+from axolotl_loram.results import statistics
 from axolotl_loram.results.figures import (
     NARROW,
     WIDE,
@@ -39,10 +39,10 @@ from axolotl_loram.results.figures import (
     plain,
     svg,
 )
-from axolotl_loram.results.intervals import Interval
 from axolotl_loram.results.page import html
 from axolotl_loram.results.report import build
 from axolotl_loram.results.sections import Table
+from axolotl_loram.results.statistics import Interval
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7 * 7 }} \" ' \x00 é"
 LOSSES = {
@@ -334,17 +334,17 @@ def test_losses_of_a_log():
 
 def test_intervals_are_the_published_ones():
     """Newcombe's examples: 15 of 148 (Stat. Med. 17:857), and 56/70 − 48/80 (17:873)."""
-    one = intervals.score(15 / 148, 0.0, 148)
+    one = statistics.score(15 / 148, 0.0, 148)
     assert (one.low, one.high) == (pytest.approx(0.0624, abs=5e-5), pytest.approx(0.1605, abs=5e-5))
-    ours, theirs = intervals.score(56 / 70, None, 70), intervals.score(48 / 80, None, 80)
-    found = intervals.difference(ours, theirs)
+    ours, theirs = statistics.score(56 / 70, None, 70), statistics.score(48 / 80, None, 80)
+    found = statistics.difference(ours, theirs)
     assert (found.low, found.high) == (
         pytest.approx(0.0524, abs=5e-5),
         pytest.approx(0.3339, abs=5e-5),
     )
-    normal = intervals.difference(intervals.normal(1, 0.3), intervals.normal(0, 0.4))
+    normal = statistics.difference(statistics.normal(1, 0.3), statistics.normal(0, 0.4))
     assert normal.high == pytest.approx(1 + 1.959964 * 0.5)
-    assert intervals.normal(1, None) == Interval(1)
+    assert statistics.normal(1, None) == Interval(1)
 
 
 finite = st.floats(-1e6, 1e6)
