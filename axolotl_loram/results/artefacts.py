@@ -121,6 +121,11 @@ class Artefact:
     evaluation: Evaluation | None = None
     quantized: bool | None = None
 
+    @property
+    def trained(self) -> bool:
+        """Whether it is a run of training."""
+        return self.kind in ("loram", "lora")
+
     def curve(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of what was logged under `key`, leaving out what is not finite."""
         points = [(entry.get("step"), entry.get(key)) for entry in self.history]

@@ -48,7 +48,8 @@ def perplexity_section(held: HeldOut, losses: Mapping[str, np.ndarray]) -> dict[
         found["recovered_against"] = {
             name: paired_difference(losses[RECOVERED], losses[name]) for name in others
         }
-        found["share_of_gain"] = share_of_gain(models, others)
+        of = {name: model["loss"] for name, model in models.items()}
+        found["share_of_gain"] = share_of_gain(of, others)
     return found
 
 
@@ -86,13 +87,14 @@ def _paired_scores(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return found
 
 
-def share_of_gain(
-    models: Mapping[str, Mapping[str, Any]], others: Sequence[str]
-) -> dict[str, float]:
-    """Other model that gained something → ln(base / recovered) / ln(base / other)."""
-    if BASE not in models:
+def share_of_gain(losses: Mapping[str, float], others: Sequence[str]) -> dict[str, float]:
+    """Other model that gained something → ln(base / recovered) / ln(base / other).
+
+    In perplexities: 1 where both gain the same.
+    """
+    if BASE not in losses:
         return {}
-    gains = {name: models[BASE]["loss"] - models[name]["loss"] for name in (RECOVERED, *others)}
+    gains = {name: losses[BASE] - losses[name] for name in (RECOVERED, *others)}
     return {name: gains[RECOVERED] / gains[name] for name in others if gains[name] > 0}
 
 
@@ -142,6 +144,11 @@ class Interval:
     def holds_zero(self) -> bool:
         """Whether the interval is known and 0 lies in it."""
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
+
+    def less(self, amount: float) -> Interval:
+        """The interval of value − amount."""
+        low, high = (None if bound is None else bound - amount for bound in (self.low, self.high))
+        return Interval(self.value - amount, low, high)
 
     def exp(self) -> Interval:
         """The interval of e^value: perplexities from losses, their ratios from differences."""

@@ -39,9 +39,8 @@ from axolotl_loram.results.figures import (
     plain,
     svg,
 )
-from axolotl_loram.results.page import html
+from axolotl_loram.results.page import Table, html
 from axolotl_loram.results.report import build
-from axolotl_loram.results.sections import Table
 from axolotl_loram.results.statistics import Interval
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7 * 7 }} \" ' \x00 é"
