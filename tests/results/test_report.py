@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from browser import look
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from axolotl_loram.architecture.config_json import with_defaults
@@ -351,6 +351,7 @@ finite = st.floats(-1e6, 1e6)
 
 @settings(deadline=None, max_examples=8)
 @given(st.lists(st.tuples(st.floats(0, 1e5), finite), min_size=1, max_size=9), st.text())
+@example([(0, 1.0), (1, 1.0)], "_\x00\ud800 $x^2$ é <b>&")
 def test_any_numbers_and_names_can_be_drawn(points, name):
     points.sort()
     dots = [Dot(name, "blue", y, y - 1, None, name) for _, y in points]
