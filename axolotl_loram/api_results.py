@@ -13,7 +13,7 @@ from axolotl_loram.tables import evaluation_table, lines
 
 if TYPE_CHECKING:
     from axolotl_loram.architecture.plan import PruningPlan
-    from axolotl_loram.results.verify import Check
+    from axolotl_loram.results.inspect import Check
 
 Json = Mapping[str, Any]
 
@@ -144,7 +144,7 @@ class Inspection(Found):
     @property
     def checks(self) -> tuple[Check, ...]:
         """The checks that `verify=True` made: name, outcome and a sentence."""
-        from axolotl_loram.results.verify import Check
+        from axolotl_loram.results.inspect import Check
 
         return tuple(Check(**check) for check in self.found.get("checks", ()))
 
@@ -159,7 +159,7 @@ class Inspection(Found):
         Raises:
             LoRAMError: It names every failure.
         """
-        from axolotl_loram.results.verify import require_whole
+        from axolotl_loram.results.inspect import require_whole
 
         require_whole(self.checks, self.model)
 

@@ -97,9 +97,9 @@ def plan(model: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     """
     found = api.plan_memory(model, **options)
     if plot is not None:
-        from axolotl_loram.results.figures import plot_memory
+        from axolotl_loram.results.figures import save_memory
 
-        plot_memory(found.methods, plot, Path(model).name)
+        save_memory(found.methods, plot, Path(model).name)
     print_result(found, as_json)
 
 

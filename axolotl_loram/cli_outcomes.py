@@ -223,7 +223,7 @@ def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: 
     page.write(built, output)
     shown: dict[str, Any] = {"report": str(output), "headline": built.headline}
     if png_dir is not None:
-        from axolotl_loram.results.pictures import draw_pictures
+        from axolotl_loram.results.figures import save_all
 
-        shown["pictures"] = [str(file) for file in draw_pictures(built.charts, png_dir)]
+        shown["pictures"] = [str(file) for file in save_all(built.charts, png_dir)]
     show({**shown, "missing": built.missing}, as_json)

@@ -43,7 +43,8 @@ from axolotl_loram.models.small_head import prepare_packed, store_small_once_siz
 from axolotl_loram.recovery.complete import check_complete, trained_shapes
 from axolotl_loram.recovery.merge import merge_masked
 from axolotl_loram.recovery.recover import Filler, recover
-from axolotl_loram.results.publish import publish_adapter, without_secrets
+from axolotl_loram.results.publish import publish_adapter
+from axolotl_loram.results.secrets import without_secrets
 from axolotl_loram.text.axolotl_text import training_data
 from axolotl_loram.training.align import (
     Alignment,

@@ -19,6 +19,9 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import is_folder
 from axolotl_loram.files.untrusted import read_json
 
+BASE, PRUNED, TRAINED, RECOVERED = "base", "pruned", "pruned+adapter", "base+recovered"
+MODELS = (BASE, PRUNED, TRAINED, RECOVERED)
+ALSO = "also:"
 EVALUATION_FILE = "evaluation.json"
 EVALUATION_VERSION = 1
 TRAINER_STATE = "trainer_state.json"
@@ -27,6 +30,8 @@ EXPECTED = (
     "plan --json` prints"
 )
 Kind = Literal["loram", "lora", "pruned", "plan", "evaluation"]
+Units = tuple[int, int] | None
+"""Of a layer: kept, of how many in the base; None where it has no such units."""
 
 
 class Loss(BaseModel):
@@ -88,21 +93,6 @@ class Evaluation(BaseModel):
     versions: dict[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Width:
-    """Units of one kind, layer by layer; None in layers that have none.
-
-    Attributes:
-        noun: What the units are called, such as "KV groups".
-        kept: Units left in each layer.
-        total: Units of the base's layers.
-    """
-
-    noun: str
-    kept: Sequence[int | None]
-    total: Sequence[int | None]
-
-
 @dataclass
 class Artefact:
     """One RUN that `report` is given.
@@ -115,7 +105,7 @@ class Artefact:
         pruned: `loram.json` of the pruned model, where that is on this machine.
         settings: adapter_config.json.
         history: What the trainer logged, in order of steps.
-        widths: Kept units of the pruned model.
+        widths: What `kept_units` tells of the pruned model.
         evaluation: Its evaluation.json.
         quantized: Whether plain LoRA ran on a quantized model; None where that is not recorded.
     """
@@ -127,9 +117,14 @@ class Artefact:
     pruned: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    widths: list[Width] = field(default_factory=list)
+    widths: dict[str, list[Units]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     quantized: bool | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a run of training."""
+        return self.kind in ("loram", "lora")
 
     def curve(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of what was logged under `key`, leaving out what is not finite."""
@@ -177,7 +172,11 @@ def _read_folder(folder: Path, label: str) -> Artefact:
     artefact.settings = read_json(settings) if settings.exists() else {}
     artefact.history = _entries(read_json(state)) if state else []
     if record.get("kind") == "pruned-model":
-        artefact.kind, artefact.pruned, artefact.widths = "pruned", record, _widths(folder)
+        artefact.kind, artefact.pruned, artefact.widths = (
+            "pruned",
+            record,
+            kept_units(PruningPlan.load(folder)),
+        )
     elif record:
         artefact.kind = "loram"
         _add_training(artefact)
@@ -211,7 +210,7 @@ def _add_training(artefact: Artefact) -> None:
     if named and is_folder(named) and (folder / PLAN_FILE).exists():
         plan = PruningPlan.load(folder)
         if plan.digest == artefact.record.get("plan"):
-            artefact.pruned, artefact.widths = read_record(folder), _widths(folder)
+            artefact.pruned, artefact.widths = read_record(folder), kept_units(plan)
 
 
 def _trainer_state(folder: Path) -> Path | None:
@@ -223,23 +222,19 @@ def _trainer_state(folder: Path) -> Path | None:
     return next((file for file in here if file.exists()), None)
 
 
-def _widths(folder: Path) -> list[Width]:
-    """Kept units of each kind that the plan prunes somewhere, in every layer."""
-    plan = PruningPlan.load(folder)
-    layers = range(layer_count(plan.config))
-    groups = {g.kind: g for layer in layers for g in layer_groups(plan.config, layer)}
+def kept_units(plan: PruningPlan) -> dict[str, list[Units]]:
+    """What a kind of unit that is pruned anywhere is called, "KV groups" → units of each layer."""
     pruned = {kind for counts in plan.counts.values() for kind in counts}
-    found = []
-    for kind in (kind for kind in groups if kind in pruned):
-        total = [
-            sizes_of(plan.config, layer)[kind]
-            if any(g.kind == kind for g in layer_groups(plan.config, layer))
-            else None
-            for layer in layers
-        ]
-        kept = [plan.counts.get(layer, {}).get(kind, size) for layer, size in enumerate(total)]
-        head, of, rest = groups[kind].noun.partition(" of ")
-        found.append(Width(f"{head}s{of}{rest}", kept, total))
+    found: dict[str, list[Units]] = {}
+    for layer in range(layer_count(plan.config)):
+        for group in layer_groups(plan.config, layer):
+            if group.kind in pruned:
+                total = sizes_of(plan.config, layer)[group.kind]
+                kept = plan.counts.get(layer, {}).get(group.kind, total)
+                head, of, rest = group.noun.partition(" of ")
+                name = f"{head}s{of}{rest}"
+                column = found.setdefault(name, [None] * layer_count(plan.config))
+                column[layer] = kept, total
     return found
 
 

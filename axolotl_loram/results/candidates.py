@@ -29,11 +29,9 @@ from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.models.load import nf4
 from axolotl_loram.models.masked import confine
+from axolotl_loram.results.artefacts import ALSO, BASE, MODELS, PRUNED, RECOVERED, TRAINED
 from axolotl_loram.text.axolotl_text import one_line
 
-BASE, PRUNED, TRAINED, RECOVERED = "base", "pruned", "pruned+adapter", "base+recovered"
-MODELS = (BASE, PRUNED, TRAINED, RECOVERED)
-ALSO = "also:"
 DEFAULT_OUTPUT = "./model-out"  # Axolotl's
 TRAINED_FOLDER = "pruned"
 
@@ -197,11 +195,6 @@ def _also(name: str, folder: Path, base: Base) -> Candidate:
             "weights: give the folder that training wrote"
         )
     return Candidate(f"{ALSO}{name}", str(folder))
-
-
-def choose_device(device: str | None) -> str:
-    """The device named, or the GPU where there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_model(

@@ -11,18 +11,17 @@ from typing import Any
 
 import yaml
 
-from axolotl_loram.architecture.config_json import layer_count, sizes_of
 from axolotl_loram.architecture.counts import summary
 from axolotl_loram.architecture.model import embedding_module
-from axolotl_loram.architecture.plan import PruningPlan, entries_of
+from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.record import refit_summary
-from axolotl_loram.architecture.spaces import Group
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder, find_local_file, is_hub_id
 from axolotl_loram.files.untrusted import MOST_YAML_BYTES, parse_yaml, read_json, read_text
 from axolotl_loram.memory.predict import METHODS, compare
 from axolotl_loram.memory.settings import TrainingArgs
-from axolotl_loram.results.inspect import EVALUATION_FILE, alignment_line, calibration_line
+from axolotl_loram.results.artefacts import EVALUATION_FILE, Units, kept_units
+from axolotl_loram.results.inspect import alignment_line, calibration_line
 
 PLOT_FILE = "kept_width.png"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -172,7 +171,7 @@ class Card:
             else:
                 spans.append([layer, layer, cells])
         rows = [[str(a) if a == b else f"{a}–{b}", *cells] for a, b, cells in spans]
-        return ["layers", *(f"{kind.replace('_', ' ')} kept" for kind in kept)], rows
+        return ["layers", *(f"{kind} kept" for kind in kept)], rows
 
     def aligned(self) -> str:
         """How the pruned model was trained further, if it was."""
@@ -282,25 +281,7 @@ class Card:
         )
 
 
-def kept_units(plan: PruningPlan) -> dict[str, list[tuple[int, int] | None]]:
-    """Kind of unit → for each layer (kept, of how many in the base), None where it has no such."""
-    kept: dict[str, list[tuple[int, int] | None]] = {}
-    touched = {kind for count in plan.counts.values() for kind in count}
-    for _, layer, group in entries_of(plan.config):
-        if group.kind in touched:
-            column = kept.setdefault(group.kind, [None] * layer_count(plan.config))
-            column[layer] = _kept_of(plan, layer, group, sizes_of(plan.config, layer))
-    return kept
-
-
-def _kept_of(
-    plan: PruningPlan, layer: int, group: Group, sizes: Mapping[str, int]
-) -> tuple[int, int]:
-    total = sizes[group.kind]
-    return plan.counts.get(layer, {}).get(group.kind, total), total
-
-
-def _fraction(units: tuple[int, int] | None) -> str:
+def _fraction(units: Units) -> str:
     return "–" if units is None else f"{units[0]:,} of {units[1]:,}"
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from axolotl_loram.results import intervals
-from axolotl_loram.results.artefacts import Evaluation, Paired, Task, TextSet
-from axolotl_loram.results.charts import Chart, Dot, Dots
-from axolotl_loram.results.intervals import Interval
-from axolotl_loram.results.sections import UNKNOWN, Table, bounds, change, number, percent
+from axolotl_loram.results import statistics
+from axolotl_loram.results.artefacts import ALSO, BASE, RECOVERED, Evaluation, Paired, Task, TextSet
+from axolotl_loram.results.figures import Chart, Dot, Dots
+from axolotl_loram.results.page import UNKNOWN, Table, bounds, change, number, percent
+from axolotl_loram.results.statistics import Interval
 
-BASE, RECOVERED = "base", "base+recovered"
-ALSO = "also:"
 NAMES = {
     BASE: "base model",
     "pruned": "pruned model",
@@ -54,7 +52,6 @@ def outcomes(label: str, evaluation: Evaluation) -> list[Outcome]:
     found = []
     for name, text in evaluation.perplexity.items():
         if {BASE, RECOVERED} <= text.models.keys():
-            others = [key for key in text.models if key.startswith(ALSO)]
             found.append(
                 Outcome(
                     label,
@@ -63,20 +60,19 @@ def outcomes(label: str, evaluation: Evaluation) -> list[Outcome]:
                     _loss(text, BASE),
                     _loss(text, RECOVERED),
                     _difference(text, RECOVERED, BASE)[0],
-                    {key.removeprefix(ALSO): share_of(text, key) for key in others},
+                    _shares(text),
                 )
             )
     return sorted(found, key=lambda outcome: outcome.kind != "in domain")
 
 
-def share_of(text: TextSet, other: str) -> float | None:
-    """ln(base/recovered) / ln(base/other) in perplexities: 1 where both gain the same.
-
-    None where the other adapter did not gain, so that there is nothing to have a share of.
-    """
-    losses = {key: text.models[key].loss for key in (BASE, RECOVERED, other)}
-    gain = losses[BASE] - losses[other]
-    return (losses[BASE] - losses[RECOVERED]) / gain if gain > 0 else None
+def _shares(text: TextSet) -> dict[str, float | None]:
+    """Other adapter → share of its gain that the recovered one has; None where it has none."""
+    others = [key for key in text.models if key.startswith(ALSO)]
+    if not {BASE, RECOVERED} <= text.models.keys():
+        return {}
+    found = statistics.share_of_gain({k: m.loss for k, m in text.models.items()}, others)
+    return {key.removeprefix(ALSO): found.get(key) for key in others}
 
 
 def model_name(key: str, evaluation: Evaluation) -> str:
@@ -102,7 +98,8 @@ def perplexity_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
         if not text.models:  # not measured yet
             continue
         title = f"{name} ({KINDS.get(text.kind, text.kind)})" + f", {label}" * bool(label)
-        dots = [_perplexity_dot(key, text, evaluation) for key in text.models]
+        measured = {key: _loss(text, key).exp() for key in text.models}
+        dots = [_dot(k, v, _perplexity_text(v), evaluation) for k, v in measured.items()]
         axis = "perplexity, lower is better (logarithmic)"
         name = f"perplexity-{label}-{name}"
         parts.append(Dots(name, f"Perplexity, {title}", {"": dots}, axis, log=True))
@@ -118,7 +115,9 @@ def task_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
     if not evaluation.tasks:
         return []
     groups = {
-        _task_title(name, task): [_score_dot(key, task, evaluation) for key in task.models]
+        _task_title(name, task): [
+            _dot(key, _score(task, key), _score_text(task, key), evaluation) for key in task.models
+        ]
         for name, task in evaluation.tasks.items()
     }
     keys = list(dict.fromkeys(k for task in evaluation.tasks.values() for k in task.models))
@@ -152,12 +151,12 @@ def _size(text: TextSet) -> str:
 
 
 def _loss(text: TextSet, key: str) -> Interval:
-    return intervals.normal(text.models[key].loss, text.models[key].standard_error)
+    return statistics.normal(text.models[key].loss, text.models[key].standard_error)
 
 
 def _score(task: Task, key: str) -> Interval:
     found = task.models[key]
-    return intervals.score(found.value, found.standard_error, task.samples)
+    return statistics.score(found.value, found.standard_error, task.samples)
 
 
 def _pairs(measured: TextSet | Task) -> list[tuple[str, str]]:
@@ -178,51 +177,39 @@ def _difference(measured: TextSet | Task, key: str, other: str) -> tuple[Interva
             found = found or measured.recovered_against.get(theirs)
         # Where no answer differs, there is no spread to go by.
         if found and (found.standard_error or isinstance(measured, TextSet)):
-            return intervals.normal(sign * found.difference, found.standard_error), "paired"
+            return statistics.normal(sign * found.difference, found.standard_error), "paired"
     of = _loss if isinstance(measured, TextSet) else _score
-    return intervals.difference(of(measured, key), of(measured, other)), "unpaired"  # type: ignore[arg-type]
+    return statistics.difference(of(measured, key), of(measured, other)), "unpaired"  # type: ignore[arg-type]
 
 
-def _perplexity_dot(key: str, text: TextSet, evaluation: Evaluation) -> Dot:
-    found = _loss(text, key).exp()
-    written = number(found.value)
-    if found.low is not None:
-        written += f"  ({bounds(found)})".replace(" to ", "–")
-    name = model_name(key, evaluation)
-    return Dot(name, color_of(key, evaluation), found.value, found.low, found.high, written)
+def _dot(key: str, found: Interval, text: str, evaluation: Evaluation) -> Dot:
+    name, color = model_name(key, evaluation), color_of(key, evaluation)
+    return Dot(name, color, found.value, found.low, found.high, text)
+
+
+def _perplexity_text(found: Interval) -> str:
+    between = "" if found.low is None else f"  ({bounds(found)})".replace(" to ", "–")
+    return number(found.value) + between
 
 
 def _perplexity_table(title: str, text: TextSet, evaluation: Evaluation) -> Table:
-    others = [key for key in text.models if key.startswith(ALSO)] if BASE in text.models else []
-    others = others if RECOVERED in text.models else []
     columns = ["model", "perplexity", "95 % interval", "loss, nats per token"]
-    columns += [f"share of the gain of {key.removeprefix(ALSO)}" for key in others]
+    columns += [f"share of the gain of {other}" for other in _shares(text)]
     rows = []
     for key in text.models:
-        loss = _loss(text, key)
-        shares = [_share_cell(text, key, other) for other in others]
-        cells = [number(loss.exp().value), bounds(loss.exp()), number(loss.value, 5), *shares]
-        rows.append([model_name(key, evaluation), *cells])
+        loss, shares = _loss(text, key), _shares(text).values()
+        cells = [UNKNOWN + " (no gain)" if s is None else percent(s) for s in shares]
+        cells = cells if key == RECOVERED else [""] * len(cells)
+        measured = [number(loss.exp().value), bounds(loss.exp()), number(loss.value, 5)]
+        rows.append([model_name(key, evaluation), *measured, *cells])
     return Table(f"Perplexity, {title}", columns, rows)
-
-
-def _share_cell(text: TextSet, key: str, other: str) -> str:
-    if key != RECOVERED:
-        return ""
-    share = share_of(text, other)
-    return UNKNOWN + " (no gain)" if share is None else percent(share)
 
 
 def _difference_table(title: str, text: TextSet, evaluation: Evaluation) -> Table:
     rows = []
     for key, other in _pairs(text):
         found, how = _difference(text, key, other)
-        ratio = found.exp()
-        changes = Interval(
-            ratio.value - 1,
-            None if ratio.low is None else ratio.low - 1,
-            None if ratio.high is None else ratio.high - 1,
-        )
+        changes = found.exp().less(1)
         rows.append(
             [
                 model_name(key, evaluation),
@@ -252,12 +239,6 @@ def _score_text(task: Task, key: str) -> str:
     found, write = _score(task, key), percent if _is_rate(task) else number
     between = bounds(found, write).replace(" to ", "–").replace("\N{NO-BREAK SPACE}%–", "–")
     return write(found.value) + ("" if found.low is None else f" ({between})")
-
-
-def _score_dot(key: str, task: Task, evaluation: Evaluation) -> Dot:
-    found, text = _score(task, key), _score_text(task, key)
-    name = model_name(key, evaluation)
-    return Dot(name, color_of(key, evaluation), found.value, found.low, found.high, text)
 
 
 def _difference_row(task: Task, key: str, other: str, evaluation: Evaluation) -> list[str]:

@@ -29,13 +29,14 @@ from axolotl_loram.files.resumable import Work
 from axolotl_loram.files.targets import locked
 from axolotl_loram.files.untrusted import read_yaml
 from axolotl_loram.memory.request import check_settings
+from axolotl_loram.models.device import choose_device
+from axolotl_loram.results.artefacts import EVALUATION_FILE, EVALUATION_VERSION
 from axolotl_loram.results.candidates import (
     BASE,
     MODELS,
     RECOVERED,
     Candidate,
     Trial,
-    choose_device,
     load_model,
     trial_of,
     with_adapter,
@@ -46,8 +47,6 @@ from axolotl_loram.results.tasks import Task, check_backend, resolve_tasks, scor
 from axolotl_loram.text.calibration import load_tokenizer
 from axolotl_loram.text.heldout import HeldOut, held_out
 
-FILE = "evaluation.json"
-SCHEMA_VERSION = 1
 LONGEST = 2048
 """Tokens that a model reads at once, unless it reads fewer or was trained on more."""
 BATCH_SIZE = {"cpu": 8}
@@ -129,7 +128,7 @@ class Evaluation:
         self.sets = self._sets()
         self.device = choose_device(request.device)
         self.batch_size = request.batch_size or BATCH_SIZE.get(self.device, GPU_BATCH_SIZE)
-        self.output = request.output or self.trial.output / FILE
+        self.output = request.output or self.trial.output / EVALUATION_FILE
         self.work = Work(self.output.with_name(f".{self.output.name}.results"))
 
     def _check_backend_suits(self) -> None:
@@ -267,7 +266,7 @@ class Evaluation:
         for step, _, about in done:
             seconds.setdefault(step.what.name, {})[step.candidate.name] = round(about["seconds"], 3)
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": EVALUATION_VERSION,
             "kind": "evaluation",
             "base": {"id": self.trial.base.id, "revision": self.trial.base.revision},
             "plan": self.trial.plan,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.tables import GIB, memory_rows
 from axolotl_loram.results.artefacts import Artefact, training_of
-from axolotl_loram.results.charts import Bar, Bars
-from axolotl_loram.results.sections import KeyFigure, Section, Table, arrow
+from axolotl_loram.results.figures import Bar, Bars
+from axolotl_loram.results.page import KeyFigure, Section, Table, arrow
 
 TITLES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}
 LOGGED = "memory/max_allocated (GiB)"  # what Axolotl logs of each step
@@ -33,13 +33,27 @@ class Footprint:
     methods: dict[str, Mapping[str, Any]]
     measured: dict[tuple[str, str], float] = field(default_factory=dict)
 
+    @property
+    def names(self) -> list[str]:
+        """Every method, predicted ones first."""
+        return list(dict.fromkeys([*self.methods, *(method for method, _ in self.measured)]))
+
+    @property
+    def scale(self) -> tuple[str, int]:
+        """The unit that suits the sizes, and its bytes."""
+        sizes = [method["allocated_bytes"] for method in self.methods.values()]
+        return _unit(max([*sizes, *self.measured.values()]))
+
+
+def _unit(size: float) -> tuple[str, int]:
+    return ("GiB", GIB) if size >= GIB else ("MiB", 2**20)
+
 
 def memory_section(runs: Sequence[Artefact]) -> Section:
     """Charts and tables of memory; what was not measured is named."""
     section, prints = Section("memory", "Memory"), footprints(runs)
     for found in prints:
-        unit, size = ("GiB", GIB) if _largest(found) >= GIB else ("MiB", 2**20)
-        section.items += [_chart(found, unit, size), _table(found, unit, size)]
+        section.items += [_chart(found), _table(found)]
     if prints:
         section.text.append(
             "Predicted is what is allocated on one GPU at the worst moment, calculated from the "
@@ -51,14 +65,14 @@ def memory_section(runs: Sequence[Artefact]) -> Section:
         section.missing.append(
             "Memory was not predicted: add what `axolotl-loram plan --json` prints"
         )
-    processes = list(_processes(runs))
-    for run, used in processes:
+    used_by = {run.label: _measured(run).get("max_resident_process_bytes") for run in runs}
+    for label, used in ((label, used) for label, used in used_by.items() if used):
         section.text.append(
-            f"{run}: measured on a CPU, {used / GIB:.2f} GiB resident at most in the whole "
+            f"{label}: measured on a CPU, {used / GIB:.2f} GiB resident at most in the whole "
             "process, Python and its libraries included. Not to be compared with what is predicted "
             "for a GPU."
         )
-    trained = [run for run in runs if run.kind in ("loram", "lora")]
+    trained = [run for run in runs if run.trained]
     without = [run.label for run in trained if not _allocated(run)]
     if without or not trained:
         named = f" for {', '.join(without)}" if without else ""
@@ -73,7 +87,7 @@ def memory_figure(runs: Sequence[Artefact]) -> list[KeyFigure]:
         base = pruned.replace("loram", "lora") if found.method else "lora"
         if base != pruned and {base, pruned} <= found.methods.keys():
             peaks = [found.methods[name]["allocated_bytes"] for name in (base, pruned)]
-            unit, size = ("GiB", GIB) if max(peaks) >= GIB else ("MiB", 2**20)
+            unit, size = _unit(max(peaks))
             value = arrow(*(f"{peak / size:.1f}" for peak in peaks)) + f"\N{NO-BREAK SPACE}{unit}"
             note = f"{TITLES[base]} → {TITLES[pruned]}, allocated on one GPU"
             return [KeyFigure("Memory", value, note, "predicted")]
@@ -96,7 +110,7 @@ def footprints(runs: Sequence[Artefact]) -> list[Footprint]:
             _check(methods, run)
             method = None if run.kind == "plan" else _method(run)
             found.append(Footprint(run.label, method, dict(methods)))
-        elif run.kind in ("loram", "lora") and _allocated(run):
+        elif run.trained and _allocated(run):
             found.append(Footprint(run.label, _method(run), {}))
     for run in runs:
         if allocated := _allocated(run):
@@ -125,39 +139,25 @@ def _method(run: Artefact) -> str:
     return "qlora" if run.quantized else "lora"
 
 
+def _measured(run: Artefact) -> Mapping[str, Any]:
+    return (training_of(run.record).get("memory") or {}).get("measured") or {}
+
+
 def _allocated(run: Artefact) -> float:
     """Bytes allocated on a GPU at most, loading included; 0 where that was not measured."""
-    measured = (training_of(run.record).get("memory") or {}).get("measured") or {}
-    peak = max(measured.get(name) or 0 for name in GPU)
+    peak = max(_measured(run).get(name) or 0 for name in GPU)
     return float(peak or GIB * max((v for _, v in run.curve(LOGGED)), default=0.0))
 
 
-def _processes(runs: Sequence[Artefact]) -> Iterator[tuple[str, float]]:
-    for run in runs:
-        measured = (training_of(run.record).get("memory") or {}).get("measured") or {}
-        if used := measured.get("max_resident_process_bytes"):
-            yield run.label, float(used)
-
-
-def _largest(found: Footprint) -> float:
-    sizes = [method["allocated_bytes"] for method in found.methods.values()]
-    return max([*sizes, *found.measured.values()])
-
-
-def _chart(found: Footprint, unit: str, size: int) -> Bars:
-    names = list(dict.fromkeys([*found.methods, *(method for method, _ in found.measured)]))
-    bars = []
-    for name in names:
+def _chart(found: Footprint) -> Bars:
+    (unit, size), bars = found.scale, []
+    for name in found.names:
         parts = _parts(found.methods[name]) if name in found.methods else {}
-        measured = {
-            f"run {run}": value / size
-            for (method, run), value in found.measured.items()
-            if method == name
-        }
         scaled = {part: value / size for part, value in parts.items() if value > 0}
+        measured = {f"run {r}": v / size for (m, r), v in found.measured.items() if m == name}
         bars.append(Bar(TITLES.get(name, name), scaled, measured))
-    title = f"Memory on one GPU, {found.label}: " + "predicted by part" * bool(found.methods)
-    title += " and " * bool(found.methods and found.measured) + "measured" * bool(found.measured)
+    kinds = ["predicted by part"] * bool(found.methods) + ["measured"] * bool(found.measured)
+    title = f"Memory on one GPU, {found.label}: {' and '.join(kinds)}"
     return Bars(f"memory-{found.label}", title, bars, unit)
 
 
@@ -183,10 +183,10 @@ def _parts(method: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _table(found: Footprint, unit: str, size: int) -> Table:
+def _table(found: Footprint) -> Table:
     """Parts as rows, methods as columns; then what was measured, a row for each run."""
     rows: list[list[str]] = []
-    names = list(dict.fromkeys([*found.methods, *(method for method, _ in found.measured)]))
+    (unit, size), names = found.scale, found.names
     for name, values in memory_rows(found.methods).items() if found.methods else ():
         name = "peak with what is assumed" if name == "peak" else name
         if name.startswith("CUDA"):

@@ -1,29 +1,149 @@
-"""What `axolotl-loram inspect` tells of a folder or a model on the hub."""
+"""What a folder or a model on the hub is, and whether it is what its record says.
+
+Of checks, one failure hides no other: all are made, and all that failed are named.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.counts import summary
+from axolotl_loram.architecture.config_json import (
+    Config,
+    layer_count,
+    layer_fields,
+    load_config,
+    sizes_of,
+)
+from axolotl_loram.architecture.counts import keep_counts, protected_layers, summary
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
-from axolotl_loram.architecture.pairing import check_pruned, read_record
-from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
+from axolotl_loram.architecture.model import layer_groups, parameter_count
+from axolotl_loram.architecture.pairing import check_pruned, check_tensors, read_record
+from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
 from axolotl_loram.architecture.record import refit_summary
+from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.tensors import has_weights
-from axolotl_loram.results.ordinary import describe_ordinary, shown
-from axolotl_loram.results.verify import as_dicts, failures, verify
+from axolotl_loram.files.tensors import Checkpoint, has_weights
+from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.results import checks
+from axolotl_loram.results.artefacts import EVALUATION_FILE
+from axolotl_loram.results.checks import Finding, Outcome, Subject
 from axolotl_loram.tables import lines
 
-EVALUATION_FILE = "evaluation.json"
 SMALL_PATTERNS = ("config.json", "loram*", ADAPTER_CONFIG, EVALUATION_FILE)
 ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.py")
 STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions")
 """Entries with parts of their own, which people see on lines of their own."""
+RATIOS = (0.5, 0.75, 0.85)
+"""Pruning ratios that people are shown first."""
+CheckFunction = Callable[[Subject], Iterator[Finding]]
+MODEL = (checks.files, checks.strays, checks.weights)
+PRUNED = (checks.plan, checks.config, checks.counts, checks.masks, checks.base, checks.tokenizer)
+ADAPTER = (
+    checks.strays,
+    checks.tensors,
+    checks.trained_under,
+    checks.shapes,
+    checks.modules,
+    checks.tokenizer,
+)
+CHECKS: Mapping[str, tuple[CheckFunction, ...]] = {
+    "pruned-model": (*MODEL, *PRUNED),
+    "recovered-model": MODEL,
+    "trained-adapter": ADAPTER,
+    "recovered-adapter": (checks.files, checks.settings, *ADAPTER, checks.base),
+}
+"""Kind of folder → what can be checked of it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What was looked at.
+        outcome: "ok", "failed", or "not checked" where there is no telling.
+        detail: One sentence.
+    """
+
+    name: str
+    outcome: Outcome
+    detail: str
+
+
+def verify(folder: Path, base: str | None = None, progress: Progress = no_progress) -> list[Check]:
+    """Check all that can be checked of a pruned model or an adapter.
+
+    Args:
+        folder: With `loram.json`.
+        base: Folder or hub id of the base model; by default what the record names, where that is
+            on this machine.
+        progress: Shows the bytes hashed, of all that are to be.
+
+    Returns:
+        The checks. Nothing is downloaded but the config of a `base` that is given.
+
+    Raises:
+        LoRAMError: There is no record that could be held against the files.
+    """
+    record = read_record(folder)
+    _require_record(record, folder)
+    subject = Subject(folder, record, base, progress)
+    return [found for check in CHECKS[record["kind"]] for found in _outcomes(check, subject)]
+
+
+def failures(made: Iterable[Check]) -> list[Check]:
+    """The checks that failed."""
+    return [check for check in made if check.outcome == "failed"]
+
+
+def require_whole(made: Iterable[Check], what: object) -> None:
+    """Refuse what failed a check.
+
+    Raises:
+        LoRAMError: It names every failure.
+    """
+    failed = failures(made)
+    if failed:
+        listed = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        raise LoRAMError(
+            f"expected every check of {what} to pass, found {len(failed)} failed: {listed}"
+        )
+
+
+def _outcomes(check: CheckFunction, subject: Subject) -> Iterator[Check]:
+    name = check.__name__.replace("_", " ")
+    try:
+        for outcome, detail in check(subject):
+            yield Check(name, outcome, detail)
+    except LoRAMError as error:
+        yield Check(name, "failed", str(error))
+    except OSError as error:
+        yield Check(name, "failed", f"a file cannot be read: {error}")
+
+
+def _require_record(record: Mapping[str, Any], folder: Path) -> None:
+    if not record:
+        raise LoRAMError(f"expected a folder with {RECORD_FILE}, found none in {folder}")
+    base, files = record.get("base"), record.get("files") or {}
+    whole = (
+        record.get("kind") in CHECKS
+        and isinstance(record.get("plan"), str)
+        and isinstance(base, dict)
+        and isinstance(base.get("id"), str)
+        and isinstance(files, dict)
+        and all(isinstance(digest, str) for digest in files.values())
+        and isinstance(record.get("parameters") or {}, dict)
+    )
+    if not whole:
+        raise LoRAMError(
+            f"expected {folder / RECORD_FILE} to name a kind ({', '.join(CHECKS)}), a plan, a base "
+            "and the digests of files, found it without: it is damaged, so download it again"
+        )
 
 
 def inspect(
@@ -63,7 +183,8 @@ def inspect(
         if not failures(made):
             raise
         told = _told(record)  # what is wrong is among the checks
-    return told | ({"checks": as_dicts(made), "failed": len(failures(made))} if made else {})
+    counted = {"checks": list(map(asdict, made)), "failed": len(failures(made))}
+    return told | (counted if made else {})
 
 
 def describe(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,10 +224,126 @@ def _told(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value is not None}
 
 
+def describe_ordinary(folder: Path, model: str) -> dict[str, Any]:
+    """What a folder without `loram.json` holds, and what can be done with it.
+
+    Args:
+        folder: With config.json or adapter_config.json, the weights or without them.
+        model: What the user calls it.
+
+    Raises:
+        LoRAMError: It holds neither, or a model of an unknown architecture, or weights that do not
+            belong to its config.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _describe_adapter(read_json(folder / ADAPTER_CONFIG))
+    if not (folder / "config.json").is_file():
+        raise LoRAMError(
+            f"expected a folder with config.json, {ADAPTER_CONFIG} or {RECORD_FILE}, found none of "
+            f"them in {model}: give a model or an adapter"
+        )
+    config = load_config(str(folder))
+    fields = layer_fields(config, None)
+    told = {
+        "kind": "model",
+        "model_type": config["model_type"],
+        "layers": layer_count(config),
+        "hidden_size": sizes_of(config)["hidden"],
+        "vocabulary": fields.get("vocab_size"),
+        "tied_embeddings": bool(fields.get("tie_word_embeddings")),
+        "parameters": parameter_count(config),
+        **_weights(folder, config),
+        **_pruning(config, model),
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _weights(folder: Path, config: Config) -> dict[str, Any]:
+    if not has_weights(folder):
+        return {}
+    stored = Checkpoint(folder).tensors
+    if not config.get("quantization_config"):
+        check_tensors(config, {name: t.shape for name, t in stored.items()}, str(folder))
+    return {
+        "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),
+        "stored_as": ", ".join(sorted({tensor.dtype for tensor in stored.values()})),
+    }
+
+
+def _pruning(config: Config, model: str) -> dict[str, Any]:
+    """Units of the layers that pruning touches, sizes at a few ratios, and the next command."""
+    layers, settings = layer_count(config), PruningArgs(ratio=RATIOS[0]).resolve()
+    if config.get("quantization_config"):
+        return {"cannot_be_pruned": "its weights are quantized: save it in 16 bits first"}
+    try:
+        sizes = list(_sizes(config, settings.protected))
+    except LoRAMError as error:
+        return {"cannot_be_pruned": str(error)}
+    return {
+        "units_of_a_layer": {
+            group.kind: sizes_of(config, layer)[group.kind]
+            for layer in range(layers)
+            for group in layer_groups(config, layer)
+        },
+        "layers_left_whole": sorted(protected_layers(layers, *settings.protected)),
+        "pruned": sizes,
+        "next": f"axolotl-loram plan {model} --pruning-ratio {RATIOS[0]}",
+    }
+
+
+def _sizes(config: Config, protected: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    for ratio in RATIOS:
+        try:
+            counted = summary(config, keep_counts(config, ratio, *protected))
+        except LoRAMError:
+            if ratio == RATIOS[0]:
+                raise
+            return  # a layer would lose its last unit of some kind
+        kept = ("kept_per_pruned_layer", "pruned_parameters", "parameter_reduction")
+        yield {"pruning_ratio": ratio, **{name: counted[name] for name in kept}}
+
+
+def _describe_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    base, targets = settings.get("base_model_name_or_path"), settings.get("target_modules")
+    told = {
+        "kind": "adapter",
+        "peft_type": settings.get("peft_type"),
+        "base": base,
+        "rank": settings.get("r"),
+        "alpha": settings.get("lora_alpha"),
+        "target_modules": ", ".join(sorted(map(str, targets)))
+        if isinstance(targets, list)
+        else targets,
+        "next": "lora_model_dir of a LoRAM run on this base starts from it; an adapter trained on "
+        "a pruned model outside `axolotl train`: axolotl-loram recover ADAPTER --pruned-model "
+        "MODEL",
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `describe_ordinary` returns, as names and values for people."""
+    told = dict(found)
+    if "units_of_a_layer" in told:
+        told["units_of_a_layer"] = _units(told["units_of_a_layer"])
+        told["layers_left_whole"] = ", ".join(map(str, told["layers_left_whole"]))
+        for size in told.pop("pruned"):
+            told[f"pruned_at_{size['pruning_ratio']}"] = (
+                f"{size['pruned_parameters']:,} parameters (×{size['parameter_reduction']}), "
+                f"{_units(size['kept_per_pruned_layer'])} in each pruned layer"
+            )
+        told["next"] = told.pop("next")
+    return told
+
+
+def _units(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in counts.items())
+
+
 def report(found: Mapping[str, Any]) -> str:
     """What `inspect` returns, for people."""
     if found["kind"] in ("model", "adapter"):
-        return lines(shown(found))
+        return lines(_shown(found))
     named = {name: value for name, value in found.items() if name not in STRUCTURED}
     if found.get("calibration"):
         named["calibration"] = calibration_line(found["calibration"])

@@ -1,16 +1,23 @@
-"""Publishing a pruned model or a recovered adapter: checked, described, uploaded."""
+"""Publishing a pruned model or a recovered adapter: checked, described, uploaded in one commit.
+
+The hub keeps large files by their SHA-256, so that what has arrived once is not sent again; nothing
+is visible before the commit. (`upload_large_folder` of huggingface_hub resumes too, but commits in
+parts: a cut would leave part of a model visible.)
+"""
 
 from __future__ import annotations
 
 import fnmatch
-import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axolotl_loram import __version__
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
@@ -18,16 +25,27 @@ from axolotl_loram.architecture.pairing import read_record
 from axolotl_loram.architecture.plan import RECORD_FILE, Base, PruningPlan
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, new_folder, write_json
-from axolotl_loram.files.find import MODEL_PATTERNS, TOKENIZER_PATTERNS, is_hub_id
+from axolotl_loram.files.find import (
+    MODEL_PATTERNS,
+    TOKENIZER_PATTERNS,
+    hub_errors,
+    is_hub_id,
+    reason,
+)
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.files.tensors import ADAPTER_FILE
 from axolotl_loram.recovery.recover import model_card
-from axolotl_loram.results.card import PLOT_FILE, Card, kept_units, licence_of
-from axolotl_loram.results.figures import plot_kept
-from axolotl_loram.results.hub import Repository, full_name
-from axolotl_loram.results.inspect import EVALUATION_FILE
-from axolotl_loram.results.verify import require_whole, verify
+from axolotl_loram.results.artefacts import EVALUATION_FILE, kept_units
+from axolotl_loram.results.card import PLOT_FILE, Card, licence_of
+from axolotl_loram.results.checks import sha256_of
+from axolotl_loram.results.figures import Strips, save
+from axolotl_loram.results.inspect import require_whole, verify
+from axolotl_loram.results.secrets import refuse_tokens
 from axolotl_loram.tables import lines
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 CARD_FILE = "README.md"
 LIST_FILE = "upload.json"
@@ -36,35 +54,10 @@ ALLOWED = {
     "recovered-adapter": (ADAPTER_CONFIG, ADAPTER_FILE, *TOKENIZER_PATTERNS),
 }
 """Kind → what may be uploaded of its folder, beside record, card, plot and evaluation."""
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
-SECRET = re.compile(
-    r"(?mi)^(\s*(?:- )?(?!(?:bos|eos|pad|unk|mask|cls|sep)_token\b)"
-    r"(?:\w+_)?(?:token|key|secret|password)\s*:[ \t]*)[^\s#].*$"
-)
-"""A line of YAML that holds one."""
-SMALL = 2**20
-"""Bytes below which a file is searched for tokens."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """What is to be uploaded.
-
-    Attributes:
-        files: Name in the repository → file.
-        digests: SHA-256 of those that were checked against it.
-        notices: What the publisher should know.
-        checks: How many checks passed.
-    """
-
-    files: Mapping[str, Path]
-    digests: Mapping[str, str]
-    notices: list[str]
-    checks: int
-
-    def sizes(self) -> dict[str, int]:
-        """Name → bytes."""
-        return {name: path.stat().st_size for name, path in self.files.items()}
+NOT_OURS = (".gitattributes", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.png", "*.svg")
+"""Files that may differ or be there without making it another model."""
+WAITS = (1.0, 2.0, 4.0, None)
+"""Seconds before an upload is tried again."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Publication:
 
     Attributes:
         folder: A pruned model or a recovered adapter.
-        repository: ``org/name``.
+        repository: ``org/name``; need not exist yet.
         revision: Branch there, None for the main one.
         public: Whether the repository is to be public; None: as it is, private if it is new.
         base: Hub id of the base, where the record names a folder.
@@ -98,13 +91,12 @@ class Publication:
             LoRAMError: The folder cannot be published, or `output` holds something.
         """
         self._check_input()
-        output = self.output or self.folder.resolve().with_name(
-            f"{self.folder.resolve().name}-card"
-        )
+        folder = self.folder.resolve()
+        output = self.output or folder.with_name(f"{folder.name}-card")
         check_vacant(output, self.overwrite)
         with new_folder(output, self.overwrite) as scratch:
-            package = self._package(scratch, online=False)
-            told = self._told(package) | {"dry_run": True, "output": str(output)}
+            _, told = self._package(scratch, online=False)
+            told |= {"dry_run": True, "output": str(output)}
             write_json(scratch / LIST_FILE, told)
         return told
 
@@ -116,16 +108,13 @@ class Publication:
                 hub or the connection failed: the same call goes on then.
         """
         self._check_input()
-        repository = Repository(self.repository, self.revision, self.public)
-        files, digests = self._own_files(), self.record.get("files") or {}
-        removed = repository.check_vacant(files, digests, self.overwrite)
+        removed = self._others(self._own_files())
         with tempfile.TemporaryDirectory() as scratch:
-            package = self._package(Path(scratch), online=True)
-            message = f"{self.kind} made with axolotl-loram {__version__}"
-            sent = repository.send(package.files, package.digests, removed, message)
-            if self.public and sent["private"]:
-                package.notices.append(f"{self.repository} was private before and still is")
-            return self._told(package) | sent
+            files, told = self._package(Path(scratch), online=True)
+            sent = self._send(files, removed)
+        if self.public and sent["private"]:
+            told["notices"].append(f"{self.repository} was private before and still is")
+        return told | sent
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -136,6 +125,11 @@ class Publication:
     def kind(self) -> str:
         """What the folder is."""
         return str(self.record.get("kind"))
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """SHA-256 of the recorded files."""
+        return self.record.get("files") or {}
 
     def _check_input(self) -> None:
         name = self.repository
@@ -160,8 +154,7 @@ class Publication:
         Raises:
             LoRAMError: The record lists a file that no checkpoint needs.
         """
-        names = set(self.record.get("files") or {})
-        allowed = ALLOWED[self.kind]
+        names, allowed = set(self.digests), ALLOWED[self.kind]
         if self.kind == "recovered-adapter":
             names |= {file.name for pattern in allowed for file in self.folder.glob(pattern)}
         for name in sorted(names):
@@ -170,32 +163,39 @@ class Publication:
                     f"expected only files of a checkpoint in {RECORD_FILE}, found {name!r}: make "
                     "the folder again"
                 )
-        names |= {RECORD_FILE, *({EVALUATION_FILE} if self._has(EVALUATION_FILE) else ())}
-        found = {name: self.folder / name for name in sorted(names)}
+        found = {n: self.folder / n for n in sorted({*names, RECORD_FILE, EVALUATION_FILE})}
         for name, path in found.items():
-            if path.is_symlink() and name not in (self.record.get("files") or {}):
+            if path.is_symlink() and name not in self.digests:
                 raise LoRAMError(f"expected {path} to be a file of its own, found a link: copy it")
         return {name: path for name, path in found.items() if path.is_file()}
 
-    def _has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+    def _package(self, scratch: Path, online: bool) -> tuple[dict[str, Path], dict[str, Any]]:
+        """Check everything, and write card and plot into `scratch`.
 
-    def _package(self, scratch: Path, online: bool) -> Package:
-        """Check everything, and write card and plot into `scratch`."""
+        Returns:
+            Name in the repository → file; and what is said of them.
+        """
         with progress_bar("verifying") as progress:
             made = verify(self.folder, progress=progress)
         require_whole(made, self.folder)
         notices = [f"not checked: {c.name}: {c.detail}" for c in made if c.outcome != "ok"]
-        files = self._own_files()
-        pruned = self.kind == "pruned-model"
-        files |= (
-            self._described(scratch, notices, online) if pruned else self._adapter_card(scratch)
-        )
+        pruned, files = self.kind == "pruned-model", self._own_files()
+        files |= self._described(scratch, notices, online) if pruned else self._carded(scratch)
         if self.card is not None:
             files[CARD_FILE] = Path(shutil.copyfile(self.card, scratch / CARD_FILE))
-        _refuse_tokens(files)
-        passed = sum(check.outcome == "ok" for check in made)
-        return Package(files, self.record.get("files") or {}, notices, passed)
+        refuse_tokens(files)
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        return files, {
+            "repository": self.repository,
+            "revision": self.revision,
+            "kind": self.kind,
+            "plan": self.record["plan"],
+            "private": not self.public,
+            "checks_passed": sum(check.outcome == "ok" for check in made),
+            "files": sizes,
+            "bytes": sum(sizes.values()),
+            "notices": notices,
+        }
 
     def _described(self, scratch: Path, notices: list[str], online: bool) -> dict[str, Path]:
         """Card and plot of a pruned model."""
@@ -210,7 +210,14 @@ class Publication:
         licence = licence or licence_of(base or plan.base.id, None, online)
         if "license" not in licence:
             notices.append(f"the card names no licence: none is known of {base or plan.base.id}")
-        plotted = bool(plan.kept) and self._plot(plan, scratch / PLOT_FILE, notices)
+        plotted = bool(plan.kept)
+        if plotted:
+            title = f"{self.repository}: share of each layer that is kept"
+            try:
+                save(Strips("kept", title, kept_units(plan)), scratch / PLOT_FILE)
+            except LoRAMError as error:
+                notices.append(f"the card has no plot: {error}")
+                plotted = False
         card = Card(
             self.folder, self.record, plan, self.repository, self.revision, base, licence, plotted
         )
@@ -218,39 +225,113 @@ class Publication:
         names = (CARD_FILE, PLOT_FILE) if plotted else (CARD_FILE,)
         return {name: scratch / name for name in names}
 
-    def _plot(self, plan: PruningPlan, file: Path, notices: list[str]) -> bool:
-        shares = {
-            kind: [None if units is None else units[0] / units[1] for units in column]
-            for kind, column in kept_units(plan).items()
-        }
-        try:
-            plot_kept(shares, file, f"{self.repository}: share of each layer that is kept")
-        except LoRAMError as error:
-            notices.append(f"the card has no plot: {error}")
-            return False
-        return True
-
-    def _adapter_card(self, scratch: Path) -> dict[str, Path]:
+    def _carded(self, scratch: Path) -> dict[str, Path]:
         """The card that recovery wrote, which has the YAML of the run."""
-        if self._has(CARD_FILE):
-            return {CARD_FILE: self.folder / CARD_FILE}
-        base = self.record["base"]
-        (scratch / CARD_FILE).write_text(model_card(Base(**base)), encoding="utf-8")
-        return {CARD_FILE: scratch / CARD_FILE}
+        own = self.folder / CARD_FILE
+        if own.is_file():
+            return {CARD_FILE: own}
+        card = scratch / CARD_FILE
+        card.write_text(model_card(Base(**self.record["base"])), encoding="utf-8")
+        return {CARD_FILE: card}
 
-    def _told(self, package: Package) -> dict[str, Any]:
-        sizes = package.sizes()
-        return {
-            "repository": self.repository,
-            "revision": self.revision,
-            "kind": self.kind,
-            "plan": self.record["plan"],
-            "private": not self.public,
-            "checks_passed": package.checks,
-            "files": sizes,
-            "bytes": sum(sizes.values()),
-            "notices": package.notices,
-        }
+    def _others(self, files: Mapping[str, Path]) -> list[str]:
+        """Files of another model in the repository that have to go.
+
+        Raises:
+            LoRAMError: There are some and they may not, or the repository is more public than
+                asked for.
+        """
+        there = self._found(None)
+        if there is not None and there.private is False and self.public is False:
+            raise LoRAMError(
+                f"expected {self.repository} to be private, found it public: pass --public to "
+                "publish there, or choose another name"
+            )
+        branch = self._found(self.revision) if self.revision else there
+        others = [
+            sibling.rfilename
+            for sibling in (branch.siblings or [] if branch else [])
+            if not _matches(sibling.rfilename, NOT_OURS) and not self._same(sibling, files)
+        ]
+        if others and not self.overwrite:
+            raise LoRAMError(
+                f"expected {self.repository} to be new, empty or to hold this same model, found "
+                f"{len(others)} other files in it ({', '.join(others[:3])}): choose another name, "
+                "or pass --overwrite to replace them"
+            )
+        return [name for name in others if name not in files]
+
+    def _found(self, revision: str | None) -> ModelInfo | None:
+        """What the hub has under this name at a revision, None if nothing."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        with _telling(f"look up {self.repository} on the hub"):
+            try:
+                return _api().model_info(self.repository, revision=revision, files_metadata=True)
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return None
+
+    def _same(self, sibling: RepoSibling, files: Mapping[str, Path]) -> bool:
+        """Whether a file of the repository is what will be uploaded under its name."""
+        from huggingface_hub.utils.sha import git_hash
+
+        name = sibling.rfilename
+        if name not in files:
+            return False
+        if sibling.lfs is not None:
+            return sibling.lfs.sha256 == (self.digests.get(name) or sha256_of(files[name]))
+        return sibling.blob_id == git_hash(files[name].read_bytes())
+
+    def _send(self, files: Mapping[str, Path], removed: Sequence[str]) -> dict[str, Any]:
+        """Upload files, and take others away, in one commit; returns commit, url and private.
+
+        Raises:
+            LoRAMError: A file changed meanwhile, or the hub or the connection failed.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        adding = [CommitOperationAdd(name, path) for name, path in files.items()]
+        for operation in adding:
+            expected = self.digests.get(operation.path_in_repo)
+            if expected not in (None, operation.upload_info.sha256.hex()):
+                raise LoRAMError(
+                    f"expected {operation.path_in_repo} to stay as it was checked, found it "
+                    "changed: let what writes to the folder end, and publish again"
+                )
+        operations = [*adding, *(CommitOperationDelete(name) for name in removed)]
+        with _telling(f"upload to {self.repository}"):
+            _api().create_repo(self.repository, private=not self.public, exist_ok=True)
+            if self.revision:
+                _api().create_branch(self.repository, branch=self.revision, exist_ok=True)
+            parent = _api().model_info(self.repository, revision=self.revision)
+            commit = self._commit(operations, str(parent.sha))
+        url = f"{_api().endpoint}/{self.repository}"
+        return {"commit": commit, "url": url, "private": bool(parent.private)}
+
+    def _commit(self, operations: list[Any], parent: str) -> str:
+        """Commit, uploading file by file: a cut then costs at most one; returns the commit's hash.
+
+        huggingface_hub tries again itself, but not where the server hangs up without an answer.
+        """
+        from httpx import RemoteProtocolError
+
+        for wait in WAITS:
+            try:
+                done = _api().create_commit(
+                    self.repository,
+                    operations,
+                    commit_message=f"{self.kind} made with axolotl-loram {__version__}",
+                    revision=self.revision,
+                    num_threads=1,
+                    parent_commit=parent,
+                )
+                break
+            except RuntimeError as error:
+                sys.stderr.write("\n")  # huggingface_hub leaves the line with its bar open
+                if wait is None or not isinstance(error.__cause__, RemoteProtocolError):
+                    raise
+                time.sleep(wait)
+        return done.oid
 
 
 def publish_adapter(folder: Path, repository: str) -> dict[str, Any]:
@@ -258,41 +339,62 @@ def publish_adapter(folder: Path, repository: str) -> dict[str, Any]:
 
     Args:
         folder: Of the adapter.
-        repository: ``org/name``, or a name of the user's own; private if it is new.
+        repository: ``org/name``, or a name of the user's own, as Axolotl's hub_model_id may be;
+            private if it is new.
 
     Raises:
         LoRAMError: As `Publication.publish`.
     """
-    return Publication(folder, full_name(repository), public=None, overwrite=True).publish()
+    if "/" not in repository:
+        with _telling("ask the hub who you are"):
+            repository = f"{_api().whoami()['name']}/{repository}"
+    return Publication(folder, repository, public=None, overwrite=True).publish()
 
 
 def report(done: Mapping[str, Any]) -> str:
     """What `Publication` returns, for people."""
-    shown = {
-        name: ("yes" if value else "no") if isinstance(value, bool) else value
-        for name, value in done.items()
-        if name not in ("files", "notices") and value is not None
-    }
+    shown = {n: v for n, v in done.items() if n not in ("files", "notices") and v is not None}
     listed = "\n".join(f"{size:>16,}  {name}" for name, size in done["files"].items())
     return f"{lines(shown)}\n\n{listed}"
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def without_secrets(text: str) -> str:
-    """A YAML with the values of keys such as hub_token or wandb_api_key, and hub tokens, hidden."""
-    hidden = SECRET.sub(lambda found: f"{found[1]}[hidden]", text)
-    return TOKEN.sub(b"[hidden]", hidden.encode()).decode()
+def _api() -> HfApi:
+    """The hub's client, with the user's token.
+
+    Raises:
+        LoRAMError: There is no token.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise LoRAMError(
+            "expected a token for the hub, found none: run `hf auth login`, or set HF_TOKEN to "
+            "one that may write"
+        )
+    return HfApi(library_name="axolotl-loram", library_version=__version__)
 
 
-def _refuse_tokens(files: Mapping[str, Path]) -> None:
-    """Refuse a small file, such as a YAML in a card, that has a token of the hub in it."""
-    from huggingface_hub import get_token
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Say in one sentence what failed, of whatever huggingface_hub raises.
 
-    own = (get_token() or "").encode()
-    for name, path in files.items():
-        text = path.read_bytes() if path.stat().st_size <= SMALL else b""
-        if TOKEN.search(text) or (own and own in text):
-            raise LoRAMError(f"expected no token in what is published, found one in {name}")
+    Raises:
+        LoRAMError: It failed.
+    """
+    failed: tuple[type[Exception], ...] = (*hub_errors(), RuntimeError, ValueError)
+    try:
+        yield
+    except LoRAMError:
+        raise
+    except failed as error:
+        told = reason(error)
+        if isinstance(error, RuntimeError) and error.__cause__:  # it names the file, this the cause
+            told += f" ({reason(error.__cause__)})"
+        raise LoRAMError(
+            f"expected to {what}, found: {told}: check the connection and `hf auth whoami`, then "
+            "run the same command again; files that have arrived are not sent again"
+        ) from error

@@ -9,10 +9,10 @@ from typing import Any
 from axolotl_loram.architecture.record import refit_summary
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.results.artefacts import Artefact, Evaluation, read, training_of
-from axolotl_loram.results.charts import Lines, Series, Strip, Strips
 from axolotl_loram.results.comparison import Outcome, outcomes, perplexity_parts, task_parts
+from axolotl_loram.results.figures import Lines, Series, Strips
 from axolotl_loram.results.footprint import memory_figure, memory_section
-from axolotl_loram.results.sections import (
+from axolotl_loram.results.page import (
     KeyFigure,
     Report,
     Section,
@@ -186,10 +186,7 @@ def _tasks(evaluations: Sequence[tuple[str, Evaluation]]) -> Section:
 
 def _curves(runs: Sequence[Artefact]) -> Section:
     """Training loss and held-out loss of every run that was trained."""
-    section, trained = (
-        Section("curves", "Training"),
-        [r for r in runs if r.kind in ("loram", "lora")],
-    )
+    section, trained = Section("curves", "Training"), [r for r in runs if r.trained]
     colors = _colors(trained)
     training = [
         Series(run.label, colors[run.label], curve)
@@ -205,11 +202,8 @@ def _curves(runs: Sequence[Artefact]) -> Section:
     if training:
         section.items.append(Lines("training-loss", "Training loss", training))
         pruned = any(run.kind == "loram" for run in trained)
-        section.text.append(
-            "Loss on the training batches, each run on its own model"
-            + (": LoRAM’s on the pruned one, which the recovered adapter is not run on." * pruned)
-            + ("." * (not pruned))
-        )
+        which = ": LoRAM’s on the pruned one, which the recovered adapter is not run on" * pruned
+        section.text.append(f"Loss on the training batches, each run on its own model{which}.")
     if heldout:
         section.items.append(Lines("heldout-loss", "Held-out loss during training", heldout))
     elif trained:
@@ -241,18 +235,8 @@ def _widths(runs: Sequence[Artefact]) -> Section:
         digest = run.record.get("plan")
         if run.widths and digest not in shown:
             shown.add(digest)
-            strips = [
-                Strip(
-                    width.noun[0].upper() + width.noun[1:],
-                    [
-                        None if kept is None or total is None else (kept, total)
-                        for kept, total in zip(width.kept, width.total, strict=True)
-                    ],
-                )
-                for width in run.widths
-            ]
             title = f"Kept width of each layer, {run.label}"
-            section.items.append(Strips(f"widths-{run.label}", title, strips))
+            section.items.append(Strips(f"widths-{run.label}", title, run.widths))
             section.items.append(_width_table(run))
         elif run.pruned and not run.widths:
             section.text.append(f"{run.label}: every layer keeps its width; weights were zeroed.")
@@ -268,26 +252,18 @@ def _widths(runs: Sequence[Artefact]) -> Section:
 
 
 def _width_table(run: Artefact) -> Table:
-    layers = range(len(run.widths[0].kept))
     rows = [
-        [
-            str(layer),
-            *(
-                "none" if w.kept[layer] is None else f"{w.kept[layer]:,} of {w.total[layer]:,}"
-                for w in run.widths
-            ),
-        ]
-        for layer in layers
+        [str(layer), *("none" if units is None else "{:,} of {:,}".format(*units) for units in row)]
+        for layer, row in enumerate(zip(*run.widths.values(), strict=True))
     ]
-    nouns = [width.noun for width in run.widths]
-    return Table(f"Every layer of {run.label}", ["layer", *nouns], rows, hidden=True)
+    return Table(f"Every layer of {run.label}", ["layer", *run.widths], rows, hidden=True)
 
 
 def _provenance(runs: Sequence[Artefact]) -> Section:
     section = Section("provenance", "What was run")
     for run in runs:
-        rows = [[name, text] for name, text in _facts(run).items() if text]
-        section.items.append(Table(f"{run.label}: {_kind_name(run)}", ["", ""], rows, texts=2))
+        rows = [[name, str(text)] for name, text in _facts(run).items() if text]
+        section.items.append(Table(f"{run.label}: {_kind(run)}", ["", ""], rows, texts=2))
         files = run.pruned.get("files")
         if isinstance(files, Mapping):
             hashes = [[name, str(digest)] for name, digest in files.items()]
@@ -296,31 +272,31 @@ def _provenance(runs: Sequence[Artefact]) -> Section:
     return section
 
 
-def _kind_name(run: Artefact) -> str:
-    names = {
-        "loram": "LoRAM, recovered for the base",
-        "lora": "plain LoRA",
-        "pruned": "pruned model",
-        "plan": "plan of memory, nothing was run",
-        "evaluation": "evaluation",
-    }
-    if run.record.get("kind") == "trained-adapter":
-        return "LoRAM, not recovered yet"
-    return names[run.kind]
+KINDS = {
+    "loram": "LoRAM, recovered for the base",
+    "lora": "plain LoRA",
+    "pruned": "pruned model",
+    "plan": "plan of memory, nothing was run",
+    "evaluation": "evaluation",
+}
 
 
-def _facts(run: Artefact) -> dict[str, str]:
+def _kind(run: Artefact) -> str:
+    unrecovered = run.record.get("kind") == "trained-adapter"
+    return "LoRAM, not recovered yet" if unrecovered else KINDS[run.kind]
+
+
+def _facts(run: Artefact) -> dict[str, Any]:
     """Name → text of what is recorded about a run; what is not, is left out."""
     pruning, training = run.pruned.get("pruning") or {}, training_of(run.record)
-    calibration, device = run.pruned.get("calibration") or {}, _device(run, training)
-    facts: dict[str, str] = {
+    measured = (training.get("memory") or {}).get("measured") or {}
+    base = run.pruned.get("base") or run.record.get("base") or {}
+    facts = {
         "base model": _base_name(run) or "not recorded",
-        "base fingerprint": _base_of(run).get("fingerprint") or "",
-        "plan": str(
-            run.record.get("plan") or (run.evaluation.plan if run.evaluation else "") or ""
-        ),
+        "base fingerprint": base.get("fingerprint") or "",
+        "plan": run.record.get("plan") or (run.evaluation and run.evaluation.plan) or "",
         "pruning": _said(pruning),
-        "calibration": _said(calibration),
+        "calibration": _said(run.pruned.get("calibration") or {}),
         "refit": _said(refit_summary(run.pruned.get("refit") or {})),
         "alignment": "; ".join(_said(each) for each in run.pruned.get("alignments") or [])
         or ("none" if run.pruned else ""),
@@ -328,7 +304,7 @@ def _facts(run: Artefact) -> dict[str, str]:
         "adapter": _said(run.settings, _ADAPTER),
         "steps": str(run.history[-1].get("step", "")) if run.history else "",
         "warm start": str(training.get("warm_start") or ""),
-        "trained on": device or ("not recorded" if run.kind in ("loram", "lora") else ""),
+        "trained on": measured.get("device") or "not recorded" * run.trained,
         "settings": _said(run.record.get("training", {})) if run.kind == "plan" else "",
         "versions of the pruned model": _said(run.pruned.get("versions") or {}),
         "versions of the training": _said(training.get("versions") or {}),
@@ -348,15 +324,6 @@ def _evaluated(evaluation: Evaluation) -> dict[str, str]:
         "held-out text": "; ".join(sources),
         "versions of the evaluation": _said(evaluation.versions),
     }
-
-
-def _base_of(run: Artefact) -> Mapping[str, Any]:
-    return run.pruned.get("base") or run.record.get("base") or {}
-
-
-def _device(run: Artefact, training: Mapping[str, Any]) -> str:
-    measured = (training.get("memory") or {}).get("measured") or {}
-    return str(measured.get("device") or "")
 
 
 def _parameters(counts: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.propose.propose import propose
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
-from axolotl_loram.results.verify import failures, verify
+from axolotl_loram.results.inspect import failures, verify
 from axolotl_loram.text.calibration import Calibration
 
 ROOT = Path(__file__).resolve().parents[2]

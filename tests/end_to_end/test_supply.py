@@ -16,7 +16,7 @@ from axolotl_loram.cli import main
 from axolotl_loram.config import FillArgs, PruningArgs, Section
 from axolotl_loram.config_layerwise import LayerwiseArgs
 from axolotl_loram.config_loram import LoRAMConfig
-from axolotl_loram.results.publish import without_secrets
+from axolotl_loram.results.secrets import without_secrets
 
 ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = "/home/somebody/private"

@@ -124,9 +124,9 @@ def test_standard_errors_are_those_of_repeated_draws():
 
 
 def test_the_share_of_gain_is_a_ratio_of_log_perplexities():
-    models = {"base": {"loss": 3.0}, "base+recovered": {"loss": 2.5}}
-    others = {"also:lora": {"loss": 2.0}, "also:worse": {"loss": 3.1}}
-    assert share_of_gain(models | others, list(others)) == {"also:lora": 0.5}
+    losses = {"base": 3.0, "base+recovered": 2.5}
+    others = {"also:lora": 2.0, "also:worse": 3.1}
+    assert share_of_gain(losses | others, list(others)) == {"also:lora": 0.5}
 
 
 def test_the_batch_size_is_halved_until_it_fits():
