@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 
@@ -143,7 +142,7 @@ def test_python_of_the_documents_names_what_there_is(page):
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 exec(compile(ast.Module([node], []), page.name, "exec"), {})
-        if find_spec("axolotl_loram.api"):
+        if (ROOT / "axolotl_loram/api.py").exists():
             check_calls(tree)
 
 
