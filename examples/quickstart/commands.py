@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -56,7 +57,7 @@ def run(what: str, log: Path, program: str | Callable[[], object], *arguments: s
         _show_progress(log, time.monotonic() - started)
     took = _done(started)
     if child.exitcode:
-        sys.exit(f"it failed:\n{log.read_text(encoding='utf-8', errors='replace')[-4000:]}")
+        sys.exit(f"\n{log.read_text(encoding='utf-8', errors='replace')[-4000:]}")
     return took
 
 
@@ -72,12 +73,20 @@ def say(what: str, log: Path | None = None, *command: str) -> None:
 def _run(log: Path, program: str | Callable[[], object], words: list[str]) -> None:
     """In the fork: all output into the log, and the program's entry point."""
     with _said_to(log):
-        if not isinstance(program, str):
-            program()
-            return
-        sys.argv = words
-        (entry,) = entry_points(group="console_scripts", name=program)
-        entry.load()()
+        try:
+            if not isinstance(program, str):
+                program()
+                return
+            sys.argv = words
+            (entry,) = entry_points(group="console_scripts", name=program)
+            entry.load()()
+        except SystemExit as ended:
+            if ended.code and not isinstance(ended.code, int):
+                print(ended.code, file=sys.stderr)
+            sys.exit(int(bool(ended.code)))
+        except BaseException:
+            traceback.print_exc()
+            sys.exit(1)
 
 
 @contextmanager
