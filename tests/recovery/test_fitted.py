@@ -305,7 +305,7 @@ def test_the_command_fits_on_text(adapter, text_file):
     wrong = CliRunner().invoke(main, command)
     assert wrong.exit_code == 2 and "expected --calibration" in wrong.output
     masked = CliRunner().invoke(main, ["recover", str(adapter), "--masked", "--fill", "normal"])
-    assert masked.exit_code == 2 and "expected --fill zeros with --masked" in masked.output
+    assert masked.exit_code == 2 and "expected fill zeros with masked" in masked.output
     text = ["--calibration", str(text_file), "--calibration-length", "32"]
     done = CliRunner().invoke(main, [*command, *text, "--calibration-samples", "8"])
     assert done.exit_code == 0, done.output
