@@ -113,30 +113,23 @@ def write_yaml(file: Path, settings: dict) -> Path:
 WARM = Warm()
 
 
-def run_command(
-    *command: object, check: bool = True, whole: bool = False, **options
-) -> subprocess.CompletedProcess:
+def run_command(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
     """Run an installed command of this environment, and show its output if it fails.
 
-    Axolotl's commands are forks of a process that has imported Axolotl, unless `whole`, or unless
-    something but their input is special about them.
+    Axolotl's commands are forks of a process that has imported Axolotl, where nothing but their
+    input and folder is special about them, and they start no other process.
     """
     programs = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     argv = [str(programs / str(command[0])), *map(str, command[1:])]
     alone = "--launcher" not in argv or "python" in argv  # other launchers start processes
-    if command[0] == "axolotl" and command[1] in COMMANDS and alone and not whole:
-        if options.keys() <= {"input", "cwd"}:
-            folder = str(options.get("cwd") or Path.cwd())
-            result = WARM.run(argv, environment, folder, options.get("input"))
-        else:
-            result = subprocess.run(
-                argv, capture_output=True, text=True, **{"env": environment, **options}
-            )
+    usual = alone and options.keys() <= {"input", "cwd"}
+    if usual and command[0] == "axolotl" and command[1] in COMMANDS:
+        folder = str(options.get("cwd") or Path.cwd())
+        result = WARM.run(argv, environment, folder, options.get("input"))
     else:
-        result = subprocess.run(
-            argv, capture_output=True, text=True, **{"env": environment, **options}
-        )
+        options = {"env": environment, **options}
+        result = subprocess.run(argv, capture_output=True, text=True, **options)
     if check and result.returncode:
         raise AssertionError(f"{command} failed:\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}")
     return result

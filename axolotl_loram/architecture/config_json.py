@@ -13,15 +13,9 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import stored_config
 
 Config = Mapping[str, Any]
-
-
 MOST_LAYERS, MOST_EXPERTS, MOST_FEATURES = 1_000, 1_024, 2**31
 """Bounds beyond any model, so that what a config claims takes bounded time."""
-
-
 TIED = "tie_word_embeddings"
-
-
 PER_LAYER = "per_layer_config"
 """Where transformers keeps what differs between layers; `own_fields` reads it."""
 

@@ -9,11 +9,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.untrusted import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
 PREFIX = "base_model.model."
-
-
 PARTNERS = {
     "lora_A.weight": "lora_B.weight",
     "lora_B.weight": "lora_A.weight",

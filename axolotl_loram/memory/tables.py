@@ -9,11 +9,7 @@ from axolotl_loram.memory.gpus import GPUS
 from axolotl_loram.tables import columns
 
 GIB = 2**30
-
-
 WEIGHTS = ("embedding", "lm_head", "linears", "experts")
-
-
 ROWS = {
     "LoRA": "lora_bytes",
     "gradients": "gradient_bytes",

@@ -24,6 +24,7 @@ from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.nf4 import packed_weights
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.formats import Formats, check_trains_packed, choose_formats
 from axolotl_loram.models.stream import replace_linear
 
@@ -85,7 +86,7 @@ def decide_formats(section: LoRAMConfig, cfg: Any, pruned: Path | None) -> Forma
     if is_packed:
         check_trains_packed(cfg)
     formats = choose_formats(section, cfg, config, packed_head)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     for format in set(formats.small.values()) - {"cpu"}:
         check_device(format, device)
     return formats

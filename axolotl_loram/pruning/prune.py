@@ -103,7 +103,9 @@ class Job:
     @property
     def device(self) -> str:
         """Where calibration runs."""
-        return device_of(self.settings)
+        from axolotl_loram.models.device import choose_device
+
+        return choose_device(self.settings.device)
 
     def stream(self, four_bit: bool = False) -> LayerStream:
         """The base's layers, on the device."""
@@ -191,15 +193,10 @@ def _plan_packing(settings: Pruning, checkpoint: Checkpoint, sketch: PruningPlan
     if settings.quantize is None:
         return None
     config = changed(read_json(checkpoint.folder / "config.json"), sketch.changes)
-    block, device = settings.quantize_block_size, device_of(settings)
+    from axolotl_loram.models.device import choose_device
+
+    block, device = settings.quantize_block_size, choose_device(settings.device)
     return plan_packing(config, checkpoint.tensors, block, device)
-
-
-def device_of(settings: Pruning) -> str:
-    """Where to compute: as the settings say, else on the GPU if there is one."""
-    import torch
-
-    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:

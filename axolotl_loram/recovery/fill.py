@@ -30,6 +30,7 @@ from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import unfinished
 from axolotl_loram.files.tensors import Checkpoint, read_json
+from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.recovery.fitted import fit, fittable
@@ -68,7 +69,7 @@ class Job:
     @property
     def device(self) -> str:
         """Where to compute."""
-        return self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return choose_device(self.settings.device)
 
     def streams(self) -> tuple[LayerStream, LayerStream]:
         """The layers of the base and of the pruned model, in float32: changes are small."""

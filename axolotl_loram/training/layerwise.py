@@ -39,6 +39,7 @@ from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.stream import TORCH_DTYPES, LayerStream, to_bits
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.gather import write_weights
@@ -102,7 +103,7 @@ def align_layers(
         LoRAMError: The models do not belong together, or cannot be aligned.
     """
     pair = _find(pruned, base)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(settings.device)
     calibration = calibration or load_calibration(settings, pair.base)
     checkpoint, start = Checkpoint(pair.pruned), time.time()
     identity = {

@@ -24,6 +24,7 @@ from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.models.device import choose_device
 from axolotl_loram.pruning.cache import cache_folder
 from axolotl_loram.training.align import Alignment
 from axolotl_loram.training.distil import IGNORED, Targets, distillation_loss
@@ -102,7 +103,7 @@ def _outputs(run: Alignment, base: Path, trainer: Any) -> Path:
     """The folder of the base's outputs on the training data, made by whichever rank comes first."""
     section = run.section
     sequences = distinct(seen(trainer))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     digest, top_k = data_digest(sequences), section.teacher_top_k
     identity = [SCHEMA_VERSION, Checkpoint(base).fingerprint(), digest, top_k, device]
 

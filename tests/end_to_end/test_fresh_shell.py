@@ -38,7 +38,7 @@ def test_train_merge_infer_evaluate_in_a_fresh_shell(make_model, settings, tmp_p
     prune(str(make_model()), tmp_path / "pruned", PruningArgs(ratio=0.5))
     section = {"pruned_model_path": str(tmp_path / "pruned")}
     write_yaml(tmp_path / "loram.yml", settings(make_model(), adapter="loram", loram=section))
-    activate, install = commands(". .venv")
+    _, activate, install = commands("python3 -m venv")
     assert install.startswith("pip install")  # done: the environment that runs this test
     activate = activate.replace(".venv", shlex.quote(str(Path(sys.executable).parent.parent)))
     lines = commands("axolotl train loram.yml  ")
