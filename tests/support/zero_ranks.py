@@ -107,3 +107,5 @@ if __name__ == "__main__":
     found = {file.stem: run(file, folder / file.stem) for file in files}
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # gloo's threads abort a process that ends before the other
+    torch.distributed.destroy_process_group()
