@@ -82,7 +82,7 @@ def pruned(bench: Bench, case: Case) -> Path:
         file.write_text(yaml.safe_dump(bench.settings("calibration")), encoding="utf-8")
         amount = ["--calibration-samples", "32", "--calibration-length", "256"]
         how = ["--method", case.method, "--pruning-ratio", str(case.ratio)]
-        how += ["--calibration", str(file), "--compensate" if case.refit else "--no-compensate"]
+        how += ["--calibration", str(file), "--refit" if case.refit else "--no-refit"]
         bench.command("axolotl-loram", "prune", str(bench.base), str(folder), *how, *amount)
     return folder
 
