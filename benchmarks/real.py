@@ -1,9 +1,9 @@
 """How much of LoRA's gain a recovered adapter keeps on real pretrained models.
 
 Every run is the plain loop of `plain_loop.py`, which gives Axolotl's adapters to the bit when it is
-fed Axolotl's batches: LoRA (rank 8, 40 steps of 4 samples, frozen weights in bfloat16) on GSM8K. On the
-base it is the yardstick; on pruned models the loss varies (`plain`, or `anchored` with so many
-tokens named; see `axolotl_loram/training/anchored.py`). All are measured alike on the base with the
+fed Axolotl's batches: LoRA (rank 8, 40 steps of 4 samples, frozen weights in bfloat16) on GSM8K. On
+the base it is the yardstick; on pruned models the loss varies: `plain`, or `anchored` with so many
+tokens named (see `axolotl_loram/training/anchored.py`). All are measured alike on the base with the
 adapter recovered, and on the pruned model: perplexity of 40 held-out answers, and of other text.
 
 share = ln(base / recovered) / ln(base / LoRA), both of the same seed.
@@ -30,6 +30,7 @@ import yaml
 from measure import ROOT, append_row, surroundings
 from peft import PeftModel
 from plain_loop import BATCH, STEPS, Bench, padded, recovered
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "examples/quickstart"))
 import data
@@ -49,7 +50,8 @@ class Case:
         ratio: Pruned share of the inner layers; 0 is LoRA on the base.
         method: How units are chosen.
         refit: Whether the rest is refitted.
-        loss: "plain" or "anchored".
+        loss: "plain" or "anchored"; "ceiling" is LoRA on the base, confined to the rows of B and
+            the columns of A that the pruned model's adapter has: all that recovery could give.
         top_k: Tokens whose offsets are named; 0 is all of them.
         rate: Learning rate.
     """
@@ -72,6 +74,19 @@ def cases() -> Iterator[Case]:
             yield Case(seed, ratio, loss="anchored")
     for top_k in (32, 8, 128):
         yield Case(1, 0.5, loss="anchored", top_k=top_k)
+    for ratio in (0.5, 0.75):
+        yield Case(1, ratio, loss="ceiling")
+    for rate in (2e-3, 5e-4):
+        yield Case(1, rate=rate)
+        for ratio in (0.5, 0.75):
+            yield Case(1, ratio, loss="anchored", top_k=32, rate=rate)
+            yield Case(1, ratio, rate=rate)
+    for method, refit in (("random", False), ("random", True), ("activation", False)):
+        for loss in ("plain", "anchored"):
+            yield Case(1, 0.5, method, refit, loss, 32 if loss == "anchored" else 0)
+    for ratio in (0.25, 0.85):
+        yield Case(1, ratio)
+        yield Case(1, ratio, loss="anchored", top_k=32)
 
 
 def pruned(bench: Bench, case: Case) -> Path:
@@ -103,12 +118,15 @@ def trained(bench: RealBench, case: Case) -> Path:
     folder = bench.scratch / "-".join(map(str, asdict(case).values()))
     if folder.exists():
         return folder
-    kind = pruned(bench, case) if case.ratio else "base"
+    on_base = not case.ratio or case.loss == "ceiling"
+    kind = "base" if on_base else pruned(bench, case)
     narrow = bench.model(kind, dtype=torch.bfloat16)
-    base = bench.model("base", dtype=torch.bfloat16).eval() if case.loss == "anchored" else None
+    anchored = case.loss == "anchored"
+    base = bench.model("base", dtype=torch.bfloat16).eval() if anchored else None
     model = bench.fresh(narrow, case.seed).train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, case.rate, weight_decay=0.0)
+    masks = kept_of(bench, case, model) if case.loss == "ceiling" else None
     for step, batch in enumerate(batches(bench, case.seed)):
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model, base, batch, case)
@@ -116,10 +134,38 @@ def trained(bench: RealBench, case: Case) -> Path:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if masks:
+            confine(model, masks)
         if step % 10 == 0:
             print(f"{case} step {step}: {loss.item():.3f}", flush=True)
     model.save_pretrained(folder)
     return folder
+
+
+def kept_of(bench: RealBench, case: Case, model: Any) -> dict[str, torch.Tensor]:
+    """1 where an adapter of the pruned model has a weight, by the names in a LoRA of the base.
+
+    The LoRA of the base is confined to that at once.
+    """
+    folder = bench.scratch / f"ones-{case.ratio}"
+    if not folder.exists():
+        ones = bench.fresh(bench.model(pruned(bench, case)), 0)
+        for name, weight in ones.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.ones_(weight)
+        ones.save_pretrained(folder)
+    stored = load_file(recovered(bench, folder) / "adapter_model.safetensors")
+    masks = {name.replace(".weight", ".default.weight"): ones for name, ones in stored.items()}
+    confine(model, masks)
+    return masks
+
+
+@torch.no_grad()
+def confine(model: Any, masks: dict[str, torch.Tensor]) -> None:
+    """Zero what is masked out."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.mul_(masks[name])
 
 
 def batches(bench: Bench, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -171,7 +217,7 @@ def row_of(bench: RealBench, case: Case) -> dict[str, Any]:
     begun = time.perf_counter()
     adapter = trained(bench, case)
     seconds = time.perf_counter() - begun
-    if not case.ratio:
+    if not case.ratio or case.loss == "ceiling":
         whole = PeftModel.from_pretrained(bench.model("base"), adapter)
         return {**measured(bench, whole, "recovered"), "seconds": round(seconds)}
     narrow = PeftModel.from_pretrained(bench.model(pruned(bench, case)), adapter)
@@ -182,9 +228,10 @@ def row_of(bench: RealBench, case: Case) -> dict[str, Any]:
 
 def add(bench: Bench, case: Case | None, found: dict[str, Any], rows: list[dict]) -> None:
     """A row with the same columns for all; the share, where its yardsticks are there."""
-    task = {(row["seed"], row["ratio"], row["loss"]): row["recovered_task"] for row in rows}
-    base = task.get(("", "", ""))
-    lora = task.get((str(case.seed), "0.0", "plain")) if case else None
+    key = ("seed", "ratio", "loss", "rate")
+    task = {tuple(row[name] for name in key): row["recovered_task"] for row in rows}
+    base = task.get(("", "", "", ""))
+    lora = task.get((str(case.seed), "0.0", "plain", "0.001")) if case else None
     row: dict[str, Any] = {"model": bench.base.name, "task": "gsm8k"}
     row |= dict.fromkeys(asdict(Case(0)), "") if case is None else asdict(case)
     columns = ("pruned_task", "pruned_other", "recovered_task", "recovered_other")

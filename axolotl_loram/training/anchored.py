@@ -1,7 +1,7 @@
 """Anchored loss: the base's own errors decide what an adapter on the pruned model learns.
 
-Trained alone, an adapter on a pruned model spends itself on repairing that model, which the original
-does not need. So the constant offset between the two frozen models is added to the logits:
+Trained alone, an adapter on a pruned model spends itself on repairing that model, which the
+original does not need. So the constant offset between the two frozen models is added to the logits:
 
     loss = CE( z_pruned+adapter + (log p_base − log p_pruned), label )
 
@@ -9,8 +9,8 @@ At step 0 the distribution is the base's, and so is the gradient: nothing is lef
 the arithmetic of proxy-tuning (arXiv 2401.08565) and emulated fine-tuning (2310.12962), moved from
 decoding into training, with the pruned model as its own anti-expert.
 
-The offset is known for some tokens, the label among them; all the others are one event "rest", whose
-probability under both models is known too. With every token named it is the full sum.
+The offset is known for some tokens, the label among them; all the others are one event, "rest",
+whose probability under both models is known too. With every token named it is the full sum.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class Offsets:
     rest: torch.Tensor
 
 
-def offsets(
-    base: torch.Tensor, pruned: torch.Tensor, labels: torch.Tensor, top_k: int
-) -> Offsets:
+def offsets(base: torch.Tensor, pruned: torch.Tensor, labels: torch.Tensor, top_k: int) -> Offsets:
     """The offsets of the label and the base's most likely tokens.
 
     Args:
@@ -57,7 +55,7 @@ def offsets(
 
 
 def others(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """log Σ exp over the tokens that are not in `ids`; 0 where there are none."""
+    """The logarithm of Σ exp over the tokens that are not in `ids`; 0 where there are none."""
     if ids.shape[-1] == logits.shape[-1]:
         return logits.new_zeros(len(logits))
     return logits.scatter(-1, ids, -torch.inf).logsumexp(-1)
