@@ -40,9 +40,9 @@ from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.models.masked import confine
 from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
-from axolotl_loram.recovery.complete import check_complete, trained_shapes
 from axolotl_loram.recovery.merge import merge_masked
 from axolotl_loram.recovery.recover import Filler, recover
+from axolotl_loram.recovery.whole import check_complete, trained_shapes
 from axolotl_loram.results.publish import publish_adapter
 from axolotl_loram.results.secrets import without_secrets
 from axolotl_loram.text.axolotl_text import training_data

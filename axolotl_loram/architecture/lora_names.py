@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.untrusted import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -18,25 +19,19 @@ PARTNERS = {
 }
 
 
-def named_model(adapter: Path) -> str:
+def named_model(settings: Mapping[str, Any], adapter: Path) -> str:
     """The model that an adapter's config says it is for.
 
     Raises:
         LoRAMError: It names none.
     """
-    found = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    found = settings.get("base_model_name_or_path")
     if not isinstance(found, str) or not found:
         raise LoRAMError(
             f"expected {adapter / ADAPTER_CONFIG} to name a model as base_model_name_or_path, "
             f"found {found!r}: give the pruned model (--pruned-model)"
         )
     return found
-
-
-def read_targets(adapter: Path) -> tuple[str, ...]:
-    """The parameters that an adapter's config targets beside modules."""
-    file = adapter / ADAPTER_CONFIG
-    return tuple((read_json(file).get("target_parameters") or ()) if file.exists() else ())
 
 
 def depth_of(name: str) -> int:

@@ -22,9 +22,9 @@ from axolotl_loram.architecture.config_json import (
 )
 from axolotl_loram.architecture.counts import plan_of_size, sparse_layers, sparse_summary, summary
 from axolotl_loram.architecture.model import changed
-from axolotl_loram.architecture.pairing import check_tensors, weights_fingerprint
-from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
-from axolotl_loram.architecture.record import versions
+from axolotl_loram.architecture.pairing import check_tensors, fingerprint_of, weights_fingerprint
+from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.record import Kind, Record, versions
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
 from axolotl_loram.config import CALIBRATED, Pruning, PruningArgs
 from axolotl_loram.errors import LoRAMError
@@ -169,7 +169,7 @@ def prune(
     checkpoint = Checkpoint(folder)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
     name = str(folder.resolve()) if Path(model).exists() else model
-    base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
+    base = Base(name, commit_of(folder, revision), fingerprint_of(folder))
     sketch = plan_of_size(config, base, resolved)
     check_scorable(sketch, resolved)
     packing = _plan_packing(resolved, checkpoint, sketch)
@@ -342,21 +342,20 @@ def _write_rest(
         if file.name not in files:  # the weights' are known, and large
             files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     written = Checkpoint(folder)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "pruned-model",
-        "base": asdict(plan.base),
-        "pruning": job.settings.model_dump(),
-        "calibration": calibration and calibration.record(),
-        "refit": dict(outcome.refit) or None,
-        "alignments": [],
-        "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
-        "weight_bytes": sum(tensor.nbytes for tensor in written.tensors.values()),
-        "plan": plan.digest,
-        "fingerprint": weights_fingerprint(written),
-        "vocabulary": vocabulary_digest(folder),
-        "versions": versions(),
-        "files": dict(sorted(files.items())),
-    }
-    write_json(folder / RECORD_FILE, record)
-    return record
+    record = Record(
+        Kind.PRUNED_MODEL,
+        plan.base,
+        plan.digest,
+        pruning=job.settings.model_dump(),
+        calibration=calibration.record() if calibration else None,
+        refit=dict(outcome.refit) or None,
+        alignments=[],
+        parameters={**summary(plan.config, plan.counts), **outcome.zeros},
+        weight_bytes=sum(tensor.nbytes for tensor in written.tensors.values()),
+        fingerprint=weights_fingerprint(written),
+        vocabulary=vocabulary_digest(folder),
+        versions=versions(),
+        files=dict(sorted(files.items())),
+    )
+    record.save(folder)
+    return record.as_json()

@@ -55,13 +55,13 @@ class LoRA:
         return {m.stored.name: to_bits(values, m.stored.dtype) for m, values in pairs}
 
 
-Adapter = dict[str, LoRA]
+Loras = dict[str, LoRA]
 """The LoRA of each module."""
 
 
 def read_loras(
     moved: Sequence[Moved], settings: Mapping[str, Any], full_size: bool, device: str = "cpu"
-) -> Adapter:
+) -> Loras:
     """The LoRA of all linear layers inside decoder layers and elsewhere; the rest is left out.
 
     Args:
@@ -102,14 +102,14 @@ def _values(moved: Moved, full_size: bool) -> torch.Tensor:
     return values.view(TORCH_DTYPES[moved.stored.dtype]).float()
 
 
-def below(adapter: Adapter, prefix: str) -> Adapter:
+def below(adapter: Loras, prefix: str) -> Loras:
     """The LoRA of one layer: path below ``prefix`` → its LoRA."""
     inside = (name for name in adapter if name.startswith(prefix))
     return {name.removeprefix(prefix): adapter[name] for name in inside}
 
 
 @contextmanager
-def added(layer: nn.Module, adapter: Adapter) -> Iterator[None]:
+def added(layer: nn.Module, adapter: Loras) -> Iterator[None]:
     """In the block, the layer runs with its LoRA (paths below the layer)."""
     with ExitStack() as stack:
         for path, lora in adapter.items():

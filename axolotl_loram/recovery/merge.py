@@ -16,26 +16,22 @@ import numpy as np
 import torch
 
 from axolotl_loram.architecture.config_json import is_tied
-from axolotl_loram.architecture.lora_names import named_model, split_name
-from axolotl_loram.architecture.pairing import (
-    check_adapter_tokenizer,
-    check_pair,
-    check_trained_under,
-    read_record,
-)
-from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.architecture.lora_names import split_name
+from axolotl_loram.architecture.pairing import check_pair
+from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.record import Kind, Record
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import check_vacant, new_folder, write_json
+from axolotl_loram.files.atomic import check_vacant, new_folder
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, StoredTensor, write_safetensors
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor, write_safetensors
 from axolotl_loram.files.untrusted import copy_files
 from axolotl_loram.models.masked import add_update, pack, read_support
 from axolotl_loram.models.stream import TORCH_DTYPES
+from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.lora import scaling
-from axolotl_loram.recovery.recover import read_adapter_config
-from axolotl_loram.recovery.scatter import match
-from axolotl_loram.recovery.whole import check_modules, check_trained
+from axolotl_loram.recovery.scatter import Moved
+from axolotl_loram.recovery.whole import check_adapter
 
 LOG = logging.getLogger(__name__)
 COPIED = (
@@ -77,36 +73,29 @@ def merge_masked(
     """
     output = output or default_output(adapter)
     check_vacant(output, overwrite)
-    settings, recorded = read_adapter_config(adapter), read_record(adapter)
-    pruned = find_folder(pruned_model or named_model(adapter))
+    opened = Adapter.open(adapter)
+    pruned = find_folder(pruned_model or opened.model)
     plan = PruningPlan.load(pruned)
-    _check_masked(plan, recorded, adapter)
-    check_trained_under(adapter, plan)
+    _check_masked(plan, opened)
     base = base or plan.base
     folder = find_folder(base.id, base.revision)
     check_pair(pruned, plan, base.id, base.revision)
-    checkpoint = Checkpoint(adapter, ADAPTER_FILE)
-    parts = _parts_by_tensor(checkpoint, plan)
-    check_modules(checkpoint, settings, plan)
-    if not of_run:
-        check_trained(checkpoint)
-        check_adapter_tokenizer(adapter, pruned)
+    parts = _parts_by_tensor(check_adapter(opened, plan, pruned, of_run), plan)
     LOG.info("adding the masked update of %s to %s, into %s", adapter, base.id, output)
-    merger = _Merger(Checkpoint(folder), Checkpoint(pruned), plan, settings, parts)
+    merger = _Merger(Checkpoint(folder), Checkpoint(pruned), plan, opened.settings, parts)
     with new_folder(output, overwrite) as scratch:
         files = merger.write(scratch, progress)
         copy_files(folder, scratch, COPIED)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "recovered-model",
-            "base": vars(base),
-            "plan": plan.digest,
-            "trained": recorded.get("training"),
-            "masked": True,
-            "files": files,
-        }
-        write_json(scratch / RECORD_FILE, record)
-    return {**record, "output": str(output)}
+        record = Record(
+            Kind.RECOVERED_MODEL,
+            base,
+            plan.digest,
+            trained=opened.record.training,
+            masked=True,
+            files=files,
+        )
+        record.save(scratch)
+    return {**record.as_json(), "output": str(output)}
 
 
 def default_output(adapter: Path) -> Path:
@@ -115,28 +104,28 @@ def default_output(adapter: Path) -> Path:
     return adapter.parent / f"merged-{adapter.name}"
 
 
-def _check_masked(plan: PruningPlan, recorded: Mapping[str, Any], adapter: Path) -> None:
+def _check_masked(plan: PruningPlan, adapter: Adapter) -> None:
     if not plan.masks:
         raise LoRAMError(
             "expected an adapter of a sparse pruned model for masked recovery, found one of a "
             "model that lost whole units, which has no mask: recover it plainly"
         )
-    if recorded.get("masked") is False:
+    if adapter.record.masked is False:
         raise LoRAMError(
-            f"expected an adapter trained with its update masked, found {adapter} trained without: "
-            "recover it plainly, or train with `masked: true`"
+            f"expected an adapter trained with its update masked, found {adapter.folder} trained "
+            "without: recover it plainly, or train with `masked: true`"
         )
 
 
-def _parts_by_tensor(adapter: Checkpoint, plan: PruningPlan) -> dict[str, dict[str, StoredTensor]]:
+def _parts_by_tensor(adapter: list[Moved], plan: PruningPlan) -> dict[str, dict[str, StoredTensor]]:
     """Weight of the base → what the adapter holds for it.
 
     Raises:
-        LoRAMError: The adapter does not fit, or holds what cannot be added to a weight.
+        LoRAMError: It holds what cannot be added to a weight.
     """
     tied = is_tied(plan.config)
     found: dict[str, dict[str, StoredTensor]] = {}
-    for moved in match(adapter, plan, full_size=False):
+    for moved in adapter:
         module, part = split_name(moved.stored.name)
         end = module.rpartition(".")[2]
         if part not in PARTS or (tied and end in ("lm_head", "embed_tokens")):

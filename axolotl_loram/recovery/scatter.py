@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture.config_json import family_of
-from axolotl_loram.architecture.lora_names import PARTNERS, depth_of, read_targets, split_name
+from axolotl_loram.architecture.lora_names import depth_of, split_name
 from axolotl_loram.architecture.model import Tensor, embedding_module, parameters
 from axolotl_loram.architecture.plan import PruningPlan, gather, scatter
 from axolotl_loram.architecture.spaces import EXPERTS, Dim
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.tensors import Checkpoint, StoredTensor
+from axolotl_loram.files.tensors import StoredTensor
+from axolotl_loram.recovery.adapter import Adapter
 
 LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
     "lora_A.weight": ((1, 1),),
@@ -96,11 +97,11 @@ class Moved:
         return self.stack.gather(bits, self.shape) if self.stack else gather(bits, self.features)
 
 
-def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Moved]:
+def match(adapter: Adapter, plan: PruningPlan, full_size: bool) -> list[Moved]:
     """Find out, for each adapter tensor, along which features of the base it lies.
 
     Args:
-        checkpoint: The adapter.
+        adapter: The adapter.
         plan: The plan.
         full_size: Whether its tensors have the base's shapes (to gather) or the pruned model's
             (to scatter).
@@ -109,10 +110,8 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
         The tensors in stored order, each with the shape it will have.
 
     Raises:
-        LoRAMError: A tensor is none of LoRA's, has no partner of A and B, is empty, or its shape
-            does not fit the plan.
+        LoRAMError: A tensor is none of LoRA's, is empty, or its shape does not fit the plan.
     """
-    check_pairs(checkpoint)
     declared: dict[str, list[Tensor]] = {}
     for tensor in parameters(plan.config):
         if not tensor.bias:
@@ -120,16 +119,15 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
     tied = declared.get(embedding_module(plan.config) or "")
     if tied:  # a tied lm_head is not stored, but can be adapted
         declared.setdefault("lm_head", tied)
-    depths = _depths(checkpoint)
-    targets = read_targets(checkpoint.folder)
+    depths = _depths(adapter)
     moved = []
-    for stored in checkpoint.tensors.values():
+    for stored in adapter.tensors.values():
         module, part = split_name(stored.name)
         adapted = declared.get(module, [])
         _check_dimensions(stored, part)
         if part in LORA_AXES and adapted:
             if adapted[0].role == EXPERTS:
-                adapted = _targeted(adapted, module, targets, depths[module])
+                adapted = _targeted(adapted, module, adapter, depths[module])
                 adapted = adapted[depths[module] - depth_of(stored.name) :]
             moved.append(_match_lora(stored, part, adapted[0], plan, full_size))
         else:
@@ -147,46 +145,21 @@ def _check_dimensions(stored: StoredTensor, part: str) -> None:
         )
 
 
-def unpaired_tensors(adapter: Checkpoint) -> list[str]:
-    """A without B, or B without A."""
-    parts = ((name, split_name(name)[1]) for name in adapter.tensors)
-    return [
-        name
-        for name, part in parts
-        if part in PARTNERS and name.removesuffix(part) + PARTNERS[part] not in adapter.tensors
-    ]
-
-
-def check_pairs(adapter: Checkpoint) -> None:
-    """Refuse an adapter in which an A or a B is alone.
-
-    Raises:
-        LoRAMError: The first that is.
-    """
-    lone = unpaired_tensors(adapter)
-    if lone:
-        raise LoRAMError(
-            f"expected A and B of every module in {adapter.folder}, found {lone[0]} without its "
-            f"partner ({len(lone)} such): the adapter was not saved whole, so save it again"
-        )
-
-
-def _depths(checkpoint: Checkpoint) -> dict[str, int]:
+def _depths(adapter: Adapter) -> dict[str, int]:
     depths: dict[str, int] = {}
-    for name in checkpoint.tensors:
+    for name in adapter.tensors:
         module, _ = split_name(name)
         depths[module] = max(depths.get(module, 0), depth_of(name))
     return depths
 
 
-def _targeted(
-    adapted: list[Tensor], module: str, targets: tuple[str, ...], deepest: int
-) -> list[Tensor]:
+def _targeted(adapted: list[Tensor], module: str, adapter: Adapter, deepest: int) -> list[Tensor]:
     """The parameters of a module that LoRA is on: PEFT wraps the first of them innermost.
 
     Raises:
         LoRAMError: The adapter's config names another number of them than it has tensors for.
     """
+    targets = adapter.target_parameters
     chosen = [t for t in adapted if any(t.name == x or t.name.endswith(f".{x}") for x in targets)]
     if len(chosen) != deepest + 1:
         raise LoRAMError(

@@ -21,12 +21,13 @@ from axolotl_loram.architecture.pairing import (
     check_pair,
     check_plan,
     check_recorded_base,
-    read_record,
 )
 from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.record import Kind, Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
+from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.models.load import nf4
 from axolotl_loram.models.masked import confine
 from axolotl_loram.results.artefacts import ALSO, BASE, MODELS, PRUNED, RECOVERED, TRAINED
@@ -115,7 +116,7 @@ def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[st
     if pruned is not None:
         _check_pruned(pruned, base, record, output)
     check_recorded_base(record, base.id, base.revision)
-    confined = pruned if record.get("masked") else None
+    confined = pruned if record.masked else None
     exact = confined if section.get("recovery") == "masked" else None
     narrow = str(pruned)
     candidates = {
@@ -126,15 +127,15 @@ def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[st
     }
     chosen = [candidates[name] for name in MODELS if name in names]
     chosen += [_also(name, folder, base) for name, folder in also.items()]
-    plan = record.get("plan") or (PruningPlan.load(pruned).digest if pruned else None)
+    plan = record.plan or (PruningPlan.load(pruned).digest if pruned else None)
     return Trial(base, output, plan, tuple(chosen))
 
 
-def _record_of(output: Path, names: Sequence[str]) -> dict[str, Any]:
+def _record_of(output: Path, names: Sequence[str]) -> Record:
     """What the run's `loram.json` says; empty where no adapter is asked for and none is there."""
-    record = read_record(output)
+    record = Record.load(output)
     wanted = {TRAINED, RECOVERED} & set(names)
-    if wanted and record.get("kind") != "recovered-adapter":
+    if wanted and record.kind != Kind.RECOVERED_ADAPTER:
         raise LoRAMError(
             f"expected a recovered adapter in output_dir, found none in {output}: run `axolotl "
             "train` first, or evaluate --models base,pruned"
@@ -147,15 +148,13 @@ def _record_of(output: Path, names: Sequence[str]) -> dict[str, Any]:
     return record
 
 
-def _pruned_folder(
-    record: Mapping[str, Any], section: Mapping[str, Any], needed: bool
-) -> Path | None:
+def _pruned_folder(record: Record, section: Mapping[str, Any], needed: bool) -> Path | None:
     """The pruned model that the YAML names, or else the one that the run recorded.
 
     Raises:
         LoRAMError: It is needed, and there is none.
     """
-    recorded = (record.get("trained") or {}).get("pruned_model")
+    recorded = (record.trained or {}).get("pruned_model")
     named = section.get("pruned_model_path") or (recorded if isinstance(recorded, str) else None)
     if named and (needed or Path(named).is_dir()):
         return find_folder(named, section.get("pruned_model_revision"))
@@ -167,13 +166,13 @@ def _pruned_folder(
     return None
 
 
-def _check_pruned(pruned: Path, base: Base, record: Mapping[str, Any], output: Path) -> None:
+def _check_pruned(pruned: Path, base: Base, record: Record, output: Path) -> None:
     plan = PruningPlan.load(pruned)
     check_plan(pruned, plan)
-    if record.get("plan") not in (None, plan.digest):
+    if record.plan not in (None, plan.digest):
         raise LoRAMError(
             f"expected the adapter in {output} to be trained on {pruned}, found it trained under "
-            f"another plan ({record['plan'][:19]}…, not {plan.digest[:19]}…): name the pruned "
+            f"another plan ({str(record.plan)[:19]}…, not {plan.digest[:19]}…): name the pruned "
             "model that it was trained on"
         )
     check_pair(pruned, plan, base.id, base.revision)
@@ -182,12 +181,13 @@ def _check_pruned(pruned: Path, base: Base, record: Mapping[str, Any], output: P
 def _also(name: str, folder: Path, base: Base) -> Candidate:
     """An adapter for the base, or a whole model, such as a merged one."""
     if (folder / ADAPTER_CONFIG).is_file():
-        if read_record(folder).get("kind") == "trained-adapter":
+        record = Record.load(folder)
+        if record.kind == Kind.TRAINED_ADAPTER:
             raise LoRAMError(
                 f"expected an adapter for the original model, found {folder} trained on the pruned "
                 f"one: run `axolotl-loram recover {folder}` first"
             )
-        check_recorded_base(read_record(folder), base.id, base.revision)
+        check_recorded_base(record, base.id, base.revision)
         return Candidate(f"{ALSO}{name}", base.id, base.revision, folder)
     if not has_weights(folder):
         raise LoRAMError(
@@ -265,7 +265,7 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
     Raises:
         LoRAMError: It is for another model.
     """
-    named, problem = named_model(adapter), ""
+    named, problem = named_model(read_json(adapter / ADAPTER_CONFIG), adapter), ""
     stored = Checkpoint(adapter, ADAPTER_FILE).tensors.keys()  # PEFT would take a pickle too
     try:
         adapted = PeftModel.from_pretrained(model, adapter)

@@ -20,9 +20,9 @@ from axolotl_loram.architecture.config_json import (
 from axolotl_loram.architecture.counts import keep_counts, protected_layers, summary
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.model import layer_groups, parameter_count
-from axolotl_loram.architecture.pairing import check_pruned, check_tensors, read_record
-from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
-from axolotl_loram.architecture.record import refit_summary
+from axolotl_loram.architecture.pairing import check_pruned, check_tensors
+from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
+from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record, refit_summary
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
@@ -38,6 +38,10 @@ SMALL_PATTERNS = ("config.json", "loram*", ADAPTER_CONFIG, EVALUATION_FILE)
 ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.py")
 STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions")
 """Entries with parts of their own, which people see on lines of their own."""
+PRUNING = ("method", "ratio", "sparsity", "allocation", "quantize")
+"""What is told of how a model was pruned."""
+TOLD = ("weight_bytes", "calibration", "alignments", "masked")
+"""What is told as it is recorded."""
 RATIOS = (0.5, 0.75, 0.85)
 """Pruning ratios that people are shown first."""
 CheckFunction = Callable[[Subject], Iterator[Finding]]
@@ -51,11 +55,11 @@ ADAPTER = (
     checks.modules,
     checks.tokenizer,
 )
-CHECKS: Mapping[str, tuple[CheckFunction, ...]] = {
-    "pruned-model": (*MODEL, *PRUNED),
-    "recovered-model": MODEL,
-    "trained-adapter": ADAPTER,
-    "recovered-adapter": (checks.files, checks.settings, *ADAPTER, checks.base),
+CHECKS: Mapping[Kind, tuple[CheckFunction, ...]] = {
+    Kind.PRUNED_MODEL: (*MODEL, *PRUNED),
+    Kind.RECOVERED_MODEL: MODEL,
+    Kind.TRAINED_ADAPTER: ADAPTER,
+    Kind.RECOVERED_ADAPTER: (checks.files, checks.settings, *ADAPTER, checks.base),
 }
 """Kind of folder → what can be checked of it."""
 
@@ -90,10 +94,12 @@ def verify(folder: Path, base: str | None = None, progress: Progress = no_progre
     Raises:
         LoRAMError: There is no record that could be held against the files.
     """
-    record = read_record(folder)
-    _require_record(record, folder)
-    subject = Subject(folder, record, base, progress)
-    return [found for check in CHECKS[record["kind"]] for found in _outcomes(check, subject)]
+    record = Record.load(folder)
+    kind, origin = record.require(folder)
+    if kind not in CHECKS:
+        raise LoRAMError(f"expected one of {', '.join(CHECKS)} to check, found {kind} in {folder}")
+    subject = Subject(folder, record, kind, origin, base, progress)
+    return [found for check in CHECKS[kind] for found in _outcomes(check, subject)]
 
 
 def failures(made: Iterable[Check]) -> list[Check]:
@@ -126,26 +132,6 @@ def _outcomes(check: CheckFunction, subject: Subject) -> Iterator[Check]:
         yield Check(name, "failed", f"a file cannot be read: {error}")
 
 
-def _require_record(record: Mapping[str, Any], folder: Path) -> None:
-    if not record:
-        raise LoRAMError(f"expected a folder with {RECORD_FILE}, found none in {folder}")
-    base, files = record.get("base"), record.get("files") or {}
-    whole = (
-        record.get("kind") in CHECKS
-        and isinstance(record.get("plan"), str)
-        and isinstance(base, dict)
-        and isinstance(base.get("id"), str)
-        and isinstance(files, dict)
-        and all(isinstance(digest, str) for digest in files.values())
-        and isinstance(record.get("parameters") or {}, dict)
-    )
-    if not whole:
-        raise LoRAMError(
-            f"expected {folder / RECORD_FILE} to name a kind ({', '.join(CHECKS)}), a plan, a base "
-            "and the digests of files, found it without: it is damaged, so download it again"
-        )
-
-
 def inspect(
     model: str,
     revision: str | None = None,
@@ -171,7 +157,7 @@ def inspect(
             not fit one another.
     """
     folder = find_folder(model, revision, ALL_PATTERNS if verifying else SMALL_PATTERNS)
-    record = read_record(folder)
+    record = Record.load(folder)
     if not record and not verifying:
         return describe_ordinary(folder, model)
     made = verify(folder, base, progress) if verifying else []
@@ -182,44 +168,38 @@ def inspect(
     except LoRAMError:
         if not failures(made):
             raise
-        told = _told(record)  # what is wrong is among the checks
+        told = _told(folder, record)  # what is wrong is among the checks
     counted = {"checks": list(map(asdict, made)), "failed": len(failures(made))}
     return told | (counted if made else {})
 
 
-def describe(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+def describe(folder: Path, record: Record) -> dict[str, Any]:
     """What a record and the plan beside it say.
 
     Raises:
         LoRAMError: The plan is damaged.
     """
-    told = _told(record)
+    told = _told(folder, record)
     if (folder / PLAN_FILE).exists():
         found = PruningPlan.load(folder)
-        told |= {**(record.get("parameters") or {}), **summary(found.config, found.counts)}
-        told |= refit_summary(record.get("refit") or {})
+        told |= {**(record.parameters or {}), **summary(found.config, found.counts)}
+        told |= refit_summary(record.refit or {})
     return told
 
 
-def _told(record: Mapping[str, Any]) -> dict[str, Any]:
-    base, pruning = record["base"], record.get("pruning") or {}
-    trained = record.get("trained") or record.get("training") or {}
+def _told(folder: Path, record: Record) -> dict[str, Any]:
+    kind, base = record.require(folder)
+    pruning, said = record.pruning or {}, record.as_json()
     told = {
-        "kind": record["kind"],
-        "base": base["id"],
-        "base_revision": base.get("revision"),
-        "base_fingerprint": base.get("fingerprint"),
-        "plan": record["plan"],
-        **{name: pruning.get(name) for name in ("method", "ratio", "sparsity", "allocation")},
-        "quantize": pruning.get("quantize"),
-        "weight_bytes": record.get("weight_bytes"),
-        "calibration": record.get("calibration"),
-        "alignments": record.get("alignments"),
-        "masked": record.get("masked"),
-        "pruned_model": trained.get("pruned_model"),
-        "warm_start": trained.get("warm_start"),
-        "memory": trained.get("memory"),
-        "versions": record.get("versions"),
+        "kind": kind,
+        **{"base": base.id, "base_revision": base.revision, "base_fingerprint": base.fingerprint},
+        "plan": record.plan,
+        **{name: pruning.get(name) for name in PRUNING},
+        **{
+            name: said.get(name) for name in ("weight_bytes", "calibration", "alignments", "masked")
+        },
+        **{name: record.run.get(name) for name in ("pruned_model", "warm_start", "memory")},
+        "versions": record.versions,
     }
     return {name: value for name, value in told.items() if value is not None}
 

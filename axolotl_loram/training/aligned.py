@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from axolotl_loram.architecture.pairing import (
     check_plan,
     check_pruned,
     is_derived,
-    read_record,
     weights_fingerprint,
 )
-from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
+from axolotl_loram.architecture.record import Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import updated_folder, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS
@@ -75,17 +75,17 @@ def assemble(
                 shutil.copyfile(file, scratch / file.name)
         check_pruned(scratch, plan)
         record = aligned_record(pruned, scratch, files, alignment)
-        write_json(scratch / RECORD_FILE, record)
+        record.save(scratch)
     try:
         remove_weights(trained)
     except OSError as error:
         LOG.warning("%s is complete, but weights stay in %s: %s", output, trained, error)
-    return record
+    return record.as_json()
 
 
 def aligned_record(
     pruned: Path, folder: Path, files: Mapping[str, str], alignment: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> Record:
     """The record of an aligned checkpoint: the pruned one's, with one alignment more.
 
     Args:
@@ -95,18 +95,16 @@ def aligned_record(
         alignment: What to say about this alignment.
     """
     rest = {file.name: sha256_of(file) for file in folder.iterdir() if file.name not in files}
-    record = read_record(pruned)
-    before = record.get("alignments") or []
-    record.pop("alignment", None)  # what records had before there were any
+    record = Record.load(pruned)
     written = Checkpoint(folder)
     size = sum(tensor.nbytes for tensor in written.tensors.values())
-    return {
-        **record,
-        "alignments": [*before, dict(alignment)],
-        "weight_bytes": size,
-        "fingerprint": weights_fingerprint(written),
-        "files": dict(sorted({**rest, **files}.items())),
-    }
+    return replace(
+        record,
+        alignments=[*(record.alignments or []), dict(alignment)],
+        weight_bytes=size,
+        fingerprint=weights_fingerprint(written),
+        files=dict(sorted({**rest, **files}.items())),
+    )
 
 
 def remove_weights(folder: Path) -> None:

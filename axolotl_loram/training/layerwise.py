@@ -29,11 +29,10 @@ from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import sizes_of, with_defaults
 from axolotl_loram.architecture.model import layer_pieces
 from axolotl_loram.architecture.pairing import check_pair
-from axolotl_loram.architecture.plan import RECORD_FILE, PruningPlan
+from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.record import versions
 from axolotl_loram.config_layerwise import LayerwiseArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import write_json
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work, check_free, resumable
@@ -324,5 +323,5 @@ def _write_rest(
         for file in pair.pruned.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     record = aligned_record(pair.pruned, folder, files, alignment)
-    write_json(folder / RECORD_FILE, record)
-    return record
+    record.save(folder)
+    return record.as_json()
