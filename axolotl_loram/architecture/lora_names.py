@@ -11,6 +11,7 @@ from axolotl_loram.errors import LoRAMError
 
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+ORIGINAL = "original_module.weight"
 PARTNERS = {
     "lora_A.weight": "lora_B.weight",
     "lora_B.weight": "lora_A.weight",
@@ -40,7 +41,11 @@ def depth_of(name: str) -> int:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`` → module, ``lora_A.weight``."""
-    path = re.sub(r"\.(base_layer|token_adapter)\b", "", name.removeprefix(PREFIX))
-    found = re.fullmatch(r"(.+?)\.(lora_.+)", path)
+    """``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`` → module, ``lora_A.weight``.
+
+    A module that is saved whole is "weight", also below the wrappers of PEFT. Where the vocabulary
+    grew, it saves (0.20) such a module twice, and what it was before as `ORIGINAL`.
+    """
+    path = re.sub(r"\.(base_layer|token_adapter|modules_to_save)\b", "", name.removeprefix(PREFIX))
+    found = re.fullmatch(r"(.+?)\.(lora_.+|original_module\..+)", path)
     return (found[1], found[2]) if found else (path.rpartition(".")[0], path.rpartition(".")[2])

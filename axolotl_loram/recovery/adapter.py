@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model
+from axolotl_loram.architecture.config_json import Config, family_of
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, PREFIX, named_model
+from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.record import Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, StoredTensor
@@ -15,6 +18,15 @@ from axolotl_loram.files.untrusted import read_json
 
 EXACT_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Those of PEFT's initializations that leave the base weights as they are, so that BA is all."""
+UNDERSTOOD = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying"),
+    *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
+    *("layer_replication", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias"),
+    *("lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type"),
+    *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules"),
+    *("target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora"),
+}
+"""What PEFT's config of LoRA may say without making the update another than BA."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,14 @@ class Adapter:
         settings: Its adapter_config.json.
         record: Its `loram.json`.
         weights: Its file of tensors.
+        tensors: What is in it, by name.
     """
 
     folder: Path
     settings: Mapping[str, Any]
     record: Record
     weights: Checkpoint
+    tensors: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, folder: Path | Adapter) -> Adapter:
@@ -51,12 +65,19 @@ class Adapter:
         refusal = unrecoverable(settings)
         if refusal:
             raise LoRAMError(f"{folder} cannot be recovered: {refusal}")
-        return cls(folder, settings, Record.load(folder), Checkpoint(folder, ADAPTER_FILE))
+        weights = Checkpoint(folder, ADAPTER_FILE)
+        check_names(weights)
+        return cls(folder, settings, Record.load(folder), weights, weights.tensors)
 
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """Its tensors by name."""
-        return self.weights.tensors
+    def of_today(self, config: Config) -> Adapter:
+        """The adapter with its modules called as transformers calls them today, as PEFT loads it.
+
+        Args:
+            config: Of the model that it is for.
+        """
+        names = names_of_today(self.tensors, config)
+        tensors = {new: replace(self.tensors[old], name=new) for old, new in names.items()}
+        return replace(self, tensors=tensors)
 
     @property
     def model(self) -> str:
@@ -92,4 +113,52 @@ def unrecoverable(settings: Mapping[str, Any]) -> str | None:
         return "layer_replication makes layers that the base has not: train without it"
     if settings.get("bias", "none") != "none":
         return f"expected lora bias 'none', found {settings['bias']!r}: trained biases are not BA"
+    variants = sorted(name for name, said in settings.items() if said and name not in UNDERSTOOD)
+    if variants:
+        return (
+            f"expected plain LoRA, found {variants[0]} in its config, which may make the update "
+            "another than BA: train without it"
+        )
     return None
+
+
+def check_names(weights: Checkpoint) -> None:
+    """Refuse tensors under names that PEFT would pass over when it loads the adapter.
+
+    Raises:
+        LoRAMError: The first of them.
+    """
+    for name in weights.tensors:
+        if not name.startswith(PREFIX):
+            raise LoRAMError(
+                f"expected names of tensors that begin with {PREFIX}, as PEFT's save_pretrained "
+                f"writes them, found {name} in {weights.folder}, which PEFT would not load: save "
+                "the adapter again by that"
+            )
+        if re.search(r"\.lora_(A|B)\.(?!weight$|bias$)|\.lora_embedding_(A|B)\.", name):
+            raise LoRAMError(
+                f"expected names of tensors as PEFT's save_pretrained writes them, found {name} in "
+                f"{weights.folder}, with the adapter's own name in it as in model.state_dict(), "
+                "which PEFT would not load: save the adapter again by save_pretrained"
+            )
+
+
+def names_of_today(names: Iterable[str], config: Config) -> dict[str, str]:
+    """What an adapter calls its tensors → what PEFT takes that for today.
+
+    Before transformers 4.52 and 5, modules of some families were called as checkpoints still call
+    them, such as ``language_model.model.layers`` for ``model.language_model.layers``.
+
+    Args:
+        names: The adapter's names.
+        config: Of the model that it is for.
+    """
+    family = family_of(config)
+    running = {*(f"{tensor.module}." for tensor in parameters(config)), *family.whole}
+    older = {family.stored_name(today): today for today in running} if family.stored else {}
+    found = {}
+    for name in names:
+        path = name.removeprefix(PREFIX)
+        old = next((old for old in older if old not in running and path.startswith(old)), None)
+        found[name] = name if old is None else PREFIX + older[old] + path.removeprefix(old)
+    return found

@@ -97,7 +97,7 @@ def _values(moved: Moved, full_size: bool) -> torch.Tensor:
             f"expected an adapter of {', '.join(TORCH_DTYPES)}, found {moved.stored.name} of "
             f"{moved.stored.dtype}: recover it with zeros"
         )
-    bits = np.ascontiguousarray(moved.scatter() if full_size else moved.stored.read())
+    bits = np.ascontiguousarray(moved.scatter() if full_size else moved.read())
     values = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
     return values.view(TORCH_DTYPES[moved.stored.dtype]).float()
 

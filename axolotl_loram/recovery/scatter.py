@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.config_json import family_of
-from axolotl_loram.architecture.lora_names import depth_of, split_name
+from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
+from axolotl_loram.architecture.lora_names import ORIGINAL, depth_of, split_name
 from axolotl_loram.architecture.model import Tensor, embedding_module, parameters
 from axolotl_loram.architecture.plan import PruningPlan, gather, scatter
 from axolotl_loram.architecture.spaces import EXPERTS, Dim
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.tensors import StoredTensor
+from axolotl_loram.files.tensors import StoredTensor, finite
 from axolotl_loram.recovery.adapter import Adapter
 
 LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
     "lora_A.weight": ((1, 1),),
     "lora_B.weight": ((0, 0),),
     "lora_B.bias": ((0, 0),),
-    "lora_embedding_A": (),
-    "lora_embedding_B": (),
+    "lora_embedding_A": ((1, 0),),
+    "lora_embedding_B": ((0, 1),),
 }
-"""Part of a LoRA → (its axis, the axis of the adapted weight that it lies along) for what prunes.
+"""Part of a LoRA → (its axis, the axis of the adapted weight that it lies along), but for rank.
 
-A is (r, input), B is (output, r), and a linear weight is (output, input). Embeddings never prune.
+A is (r, input), B is (output, r), and a linear weight is (output, input). Of an embedding, which is
+(vocabulary, hidden), A is (r, vocabulary) and B (hidden, r).
 """
+VOCABULARY_AXES = {
+    **{"weight": 0, ORIGINAL: 0, "lora_B.weight": 0, "lora_B.bias": 0},
+    "lora_embedding_A": 1,
+}
+"""Part of an embedding or lm_head → its axis along the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +90,31 @@ class Moved:
     features: tuple[np.ndarray | None, ...]
     stack: Stack | None = None
 
+    def read(self) -> np.ndarray:
+        """The tensor's bits.
+
+        Raises:
+            LoRAMError: They hold a NaN or an infinity.
+        """
+        bits = self.stored.read()
+        if not finite(bits, self.stored.dtype):
+            raise LoRAMError(
+                f"expected finite weights in the adapter, found NaN or infinity in "
+                f"{self.stored.name} of {self.stored.file}: training diverged, so give an earlier "
+                "checkpoint, or train with a lower learning rate"
+            )
+        return bits
+
     def scatter(self) -> np.ndarray:
         """The tensor with zeros at pruned features, bits unchanged at kept ones."""
-        bits = self.stored.read()
+        bits = self.read()
         if self.stack:
             return self.stack.scatter(bits, self.shape)
         return scatter(bits, self.features, self.shape)
 
     def gather(self) -> np.ndarray:
         """The tensor at kept features."""
-        bits = self.stored.read()
+        bits = self.read()
         return self.stack.gather(bits, self.shape) if self.stack else gather(bits, self.features)
 
 
@@ -113,8 +134,10 @@ def match(adapter: Adapter, plan: PruningPlan, full_size: bool) -> list[Moved]:
         LoRAMError: A tensor is none of LoRA's, is empty, or its shape does not fit the plan.
     """
     declared: dict[str, list[Tensor]] = {}
+    vocabulary = {"vocabulary": vocabulary_of(adapter.tensors, plan.config)}
     for tensor in parameters(plan.config):
         if not tensor.bias:
+            tensor = replace(tensor, sizes={**tensor.sizes, **vocabulary})
             declared.setdefault(tensor.module, []).append(tensor)
     tied = declared.get(embedding_module(plan.config) or "")
     if tied:  # a tied lm_head is not stored, but can be adapted
@@ -133,6 +156,30 @@ def match(adapter: Adapter, plan: PruningPlan, full_size: bool) -> list[Moved]:
         else:
             moved.append(_match_whole(stored, module, adapted[0] if adapted else None, plan))
     return moved
+
+
+def vocabulary_of(tensors: Mapping[str, StoredTensor], config: Config) -> int:
+    """How many tokens an adapter's embeddings have: the model's, or more where training added some.
+
+    PEFT then saves them whole, and takes them only for a model whose vocabulary was grown as well.
+
+    Raises:
+        LoRAMError: They have fewer, or not all as many.
+    """
+    size = sizes_of(config).get("vocabulary", 0)
+    modules, found = (embedding_module(config), "lm_head"), {}
+    for name, tensor in tensors.items():
+        module, part = split_name(name)
+        axis = VOCABULARY_AXES.get(part, 2)
+        if module in modules and axis < len(tensor.shape):
+            found[tensor.shape[axis]] = name
+    wrong = sorted(found.keys() - {max([size, *found])})
+    if wrong:
+        raise LoRAMError(
+            f"expected embeddings for {max([size, *found])} tokens, found {wrong[0]} in "
+            f"{found[wrong[0]]}: this adapter was made for another model"
+        )
+    return max([size, *found])
 
 
 def _check_dimensions(stored: StoredTensor, part: str) -> None:
@@ -237,5 +284,11 @@ def _match_whole(
         raise LoRAMError(
             f"expected only modules that pruning leaves whole to be saved whole, found "
             f"{stored.name}: put no {module.rpartition('.')[2]} into lora_modules_to_save"
+        )
+    saved_whole = split_name(stored.name)[1] in ("weight", ORIGINAL)
+    if tensor is not None and saved_whole and stored.shape != tensor.shape:
+        raise LoRAMError(
+            f"expected {stored.name} of shape {list(tensor.shape)}, found {list(stored.shape)}: "
+            "this adapter was made for another model"
         )
     return Moved(stored, stored.shape, (None,) * len(stored.shape))
