@@ -171,7 +171,7 @@ def vocabulary_of(tensors: Mapping[str, StoredTensor], config: Config) -> int:
     for name, tensor in tensors.items():
         module, part = split_name(name)
         axis = VOCABULARY_AXES.get(part, 2)
-        if module in modules and axis < len(tensor.shape):
+        if module in modules and axis < len(tensor.shape) and 0 not in tensor.shape:
             found[tensor.shape[axis]] = name
     wrong = sorted(found.keys() - {max([size, *found])})
     if wrong:
