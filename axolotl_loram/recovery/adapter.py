@@ -19,14 +19,13 @@ from axolotl_loram.files.untrusted import read_json
 EXACT_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Those of PEFT's initializations that leave the base weights as they are, so that BA is all."""
 UNDERSTOOD = {
-    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying"),
-    *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
-    *("layer_replication", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias"),
-    *("lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type"),
-    *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules"),
-    *("target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora"),
+    *("alpha_pattern", "auto_map", "auto_mapping", "ensure_weight_tying", "eva_config"),
+    *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
+    *("layers_pattern", "layers_to_transform", "lora_bias", "megatron_config", "modules_to_save"),
+    *("rank_pattern", "target_modules", "target_parameters", "trainable_token_indices"),
+    "use_rslora",
 }
-"""What PEFT's config of LoRA may say without making the update another than BA."""
+"""What PEFT's config of LoRA can switch on, or give settings of, and the update still is BA."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ def unrecoverable(settings: Mapping[str, Any]) -> str | None:
         return "layer_replication makes layers that the base has not: train without it"
     if settings.get("bias", "none") != "none":
         return f"expected lora bias 'none', found {settings['bias']!r}: trained biases are not BA"
-    variants = sorted(name for name, said in settings.items() if said and name not in UNDERSTOOD)
+    on = {name for name, said in settings.items() if said and isinstance(said, bool | dict | list)}
+    variants = sorted(on - UNDERSTOOD)
     if variants:
         return (
             f"expected plain LoRA, found {variants[0]} in its config, which may make the update "

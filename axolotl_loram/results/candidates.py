@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 import axolotl_loram.models.per_layer  # noqa: F401  (to load pruned models)
-from axolotl_loram.architecture.config_json import family_of, load_config
-from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model
+from axolotl_loram.architecture.config_json import family_of, load_config, with_defaults
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model, split_name
 from axolotl_loram.architecture.pairing import (
     check_pair,
     check_plan,
@@ -30,6 +30,8 @@ from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.models.load import nf4
 from axolotl_loram.models.masked import confine
+from axolotl_loram.recovery.adapter import names_of_today
+from axolotl_loram.recovery.scatter import vocabulary_of
 from axolotl_loram.results.artefacts import ALSO, BASE, MODELS, PRUNED, RECOVERED, TRAINED
 from axolotl_loram.text.axolotl_text import one_line
 
@@ -250,13 +252,37 @@ def with_adapter(
     if adapter is None:
         yield model
         return
-    adapted = put_on(model, adapter)
+    with _grown(model, adapter):
+        adapted = put_on(model, adapter)
+        try:
+            if confined_to is not None:
+                confine(adapted, PruningPlan.load(confined_to), confined_to)
+            yield adapted.eval()
+        finally:
+            _take_off(adapted)
+
+
+@contextmanager
+def _grown(model: Any, adapter: Path) -> Iterator[None]:
+    """In the block, the model has the tokens that training added to an adapter's vocabulary."""
+    tensors = Checkpoint(adapter, ADAPTER_FILE).tensors
+    rows = vocabulary_of(tensors, with_defaults(model.config.to_dict()))
+    before = [part.weight.data for part in _embeddings(model)]
+    if not before or rows == len(before[0]):
+        yield
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
     try:
-        if confined_to is not None:
-            confine(adapted, PruningPlan.load(confined_to), confined_to)
-        yield adapted.eval()
+        yield
     finally:
-        _take_off(adapted)
+        model.resize_token_embeddings(len(before[0]), mean_resizing=False)
+        for part, weight in zip(_embeddings(model), before, strict=True):
+            part.weight.data = weight  # the adapter's file has these, too
+
+
+def _embeddings(model: Any) -> list[Any]:
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [part for part in found if part is not None]
 
 
 def put_on(model: Any, adapter: Path) -> PeftModel:
@@ -266,17 +292,23 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
         LoRAMError: It is for another model.
     """
     named, problem = named_model(read_json(adapter / ADAPTER_CONFIG), adapter), ""
-    stored = Checkpoint(adapter, ADAPTER_FILE).tensors.keys()  # PEFT would take a pickle too
+    stored = Checkpoint(adapter, ADAPTER_FILE).tensors  # PEFT would take a pickle too
+    names = set(names_of_today(stored, with_defaults(model.config.to_dict())).values())
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, KeyError) as error:
         problem = one_line(error)
     else:
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        homeless = stored - expected
+        modules = dict(adapted.get_base_model().named_modules())
+        whole = {name for name in names if ".lora_" not in name}
+        homeless = {name for name in whole if split_name(name)[0] not in modules}
+        homeless |= names - whole - expected
         problem = f"no place for {min(homeless)}" if homeless else ""
-        absent = expected - stored
+        absent = expected - names
         problem = problem or (f"it has no {min(absent)}" if absent else "")
+        if problem:
+            _take_off(adapted)
     if problem:
         raise LoRAMError(
             f"expected an adapter for {model.name_or_path}, found {adapter}, made for {named} "
@@ -286,12 +318,14 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
 
 
 def _take_off(adapted: PeftModel) -> None:
-    """Take LoRA off; modules saved whole too, whose trained copies PEFT's `unload` leaves there."""
+    """Take LoRA off, and the wrappers of modules trained whole or in part, which PEFT leaves."""
     model = adapted.get_base_model()
     wrapped = {
-        name: module.original_module
+        name: module.token_adapter.base_layer
+        if isinstance(module, TrainableTokensWrapper)
+        else module.original_module
         for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
+        if isinstance(module, ModulesToSaveWrapper | TrainableTokensWrapper)
     }
     adapted.unload()
     for name, original in wrapped.items():
