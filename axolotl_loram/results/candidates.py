@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper
 
 import axolotl_loram.models.per_layer  # noqa: F401  (to load pruned models)
 from axolotl_loram.architecture.config_json import family_of, load_config, with_defaults
@@ -318,14 +318,12 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
 
 
 def _take_off(adapted: PeftModel) -> None:
-    """Take LoRA off, and the wrappers of modules trained whole or in part, which PEFT leaves."""
+    """Take LoRA off; modules saved whole too, whose trained copies PEFT's `unload` leaves there."""
     model = adapted.get_base_model()
     wrapped = {
-        name: module.token_adapter.base_layer
-        if isinstance(module, TrainableTokensWrapper)
-        else module.original_module
+        name: module.original_module
         for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper | TrainableTokensWrapper)
+        if isinstance(module, ModulesToSaveWrapper)
     }
     adapted.unload()
     for name, original in wrapped.items():

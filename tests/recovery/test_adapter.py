@@ -189,6 +189,8 @@ def train_grown(folder, output, **config):
     for name, weight in model.named_parameters():
         if "modules_to_save" in name or "trainable_tokens" in name:
             weight.data += 0.1
+    if len(config) == 1:  # not frozen, as some trainers leave it
+        model.get_input_embeddings().weight.data += 0.1
     model.save_pretrained(output)
     return model.eval()
 
@@ -253,6 +255,21 @@ def test_embeddings_of_another_model_are_refused(rows, pruned, tmp_path):
     rewrite(tmp_path / "adapter", lambda w: {**w, name: torch.zeros(266, 16)})
     with pytest.raises(LoRAMError, match=r"of shape \[266, 32\], found \[266, 16\]"):
         recover(tmp_path / "adapter")
+
+
+def test_masked_recovery_knows_weights_by_their_stored_names(make_model, tmp_path):
+    """GPT-NeoX's lm_head is embed_out in checkpoints."""
+    base, name = make_model("gpt_neox"), "embed_out.weight"
+    prune(str(base), tmp_path / "sparse", PruningArgs(method="magnitude", sparsity=0.5))
+    targets = {"target_modules": ["dense_4h_to_h", "lm_head"], "alpha_pattern": {"lm_head": 3}}
+    model = train_on(tmp_path / "sparse", tmp_path / "adapter", **targets)
+    merge_masked(tmp_path / "adapter")
+    before, after = (
+        load_file(at / "model.safetensors")[name] for at in (base, tmp_path / "merged-adapter")
+    )
+    update = model.base_model.model.lm_head.get_delta_weight("default").detach()
+    assert update.any()
+    torch.testing.assert_close(after, before + update)
 
 
 # --- what is not a number ---
