@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -15,8 +16,9 @@ from test_masked import make_sparse
 from test_recover import TOKENS, randomize, train_on
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.config import PruningArgs
+from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.adapter import unrecoverable
@@ -24,6 +26,7 @@ from axolotl_loram.recovery.merge import merge_masked
 from axolotl_loram.recovery.recover import gather_adapter, recover
 from axolotl_loram.results.candidates import load_model, with_adapter
 from axolotl_loram.results.inspect import failures, verify
+from axolotl_loram.training.monitor import RecoveredEvaluation
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -307,3 +310,15 @@ def test_merging_what_is_not_finite_is_refused_by_name(poisoned, make_model, tmp
         merge_masked(tmp_path / "adapter")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base", "sparse"}
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+
+
+def test_a_run_that_diverged_is_told_of_and_not_stopped(pruned, tmp_path):
+    model = train_on(pruned, tmp_path / "adapter")
+    trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m))
+    run = SimpleNamespace(pruned=pruned, base=Base("base"), masked=False, merges=False)
+    section = LoRAMConfig(pruned_model_path=str(pruned), evaluate_recovered_every=1)
+    watching = RecoveredEvaluation(trainer, run, section, lambda base: None)
+    watching.held = []
+    with torch.no_grad():
+        next(w for name, w in model.named_parameters() if "lora_B" in name).fill_(np.nan)
+    assert np.isnan(watching.loss())
