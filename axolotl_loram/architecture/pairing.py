@@ -81,8 +81,7 @@ def is_derived(name: str) -> bool:
 
 def check_pruned(folder: Path, plan: PruningPlan) -> None:
     """Refuse a pruned model whose plan, record, config, weights and tokenizer do not fit."""
-    check_plan(folder, plan)
-    config, record = plan.pruned_config, Record.load(folder)
+    record, config = check_plan(folder, plan), plan.pruned_config
     check_tensors(config, shapes_of(load_config(str(folder))), f"{folder / 'config.json'}")
     stored = Checkpoint(folder)
     check_tensors(config, logical_shapes(stored.tensors), str(folder))
@@ -101,11 +100,11 @@ def check_pair(pruned: Path, plan: PruningPlan, base: str, revision: str | None 
     check_base_tokenizer(pruned, base, revision)
 
 
-def check_plan(folder: Path, plan: PruningPlan) -> None:
-    """Refuse a plan that is not the one that `loram.json` beside it records."""
+def check_plan(folder: Path, plan: PruningPlan) -> Record:
+    """Refuse a plan that is not the one that `loram.json` beside it records; returns that."""
     record = Record.load(folder)
     if record.plan in (None, plan.digest):
-        return
+        return record
     left = parameter_count(plan.pruned_config)
     counted = (record.parameters or {}).get("pruned_parameters", left)
     if counted != left:

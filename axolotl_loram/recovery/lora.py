@@ -15,6 +15,7 @@ from torch import nn
 
 from axolotl_loram.architecture.lora_names import split_name
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.tensors import StoredTensor
 from axolotl_loram.models.stream import TORCH_DTYPES, to_bits
 from axolotl_loram.recovery.scatter import Moved
 
@@ -86,20 +87,26 @@ def read_loras(
     for module, own in parts.items():
         if "lora_A.weight" in own and "lora_B.weight" in own:
             pair = own["lora_A.weight"], own["lora_B.weight"]
-            a, b = (_values(one, full_size).to(device) for one in pair)
+            a, b = (
+                as_torch(one.stored, one.scatter() if full_size else one.read()).float().to(device)
+                for one in pair
+            )
             found[module] = LoRA(module, scaling(settings, module, len(a)), a, b, pair)
     return found
 
 
-def _values(moved: Moved, full_size: bool) -> torch.Tensor:
-    if moved.stored.dtype not in TORCH_DTYPES:
+def as_torch(stored: StoredTensor, bits: np.ndarray) -> torch.Tensor:
+    """Bits of a stored tensor as torch's, sharing memory with them.
+
+    Raises:
+        LoRAMError: It holds no plain floats.
+    """
+    if stored.dtype not in TORCH_DTYPES:
         raise LoRAMError(
-            f"expected an adapter of {', '.join(TORCH_DTYPES)}, found {moved.stored.name} of "
-            f"{moved.stored.dtype}: recover it with zeros"
+            f"expected weights of {', '.join(TORCH_DTYPES)}, found {stored.name} of "
+            f"{stored.dtype}: use the unquantized model, and an adapter saved as PEFT saves it"
         )
-    bits = np.ascontiguousarray(moved.scatter() if full_size else moved.read())
-    values = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
-    return values.view(TORCH_DTYPES[moved.stored.dtype]).float()
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(TORCH_DTYPES[stored.dtype])
 
 
 def below(adapter: Loras, prefix: str) -> Loras:

@@ -30,7 +30,7 @@ from axolotl_loram.files.untrusted import copy_files, read_json
 from axolotl_loram.models.masked import add_update, pack, read_support
 from axolotl_loram.models.stream import TORCH_DTYPES, to_bits
 from axolotl_loram.recovery.adapter import Adapter
-from axolotl_loram.recovery.lora import scaling
+from axolotl_loram.recovery.lora import as_torch, scaling
 from axolotl_loram.recovery.scatter import Moved, vocabulary_of
 from axolotl_loram.recovery.whole import check_adapter
 
@@ -242,17 +242,3 @@ class _Merger:
 
 def _values(part: Moved) -> torch.Tensor:
     return as_torch(part.stored, part.read())
-
-
-def as_torch(stored: StoredTensor, bits: np.ndarray) -> torch.Tensor:
-    """Bits of a stored tensor as torch's, sharing memory with them.
-
-    Raises:
-        LoRAMError: It holds no plain floats.
-    """
-    if stored.dtype not in TORCH_DTYPES:
-        raise LoRAMError(
-            f"expected weights of {', '.join(TORCH_DTYPES)} to merge into, found {stored.name} of "
-            f"{stored.dtype}: use the unquantized base model"
-        )
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(TORCH_DTYPES[stored.dtype])
