@@ -1,18 +1,21 @@
 """What is checked of a folder with `loram.json`: files, and all that a model or adapter says.
 
-A check is a generator function of a `Subject`: it yields findings, an outcome with one sentence,
-and where it raises a `LoRAMError`, that is the sentence of a failure.
+A check is a function of a `Subject`. It returns one sentence where all is well (None if there is
+nothing of the kind), and raises `Unknown` where there is no telling, a `LoRAMError` for one failure
+and `Failed` for several.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.counts import summary
@@ -40,8 +43,6 @@ from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.scatter import LORA_AXES, match
 from axolotl_loram.recovery.whole import PROBLEMS, check_modules, names_modules
 
-Outcome = Literal["ok", "failed", "not checked"]
-Finding = tuple[Outcome, str]
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_model*")
 STRAYS: Mapping[Kind, tuple[str, ...]] = {
     Kind.PRUNED_MODEL: (*MODEL_PATTERNS, *WEIGHTS, "adapter_*", "*.py"),
@@ -50,6 +51,14 @@ STRAYS: Mapping[Kind, tuple[str, ...]] = {
     Kind.RECOVERED_ADAPTER: (*WEIGHTS, "config.json", "*.py"),
 }
 """Files that loaders would take notice of: of these, only what is recorded may be there."""
+
+
+class Unknown(Exception):
+    """What a check needs is not on this machine, or not recorded."""
+
+
+class Failed(Exception):
+    """A check failed, for each of the sentences in `args`."""
 
 
 @dataclass(frozen=True)
@@ -107,51 +116,68 @@ class Subject:
             return named if isinstance(named, str) else None
         return self.adapter.model if (self.folder / ADAPTER_CONFIG).exists() else None
 
-    @cached_property
-    def fitting(self) -> tuple[str | None, PruningPlan | None]:
+    def trained_on(self, file: str) -> Path:
+        """The folder of the pruned model that an adapter was trained on, by a file in it."""
+        model = self.pruned_model
+        if model is None:
+            raise Unknown("no pruned model is recorded")
+        found = find_local_file(model, file)
+        if found is None:
+            raise Unknown(f"no {file} of {model} on this machine")
+        return found.parent
+
+    @property
+    def fitting(self) -> tuple[str | None, PruningPlan]:
         """The model that an adapter is for, the base or the pruned one, and a plan of its shapes.
 
-        Of the base, it keeps all; None where the model's config is not on this machine.
+        Of the base, it keeps all.
         """
         if not self.is_recovered:
-            model = self.pruned_model
-            file = find_local_file(model, PLAN_FILE) if model else None
-            return model, PruningPlan.load(file.parent) if file else None
+            return self.pruned_model, PruningPlan.load(self.trained_on(PLAN_FILE))
         model, revision = self.base_model
         file = find_local_file(model, "config.json", revision)
         if file is None and self.base is None:
-            return model, None
+            raise Unknown(f"no config of {model} on this machine: pass --base MODEL")
         return model, PruningPlan(load_config(*(str(file),) if file else (model, revision)), {})
 
+    def bits(self, name: str) -> np.ndarray:
+        """A weight of the model."""
+        if name not in self.weights.tensors:
+            raise LoRAMError(f"expected the sparse weight {name}, found none")
+        return self.weights[name].read()
 
-def files(subject: Subject) -> Iterator[Finding]:
+
+def refuse(wrong: Iterable[str]) -> None:
+    """Fail a check for every reason there is."""
+    reasons = list(wrong)
+    if reasons:
+        raise Failed(*reasons)
+
+
+def files(subject: Subject) -> str:
     """Every recorded file is there, with the recorded SHA-256."""
     recorded = subject.record.files or {}
     if not recorded:
-        yield "not checked", f"{RECORD_FILE} has no digests of files"
-        return
+        raise Unknown(f"{RECORD_FILE} has no digests of files")
     inside = {name: subject.folder / name for name in recorded if name == Path(name).name}
     there = {name: path for name, path in inside.items() if path.is_file()}
     size = sum(path.stat().st_size for path in there.values())
-    done, whole = subject.progress(size, "verifying"), 0
+    done, wrong = subject.progress(size, "verifying"), []
     for name, digest in recorded.items():
         if name not in inside:
-            yield "failed", f"{RECORD_FILE} lists {name!r}, which is outside of the folder"
+            wrong.append(f"{RECORD_FILE} lists {name!r}, which is outside of the folder")
         elif name not in there:
-            yield "failed", f"{name} is missing"
+            wrong.append(f"{name} is missing")
         elif (found := sha256_of(there[name], done)) != digest:
-            yield (
-                "failed",
+            wrong.append(
                 f"{name} has SHA-256 {found[:16]}…, recorded is {digest[:16]}…: it is damaged or "
-                "was changed",
+                "was changed"
             )
-        else:
-            whole += 1
-    if whole == len(recorded):
-        yield "ok", f"{whole} files, {size:,} bytes, have the recorded SHA-256"
+    refuse(wrong)
+    return f"{len(recorded)} files, {size:,} bytes, have the recorded SHA-256"
 
 
-def strays(subject: Subject) -> Iterator[Finding]:
+def strays(subject: Subject) -> str:
     """No file beside the recorded ones that a loader would take notice of."""
     recorded = {RECORD_FILE, *(subject.record.files or ())}
     if subject.kind.is_adapter:
@@ -159,166 +185,141 @@ def strays(subject: Subject) -> Iterator[Finding]:
     names = sorted({file.name for file in subject.folder.iterdir()} - recorded)
     patterns = STRAYS[subject.kind]
     found = [name for name in names if any(fnmatch.fnmatch(name, each) for each in patterns)]
-    for name in found:
-        yield "failed", f"{name} is not in {RECORD_FILE}, but would be loaded: remove it"
-    if not found:
-        yield "ok", "no weights, settings or code beside the recorded ones"
+    refuse(f"{name} is not in {RECORD_FILE}, but would be loaded: remove it" for name in found)
+    return "no weights, settings or code beside the recorded ones"
 
 
-def plan(subject: Subject) -> Iterator[Finding]:
+def plan(subject: Subject) -> str:
     """The plan is the recorded one, for the recorded base."""
     check_plan(subject.folder, subject.plan)
     recorded, planned = vars(subject.origin), vars(subject.plan.base)
-    differing = [name for name, value in planned.items() if recorded[name] != value]
-    for name in differing:
-        of_both = f"{planned[name]}, {RECORD_FILE} {recorded[name]}"
-        yield "failed", f"as {name} of the base, {PLAN_FILE} names {of_both}"
-    if not differing:
-        yield "ok", f"its digest is {subject.plan.digest[:23]}…, as recorded"
+    refuse(
+        f"as {name} of the base, {PLAN_FILE} names {value}, {RECORD_FILE} {recorded[name]}"
+        for name, value in planned.items()
+        if recorded[name] != value
+    )
+    return f"its digest is {subject.plan.digest[:23]}…, as recorded"
 
 
-def config(subject: Subject) -> Iterator[Finding]:
+def config(subject: Subject) -> str:
     """config.json gives the widths of the plan."""
     where = str(subject.folder / "config.json")
     check_tensors(subject.plan.pruned_config, shapes_of(load_config(str(subject.folder))), where)
-    yield "ok", "config.json gives every layer the width that the plan leaves"
+    return "config.json gives every layer the width that the plan leaves"
 
 
-def weights(subject: Subject) -> Iterator[Finding]:
+def weights(subject: Subject) -> str:
     """The tensors are those of the plan, or of the model's own config where there is no plan."""
     planned = (subject.folder / PLAN_FILE).exists()
     expected = subject.plan.pruned_config if planned else load_config(str(subject.folder))
     check_tensors(expected, logical_shapes(subject.weights.tensors), str(subject.folder))
     check_fingerprint(subject.weights, subject.record)
     source = "plan" if planned else "config"
-    yield "ok", f"{len(subject.weights.tensors)} tensors have the shapes of the {source}"
+    return f"{len(subject.weights.tensors)} tensors have the shapes of the {source}"
 
 
-def counts(subject: Subject) -> Iterator[Finding]:
+def counts(subject: Subject) -> str:
     """Recorded sizes and parameter counts are those of the files."""
     stored = sum(tensor.nbytes for tensor in subject.weights.tensors.values())
     found = {**summary(subject.plan.config, subject.plan.counts), "weight_bytes": stored}
     recorded = {"weight_bytes": subject.record.weight_bytes, **(subject.record.parameters or {})}
-    names = ("base_parameters", "pruned_parameters", "weight_bytes")
-    wrong = [name for name in names if recorded.get(name) != found[name]]
-    for name in wrong:
-        yield "failed", f"{name} is {found[name]:,}, recorded is {recorded.get(name)}"
-    if not wrong:
-        yield "ok", f"{found['pruned_parameters']:,} parameters in {stored:,} bytes, as recorded"
+    refuse(
+        f"{name} is {found[name]:,}, recorded is {recorded.get(name)}"
+        for name in ("base_parameters", "pruned_parameters", "weight_bytes")
+        if recorded.get(name) != found[name]
+    )
+    return f"{found['pruned_parameters']:,} parameters in {stored:,} bytes, as recorded"
 
 
-def masks(subject: Subject) -> Iterator[Finding]:
+def masks(subject: Subject) -> str | None:
     """Of a sparse model: the zeros are still where pruning put them."""
     planned = subject.plan.masks
-    names = [name for name in planned if mask_digest(_bits(subject, name)) != planned[name]]
-    for name in names:
-        yield "failed", f"{name} has other zeros than it was pruned to"
-    if planned and not names:
-        yield "ok", f"{len(planned)} weights have the zeros they were pruned to"
+    refuse(
+        f"{name} has other zeros than it was pruned to"
+        for name in planned
+        if mask_digest(subject.bits(name)) != planned[name]
+    )
+    return f"{len(planned)} weights have the zeros they were pruned to" if planned else None
 
 
-def base(subject: Subject) -> Iterator[Finding]:
+def base(subject: Subject) -> str:
     """The base is the one that was pruned, where it is on this machine."""
     (model, revision), recorded = subject.base_model, subject.origin
     if find_local_file(model, "config.json", revision) is None and subject.base is None:
-        yield "not checked", f"no config of {model} on this machine: pass --base FOLDER"
-        return
+        raise Unknown(f"no config of {model} on this machine: pass --base FOLDER")
     if (subject.folder / PLAN_FILE).exists():
         recorded = subject.plan.base
         check_base_shapes(subject.plan, model, revision)
     found = find_local_weights(model, revision)
     if recorded.fingerprint is None:
-        yield "not checked", "no fingerprint was recorded"
-    elif found is None:
-        yield "not checked", f"no weights of {model} on this machine: pass --base FOLDER"
-    else:
-        fingerprint = check_base_weights(recorded, model, found, commit_of(found, revision))
-        yield "ok", f"{model} has the recorded fingerprint {fingerprint[:23]}…"
+        raise Unknown("no fingerprint was recorded")
+    if found is None:
+        raise Unknown(f"no weights of {model} on this machine: pass --base FOLDER")
+    fingerprint = check_base_weights(recorded, model, found, commit_of(found, revision))
+    return f"{model} has the recorded fingerprint {fingerprint[:23]}…"
 
 
-def tokenizer(subject: Subject) -> Iterator[Finding]:
+def tokenizer(subject: Subject) -> str:
     """The tokenizer is the recorded one: of an adapter, its model's; of a model, its base's."""
-    own = vocabulary_digest(subject.folder)
+    own, recorded = vocabulary_digest(subject.folder), subject.record.vocabulary
     if subject.kind.is_adapter:
-        model = subject.pruned_model
-        found = find_local_file(model, RECORD_FILE) if model else None
-        if own is None or found is None:
-            named = " ".join(["no pruned model", *([model] if model else []), "on this machine"])
-            yield "not checked", named if own else "there is no tokenizer beside the adapter"
-            return
-        check_adapter_tokenizer(subject.folder, found.parent)
-        yield "ok", f"its vocabulary is that of {model}, as far as that tells"
-    elif own is None and not subject.record.vocabulary:
-        yield "not checked", "there is no tokenizer"
-    elif own is None:
+        if own is None:
+            raise Unknown("there is no tokenizer beside the adapter")
+        check_adapter_tokenizer(subject.folder, subject.trained_on(RECORD_FILE))
+        return f"its vocabulary is that of {subject.pruned_model}, as far as that tells"
+    if own is None and not recorded:
+        raise Unknown("there is no tokenizer")
+    if own is None:
         raise LoRAMError(f"expected the tokenizer that {RECORD_FILE} records, found none")
-    elif differ(own, subject.record.vocabulary):
+    if differ(own, recorded):
         raise LoRAMError(f"the vocabulary is another than the one that {RECORD_FILE} records")
-    else:
-        check_base_tokenizer(subject.folder, *subject.base_model)
-        named = subject.base_model[0]
-        yield "ok", f"its vocabulary is the recorded one, and that of {named} where it is here"
+    check_base_tokenizer(subject.folder, *subject.base_model)
+    named = subject.base_model[0]
+    return f"its vocabulary is the recorded one, and that of {named} where it is here"
 
 
-def settings(subject: Subject) -> Iterator[Finding]:
+def settings(subject: Subject) -> str:
     """adapter_config.json names the recorded base."""
     found, recorded = subject.adapter.model, subject.origin.id
     if found != recorded:
         raise LoRAMError(f"{ADAPTER_CONFIG} is for {found}, {RECORD_FILE} for {recorded}")
-    yield "ok", f"{ADAPTER_CONFIG} names the recorded base, {found}"
+    return f"{ADAPTER_CONFIG} names the recorded base, {found}"
 
 
-def tensors(subject: Subject) -> Iterator[Finding]:
+def tensors(subject: Subject) -> str:
     """The adapter holds whole, finite, trained pairs of A and B."""
-    stored = subject.adapter.tensors
-    found = {problem: names for problem, find in PROBLEMS.items() if (names := find(stored))}
-    for problem, names in found.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield "failed", f"{names[0]}{more}: {problem}"
+    stored, wrong = subject.adapter.tensors, []
+    for problem, find in PROBLEMS.items():
+        if names := find(stored):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            wrong.append(f"{names[0]}{more}: {problem}")
     if not any(split_name(name)[1] in LORA_AXES for name in stored):
-        yield "failed", f"there is no LoRA in {ADAPTER_FILE}"
-    elif not found:
-        yield "ok", f"{len(stored)} tensors are whole, finite and trained"
+        wrong.append(f"there is no LoRA in {ADAPTER_FILE}")
+    refuse(wrong)
+    return f"{len(stored)} tensors are whole, finite and trained"
 
 
-def trained_under(subject: Subject) -> Iterator[Finding]:
+def trained_under(subject: Subject) -> str:
     """The pruned model that the adapter was trained on has the recorded plan."""
-    model = subject.pruned_model
-    found = find_local_file(model, PLAN_FILE) if model else None
-    if found is None:
-        named = f"no plan of {model} on this machine" if model else "no pruned model is recorded"
-        yield "not checked", named
-        return
-    check_trained_under(subject.record, PruningPlan.load(found.parent), subject.folder)
-    yield "ok", f"{model} has the plan that the adapter was trained under"
+    trained = PruningPlan.load(subject.trained_on(PLAN_FILE))
+    check_trained_under(subject.record, trained, subject.folder)
+    return f"{subject.pruned_model} has the plan that the adapter was trained under"
 
 
-def shapes(subject: Subject) -> Iterator[Finding]:
+def shapes(subject: Subject) -> str:
     """The adapter fits the model that it is for: the pruned one, once recovered the base."""
     model, fitting = subject.fitting
-    if fitting is None:
-        yield "not checked", f"no config of {model} on this machine: pass --base MODEL"
-        return
     match(subject.adapter, fitting, full_size=subject.is_recovered)
-    yield "ok", f"{len(subject.adapter.tensors)} tensors have the shapes of {model}"
+    return f"{len(subject.adapter.tensors)} tensors have the shapes of {model}"
 
 
-def modules(subject: Subject) -> Iterator[Finding]:
+def modules(subject: Subject) -> str:
     """The tensors are those of the modules that adapter_config.json names."""
-    model, fitting = subject.fitting
-    if fitting is None:
-        yield "not checked", f"no config of {model} on this machine: pass --base MODEL"
-    elif not names_modules(subject.adapter.settings):
-        yield "not checked", f"{ADAPTER_CONFIG} names no modules"
-    else:
-        check_modules(subject.adapter, fitting)
-        yield "ok", f"A and B are there of every module that {ADAPTER_CONFIG} names, no other"
-
-
-def _bits(subject: Subject, name: str) -> Any:
-    if name not in subject.weights.tensors:
-        raise LoRAMError(f"expected the sparse weight {name}, found none")
-    return subject.weights[name].read()
+    _, fitting = subject.fitting
+    if not names_modules(subject.adapter.settings):
+        raise Unknown(f"{ADAPTER_CONFIG} names no modules")
+    check_modules(subject.adapter, fitting)
+    return f"A and B are there of every module that {ADAPTER_CONFIG} names, and of no other"
 
 
 def sha256_of(file: Path, done: Callable[[int], Any] = lambda count: None) -> str:

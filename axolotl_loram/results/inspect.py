@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from axolotl_loram.architecture.config_json import (
     Config,
@@ -31,7 +31,7 @@ from axolotl_loram.files.tensors import Checkpoint, has_weights
 from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.results import checks
 from axolotl_loram.results.artefacts import EVALUATION_FILE
-from axolotl_loram.results.checks import Finding, Outcome, Subject
+from axolotl_loram.results.checks import Failed, Subject, Unknown
 from axolotl_loram.tables import lines
 
 SMALL_PATTERNS = ("config.json", "loram*", ADAPTER_CONFIG, EVALUATION_FILE)
@@ -44,7 +44,8 @@ TOLD = ("weight_bytes", "calibration", "alignments", "masked")
 """What is told as it is recorded."""
 RATIOS = (0.5, 0.75, 0.85)
 """Pruning ratios that people are shown first."""
-CheckFunction = Callable[[Subject], Iterator[Finding]]
+Outcome = Literal["ok", "failed", "not checked"]
+CheckFunction = Callable[[Subject], str | None]
 MODEL = (checks.files, checks.strays, checks.weights)
 PRUNED = (checks.plan, checks.config, checks.counts, checks.masks, checks.base, checks.tokenizer)
 ADAPTER = (
@@ -124,8 +125,13 @@ def require_whole(made: Iterable[Check], what: object) -> None:
 def _outcomes(check: CheckFunction, subject: Subject) -> Iterator[Check]:
     name = check.__name__.replace("_", " ")
     try:
-        for outcome, detail in check(subject):
-            yield Check(name, outcome, detail)
+        told = check(subject)
+        if told is not None:
+            yield Check(name, "ok", told)
+    except Unknown as why:
+        yield Check(name, "not checked", str(why))
+    except Failed as reasons:
+        yield from (Check(name, "failed", reason) for reason in reasons.args)
     except LoRAMError as error:
         yield Check(name, "failed", str(error))
     except OSError as error:
