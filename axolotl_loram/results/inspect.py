@@ -39,9 +39,9 @@ ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.py")
 STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions")
 """Entries with parts of their own, which people see on lines of their own."""
 PRUNING = ("method", "ratio", "sparsity", "allocation", "quantize")
-"""What is told of how a model was pruned."""
 TOLD = ("weight_bytes", "calibration", "alignments", "masked")
-"""What is told as it is recorded."""
+TRAINING = ("pruned_model", "warm_start", "memory")
+"""What is told: of the pruning's settings, of the record itself, of the training."""
 RATIOS = (0.5, 0.75, 0.85)
 """Pruning ratios that people are shown first."""
 Outcome = Literal["ok", "failed", "not checked"]
@@ -167,44 +167,32 @@ def inspect(
     if not record and not verifying:
         return describe_ordinary(folder, model)
     made = verify(folder, base, progress) if verifying else []
+    told = _told(folder, record)
     try:
-        told = describe(folder, record)
-        if not verifying and "model_type" in told and has_weights(folder):
-            check_pruned(folder, PruningPlan.load(folder))
+        if (folder / PLAN_FILE).exists():
+            plan = PruningPlan.load(folder)
+            told |= {**(record.parameters or {}), **summary(plan.config, plan.counts)}
+            told |= refit_summary(record.refit or {})
+            if not verifying and has_weights(folder):
+                check_pruned(folder, plan)
     except LoRAMError:
         if not failures(made):
-            raise
-        told = _told(folder, record)  # what is wrong is among the checks
+            raise  # else what is wrong is among the checks
     counted = {"checks": list(map(asdict, made)), "failed": len(failures(made))}
     return told | (counted if made else {})
 
 
-def describe(folder: Path, record: Record) -> dict[str, Any]:
-    """What a record and the plan beside it say.
-
-    Raises:
-        LoRAMError: The plan is damaged.
-    """
-    told = _told(folder, record)
-    if (folder / PLAN_FILE).exists():
-        found = PruningPlan.load(folder)
-        told |= {**(record.parameters or {}), **summary(found.config, found.counts)}
-        told |= refit_summary(record.refit or {})
-    return told
-
-
 def _told(folder: Path, record: Record) -> dict[str, Any]:
+    """What a record says, as far as people ask for it."""
     kind, base = record.require(folder)
     pruning, said = record.pruning or {}, record.as_json()
     told = {
         "kind": kind,
-        **{"base": base.id, "base_revision": base.revision, "base_fingerprint": base.fingerprint},
+        **{f"base_{name}".removesuffix("_id"): value for name, value in vars(base).items()},
         "plan": record.plan,
         **{name: pruning.get(name) for name in PRUNING},
-        **{
-            name: said.get(name) for name in ("weight_bytes", "calibration", "alignments", "masked")
-        },
-        **{name: record.run.get(name) for name in ("pruned_model", "warm_start", "memory")},
+        **{name: said.get(name) for name in TOLD},
+        **{name: record.run.get(name) for name in TRAINING},
         "versions": record.versions,
     }
     return {name: value for name, value in told.items() if value is not None}

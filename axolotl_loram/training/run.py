@@ -55,7 +55,7 @@ class Run:
         memory: What was predicted, and in the end measured.
         history: What the trainer has logged so far, of losses.
         steps: How many are "done" and "planned".
-        trained_shapes: Name → shape of what is trained (see `complete`).
+        trained_shapes: Name → shape of what is trained (see `recovery.whole`).
     """
 
     base: Base
