@@ -73,8 +73,17 @@ class Adapter:
 
         Args:
             config: Of the model that it is for.
+
+        Raises:
+            LoRAMError: A tensor is there under both names.
         """
         names = names_of_today(self.tensors, config)
+        both = [old for old, new in names.items() if old != new and new in names]
+        if both:
+            raise LoRAMError(
+                f"expected each tensor of {self.folder} under one name, found {both[0]} and "
+                f"{names[both[0]]}, which are one today: save the adapter again"
+            )
         tensors = {new: replace(self.tensors[old], name=new) for old, new in names.items()}
         return replace(self, tensors=tensors)
 
@@ -105,8 +114,8 @@ def unrecoverable(settings: Mapping[str, Any]) -> str | None:
         )
     if init not in EXACT_INITS:
         return (
-            f"init_lora_weights {init!r} changes the base weights when training starts, so BA "
-            "alone is not the update: use the default"
+            f"init_lora_weights {init!r} is none of {EXACT_INITS}, which leave the base weights as "
+            "they are, so BA alone may not be the update: use the default"
         )
     if settings.get("layer_replication"):
         return "layer_replication makes layers that the base has not: train without it"

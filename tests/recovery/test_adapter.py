@@ -120,6 +120,9 @@ def test_names_of_before_transformers_4_52_are_those_of_today(family, today, bef
     for other in others:
         assert other.keys() == first.keys()
         assert all(torch.equal(other[name], first[name]) for name in first)
+    rewrite(tmp_path / "old", lambda w: {**w, **load_file(tmp_path / "new" / FILE)})
+    with pytest.raises(LoRAMError, match="under one name, found"):
+        gather_adapter(tmp_path / "old", plan, str(tmp_path / "pruned"), tmp_path / "both")
     served = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     loaded(served, tmp_path / "recovered-old")
 
