@@ -172,8 +172,16 @@ class Record:
             found["base"] = dict(vars(self.base))
         return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **found}
 
-    def save(self, folder: Path) -> None:
-        """Write `loram.json`; a reader finds the old one or the new one."""
+    def save(self, folder: Path, in_use: bool = False) -> None:
+        """Write `loram.json`.
+
+        Args:
+            folder: Where; one that is being made, or
+            in_use: one that others look into: they find the old record or the new one.
+        """
+        if not in_use:
+            write_json(folder / RECORD_FILE, self.as_json())
+            return
         with new_file(folder / RECORD_FILE) as file:
             write_json(file, self.as_json())
 

@@ -67,7 +67,7 @@ class Alignment:
             fingerprint=self.fingerprint,
             pruned_model=self.model,
             seconds=seconds,
-        ).save(folder)
+        ).save(folder, in_use=True)
 
 
 def begin_alignment(cfg: Any) -> Alignment:

@@ -99,7 +99,7 @@ class Run:
             self.plan.digest,
             masked=self.masked,
             training=training,
-        ).save(folder)
+        ).save(folder, in_use=True)
 
 
 def begin_training(cfg: Any) -> Run:

@@ -17,8 +17,9 @@ from axolotl_loram.files.tensors import Checkpoint
 @pytest.mark.parametrize("file", HERE.glob("*/*/loram.json"), ids=lambda file: file.parent.name)
 def test_what_earlier_versions_wrote_is_written_again_byte_for_byte(file, tmp_path):
     record = Record.load(file.parent)
-    record.save(tmp_path)
-    assert (tmp_path / "loram.json").read_bytes() == file.read_bytes()
+    for in_use in (False, True):
+        record.save(tmp_path, in_use)
+        assert (tmp_path / "loram.json").read_bytes() == file.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["loram.json"]
 
 
