@@ -176,8 +176,8 @@ class Record:
         """Write `loram.json`.
 
         Args:
-            folder: Where; one that is being made, or
-            in_use: one that others look into: they find the old record or the new one.
+            folder: Where.
+            in_use: Whether others look into it already: they find the old record or the new one.
         """
         if not in_use:
             write_json(folder / RECORD_FILE, self.as_json())
