@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,8 +30,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, commit_of, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.resumable import Work, resumable, work_folder
-from axolotl_loram.files.targets import locked, real
+from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import copy_files, read_json
 from axolotl_loram.models.packing import Packing, plan_packing
@@ -178,9 +176,8 @@ def prune(
     check_room(job, output)
     with resumable(output, job.identity, overwrite) as work:
         outcome = decide(job, work)
-        pack = packing.pack if packing else None
         plan, replaced = outcome.plan, outcome.replaced
-        files = write_weights(checkpoint, plan, work.result, progress, replaced, pack)
+        files = write_weights(checkpoint, plan, work.result, progress, replaced, packing)
         return _write_rest(folder, job, outcome, work.result, files)
 
 
@@ -239,27 +236,14 @@ def check_room(job: Job, output: Path) -> None:
     Raises:
         LoRAMError: Too little is free, or nothing can be written there.
     """
-    needed = needed_bytes(job.checkpoint, job.sketch)
-    refitted = needed if job.settings.sparsity or job.settings.refit else 0
-    if job.packing is not None:
-        needed = job.packing.needed_bytes(job.sketch.pruned_config, job.checkpoint)
-    needed += refitted
+    needed = needed_bytes(job.checkpoint, job.sketch, job.packing)
+    if job.settings.sparsity or job.settings.refit:
+        needed += needed_bytes(job.checkpoint, job.sketch)
     if job.calibration is not None:
         states = job.calibration.tokens.size * sizes_of(job.config)["hidden"] * 4
         kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
         needed += states * kept
-    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
-    started = work_folder(output, job.identity)
-    found = shutil.disk_usage(existing).free + sum(
-        file.stat().st_size for file in started.rglob("*") if file.is_file()
-    )
-    with locked(real(output)):
-        pass  # something can be written there
-    if found < needed:
-        raise LoRAMError(
-            f"expected {needed / 2**30:.3g} GiB free for {output} and the work on it, found "
-            f"{found / 2**30:.3g} GiB in {existing}: make room or choose another disk"
-        )
+    check_free(output, job.identity, needed, "make room or choose another disk")
 
 
 def decide(job: Job, work: Work) -> Outcome:

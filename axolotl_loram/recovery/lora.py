@@ -15,7 +15,7 @@ from torch import nn
 
 from axolotl_loram.architecture.lora_names import split_name
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.models.stream import TORCH_DTYPES, to_bits
+from axolotl_loram.models.bits import TORCH_DTYPES, from_bits, to_bits
 from axolotl_loram.recovery.scatter import Moved
 
 
@@ -98,8 +98,7 @@ def _values(moved: Moved, full_size: bool) -> torch.Tensor:
             f"{moved.stored.dtype}: recover it with zeros"
         )
     bits = np.ascontiguousarray(moved.scatter() if full_size else moved.stored.read())
-    values = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
-    return values.view(TORCH_DTYPES[moved.stored.dtype]).float()
+    return from_bits(bits, moved.stored.dtype).float()
 
 
 def below(adapter: Adapter, prefix: str) -> Adapter:

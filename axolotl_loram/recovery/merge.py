@@ -30,8 +30,8 @@ from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, StoredTensor, write_safetensors
 from axolotl_loram.files.untrusted import copy_files
+from axolotl_loram.models.bits import TORCH_DTYPES, from_bits
 from axolotl_loram.models.masked import add_update, pack, read_support
-from axolotl_loram.models.stream import TORCH_DTYPES
 from axolotl_loram.recovery.lora import scaling
 from axolotl_loram.recovery.recover import read_adapter_config
 from axolotl_loram.recovery.scatter import match
@@ -214,5 +214,4 @@ def as_torch(stored: StoredTensor, bits: np.ndarray | None = None) -> torch.Tens
             f"expected weights of {', '.join(TORCH_DTYPES)} to merge into, found {stored.name} of "
             f"{stored.dtype}: use the unquantized base model"
         )
-    bits = stored.read() if bits is None else bits
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(TORCH_DTYPES[stored.dtype])
+    return from_bits(stored.read() if bits is None else bits, stored.dtype)

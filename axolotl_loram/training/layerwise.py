@@ -39,8 +39,9 @@ from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.device import choose_device
-from axolotl_loram.models.stream import TORCH_DTYPES, LayerStream, to_bits
+from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.gather import write_weights
 from axolotl_loram.pruning.refit import split
