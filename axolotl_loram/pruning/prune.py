@@ -12,6 +12,7 @@ import numpy as np
 
 from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import (
+    TIED,
     Config,
     family_of,
     layer_count,
@@ -20,10 +21,11 @@ from axolotl_loram.architecture.config_json import (
     sizes_of,
 )
 from axolotl_loram.architecture.counts import plan_of_size, sparse_layers, sparse_summary, summary
-from axolotl_loram.architecture.model import changed
+from axolotl_loram.architecture.model import changed, tensors
 from axolotl_loram.architecture.pairing import check_tensors, weights_fingerprint
 from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
 from axolotl_loram.architecture.record import versions
+from axolotl_loram.architecture.spaces import EMBEDDING, HEAD
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
 from axolotl_loram.config import CALIBRATED, Pruning, PruningArgs
 from axolotl_loram.errors import LoRAMError
@@ -166,6 +168,7 @@ def prune(
     folder = find_folder(model, revision)
     checkpoint = Checkpoint(folder)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
+    check_tied(config, checkpoint)
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
     sketch = plan_of_size(config, base, resolved)
@@ -179,6 +182,25 @@ def prune(
         plan, replaced = outcome.plan, outcome.replaced
         files = write_weights(checkpoint, plan, work.result, progress, replaced, packing)
         return _write_rest(folder, job, outcome, work.result, files)
+
+
+def check_tied(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuse a base whose config ties the embeddings and whose weights do not.
+
+    transformers (5.16) takes the stored lm_head then; pruning by the config would drop it.
+    """
+    held = {t.role: checkpoint[t.name] for t in tensors(config) if t.role in (EMBEDDING, HEAD)}
+    head, embedding = checkpoint.tensors.get("lm_head.weight"), held.get(EMBEDDING)
+    if HEAD in held or head is None or embedding is None:
+        return
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    pairs = zip(head.blocks(), embedding.blocks(), strict=True) if same else ()
+    if not same or any((one != other).any() for one, other in pairs):
+        raise LoRAMError(
+            f"expected the lm_head to be the embedding, as {TIED} in the config says, found "
+            f"another lm_head.weight in {checkpoint.folder}, which transformers would use: set "
+            f"{TIED} to false in its config.json"
+        )
 
 
 def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pruning:

@@ -13,6 +13,7 @@ from axolotl_loram.architecture.pairing import check_base, check_pruned
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import user_path
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.pruning.prune import prune
 
@@ -185,6 +186,21 @@ def plant_nan(folder):
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def plant_nan_in_the_head(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"][-1, -1] = float("inf")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def untie(folder):
+    """Tied by its config, and another lm_head is stored: transformers takes that one."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
 def widen_config(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
@@ -217,6 +233,28 @@ def test_bad_bases_are_refused_and_leave_nothing(damage, message, make_model, tm
     with pytest.raises(LoRAMError, match=message):
         prune(str(base), tmp_path / "out", PruningArgs(ratio=0.5, method="magnitude"))
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (plant_nan_in_the_head, "NaN or infinity in lm_head.weight"),
+        (untie, "another lm_head.weight .* set tie_word_embeddings to false"),
+    ],
+)
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_what_is_only_copied_is_looked_at_too(damage, message, method, make_model, tmp_path):
+    base = copied(make_model(), tmp_path / "base")
+    damage(base)
+    with pytest.raises(LoRAMError, match=message):
+        prune(str(base), tmp_path / "out", PruningArgs(ratio=0.5, method=method))
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_a_home_that_is_not_known_is_said(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where HOME is unset
+    with pytest.raises(LoRAMError, match="expected a home folder for '~/text'"):
+        user_path("~/text")
 
 
 def test_an_existing_output_is_replaced_only_on_request(make_model, tmp_path):
