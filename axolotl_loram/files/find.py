@@ -18,6 +18,7 @@ TOKENIZER_PATTERNS = (
     "merges.txt",
     "*.model",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
     "*.tiktoken",
 )
 MODEL_PATTERNS = (

@@ -22,7 +22,7 @@ from axolotl_loram.errors import not_finite
 from axolotl_loram.files.atomic import write_json
 from axolotl_loram.files.nf4 import packed_parts
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.targets import sync
+from axolotl_loram.files.targets import remove, sync
 from axolotl_loram.files.tensors import (
     ELEMENT_BYTES,
     MODEL_FILE,
@@ -118,7 +118,7 @@ def write_weights(
     finished = _finished(folder, identity)
     for later in folder.iterdir():  # what came after the weights is written anew
         if later.name not in (*finished, FINISHED):
-            later.unlink()
+            remove(later)
     for file, parts in files.items():
         if file in finished:
             done(plain[file])

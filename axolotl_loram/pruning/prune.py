@@ -344,9 +344,10 @@ def _write_rest(
     write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
     copy_files(base_folder, folder, (*TOKENIZER_PATTERNS, "generation_config.json"))
     plan.save(folder)
-    for file in sorted(folder.iterdir()):
-        if file.name not in files:  # the weights' are known, and large
-            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for file in (file for file in sorted(folder.rglob("*")) if file.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name not in files:  # the weights' are known, and large
+            files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     written = Checkpoint(folder)
     record = {
         "schema_version": SCHEMA_VERSION,

@@ -97,7 +97,7 @@ def files(subject: Subject) -> Iterator[Finding]:
     if not recorded:
         yield "not checked", f"{RECORD_FILE} has no digests of files"
         return
-    inside = {name: subject.folder / name for name in recorded if name == Path(name).name}
+    inside = {name: subject.folder / name for name in recorded if is_inside(name)}
     there = {name: path for name, path in inside.items() if path.is_file()}
     size = sum(path.stat().st_size for path in there.values())
     done, whole = subject.progress(size, "verifying"), 0
@@ -338,6 +338,12 @@ def _pruned_model(subject: Subject) -> str | None:
         return named if isinstance(named, str) else None
     has_config = (subject.folder / ADAPTER_CONFIG).exists()
     return named_model(subject.folder) if has_config else None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a recorded name is of a file in the folder, or of one in a folder of it."""
+    path = Path(name)
+    return name == path.as_posix() and 0 < len(path.parts) < 3 and not {"..", "/"} & {*path.parts}
 
 
 def _bits(subject: Subject, name: str) -> Any:

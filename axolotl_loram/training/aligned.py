@@ -33,6 +33,7 @@ from axolotl_loram.files.tensors import (
     finite,
     write_safetensors,
 )
+from axolotl_loram.files.untrusted import copy_files
 from axolotl_loram.models.bits import from_bits, to_bits
 from axolotl_loram.results.checks import sha256_of
 
@@ -71,9 +72,7 @@ def assemble(
     check_plan(pruned, plan)
     with updated_folder(output, "config.json", weight_files) as scratch:
         files = _write_weights(trained, pruned, scratch, set(frozen))
-        for pattern in CARRIED:
-            for file in pruned.glob(pattern):
-                shutil.copyfile(file, scratch / file.name)
+        copy_files(pruned, scratch, CARRIED)
         check_pruned(scratch, plan)
         record = aligned_record(pruned, scratch, files, alignment)
         write_json(scratch / RECORD_FILE, record)
@@ -95,7 +94,8 @@ def aligned_record(
         files: SHA-256 of its weights' files; those of the others are computed.
         alignment: What to say about this alignment.
     """
-    rest = {file.name: sha256_of(file) for file in folder.iterdir() if file.name not in files}
+    there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+    rest = {name: sha256_of(file) for name, file in there.items() if name not in files}
     record = read_record(pruned)
     before = record.get("alignments") or []
     record.pop("alignment", None)  # what records had before there were any

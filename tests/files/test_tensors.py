@@ -21,6 +21,7 @@ from axolotl_loram.architecture.plan import PruningPlan, entries_of, gather
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files import tensors as checkpoint_module
+from axolotl_loram.files.atomic import updated_folder
 from axolotl_loram.files.tensors import (
     ELEMENT_BYTES,
     INFINITY,
@@ -94,6 +95,19 @@ def test_only_kept_rows_are_read(tmp_path, monkeypatch):
     ]
     with pytest.raises(LoRAMError, match=r"expected t in .* found that the file ends"):
         list(ahead(stored.blocks()))
+
+
+def test_a_folder_in_an_updated_folder_joins_the_one_that_is_there(tmp_path):
+    """As chat templates do beside those that a trainer saved; a second time too."""
+    (tmp_path / "out/templates").mkdir(parents=True)
+    (tmp_path / "out/templates/other").write_text("kept")
+    for text in ("one", "two"):
+        with updated_folder(tmp_path / "out", "last") as scratch:
+            (scratch / "templates").mkdir()
+            (scratch / "templates/tool").write_text(text)
+            (scratch / "last").write_text("")
+    held = {file.name: file.read_text() for file in (tmp_path / "out/templates").iterdir()}
+    assert held == {"other": "kept", "tool": "two"}
 
 
 def test_arrays_and_blocks_write_the_same_file(tmp_path):

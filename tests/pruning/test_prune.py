@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import build_model, byte_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.architecture.pairing import check_base, check_pruned
 from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.cli import main
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import user_path
@@ -249,6 +251,18 @@ def test_what_is_only_copied_is_looked_at_too(damage, message, method, make_mode
     with pytest.raises(LoRAMError, match=message):
         prune(str(base), tmp_path / "out", PruningArgs(ratio=0.5, method=method))
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_every_chat_template_goes_along(make_model, tmp_path):
+    base, templates = copied(make_model(), tmp_path / "base"), {"default": "A", "tool_use": "B"}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(base)
+    record = prune(str(base), tmp_path / "out", HALF)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
+    assert "additional_chat_templates/tool_use.jinja" in record["files"]
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--verify"])
+    assert shown.exit_code == 0, shown.output
 
 
 def test_a_home_that_is_not_known_is_said(monkeypatch):
