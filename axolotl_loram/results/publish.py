@@ -56,8 +56,7 @@ ALLOWED = {
 """Kind → what may be uploaded of its folder, beside record, card, plot and evaluation."""
 NOT_OURS = (".gitattributes", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.png", "*.svg")
 """Files that may differ or be there without making it another model."""
-WAITS = (1.0, 2.0, 4.0, None)
-"""Seconds before an upload is tried again."""
+WAITS = (1.0, 2.0, 4.0, None)  # seconds before an upload is tried again
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,8 @@ class Publication:
         """
         names, allowed = set(self.digests), ALLOWED[self.kind]
         if self.kind == "recovered-adapter":
-            present = [file for pattern in allowed for file in self.folder.glob(pattern)]
-            names |= {file.relative_to(self.folder).as_posix() for file in present}
+            there = (file for pattern in allowed for file in self.folder.glob(pattern))
+            names.update(file.relative_to(self.folder).as_posix() for file in there)
         for name in sorted(names):
             if not is_inside(name) or not _matches(name, allowed):
                 raise LoRAMError(
