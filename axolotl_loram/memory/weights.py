@@ -14,30 +14,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from axolotl_loram.architecture.model import Tensor
+from axolotl_loram.files.nf4 import BLOCK, FLOAT32, nf4_sizes
 from axolotl_loram.memory.layout import PARTS, Layout, Part, part_of
 
 Format = Literal["native", "float32", "int8", "nf4", "cpu"]
-BLOCK = 64
-"""Weights that share a scale in NF4: the default of bitsandbytes, which Axolotl leaves alone."""
-SCALES_BLOCK = 256
-"""Scales that share a scale in double quantization."""
-FLOAT32 = 4
-TABLE, SCALES_TABLE = 16 * FLOAT32, 256 * FLOAT32
 
 
 def nf4_bytes(values: int, block: int = BLOCK, double: bool = True) -> int:
-    """Bytes of a weight in NF4 with its whole quantization state.
-
-    Args:
-        values: Number of weights.
-        block: Weights to a scale.
-        double: Whether the scales are quantized too (Linear4bit: yes, Embedding4bit: no).
-    """
-    packed, scales = math.ceil(values / 2), math.ceil(values / block)
-    if not double:
-        return packed + scales * FLOAT32 + TABLE
-    nested = math.ceil(scales / SCALES_BLOCK) * FLOAT32 + SCALES_TABLE + FLOAT32
-    return packed + scales + nested + TABLE
+    """Bytes of a weight in NF4 with its whole quantization state; arguments as `nf4_sizes`'s."""
+    offset = FLOAT32 if double else 0  # checkpoints have it in their JSON
+    return sum(nf4_sizes(values, block, double).values()) + offset
 
 
 def int8_bytes(shape: tuple[int, ...]) -> int:
@@ -104,7 +90,7 @@ class Storage:
         if form not in ("nf4", "int8"):
             return 0
         values = math.prod(shape)
-        scales = math.ceil(values / self.block) * FLOAT32 if form == "nf4" else 0
+        scales = nf4_sizes(values, self.block, double=False)[".absmax"] if form == "nf4" else 0
         return values * self.native + scales
 
 

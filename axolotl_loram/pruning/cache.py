@@ -13,7 +13,7 @@ from axolotl_loram.architecture.pairing import fingerprint_of
 from axolotl_loram.architecture.plan import SCHEMA_VERSION
 from axolotl_loram.config import FillArgs, Pruning, PruningArgs
 from axolotl_loram.files.atomic import made_once
-from axolotl_loram.files.find import find_folder
+from axolotl_loram.files.find import find_folder, user_path
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.pruning.prune import prune, resolve
 from axolotl_loram.text.calibration import Calibration, from_rows, load_calibration
@@ -65,7 +65,7 @@ def prune_into_cache(
 def cache_folder(named: str | None) -> Path:
     """The folder that is named, or $AXOLOTL_LORAM_CACHE, or ~/.cache/axolotl-loram."""
     default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
-    return Path(named or default).expanduser()
+    return user_path(named or default)
 
 
 def calibrate(

@@ -16,7 +16,7 @@ from torch import nn
 from axolotl_loram.architecture.lora_names import split_name
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import StoredTensor
-from axolotl_loram.models.stream import TORCH_DTYPES, to_bits
+from axolotl_loram.models.bits import TORCH_DTYPES, from_bits, to_bits
 from axolotl_loram.recovery.scatter import Moved
 
 
@@ -106,7 +106,7 @@ def as_torch(stored: StoredTensor, bits: np.ndarray) -> torch.Tensor:
             f"expected weights of {', '.join(TORCH_DTYPES)}, found {stored.name} of "
             f"{stored.dtype}: use the unquantized model, and an adapter saved as PEFT saves it"
         )
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(TORCH_DTYPES[stored.dtype])
+    return from_bits(bits, stored.dtype)
 
 
 def below(adapter: Loras, prefix: str) -> Loras:

@@ -27,8 +27,8 @@ from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite, write_safetensors
 from axolotl_loram.files.untrusted import copy_files, read_json
+from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.masked import add_update, pack, read_support
-from axolotl_loram.models.stream import TORCH_DTYPES, to_bits
 from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.lora import as_torch, scaling
 from axolotl_loram.recovery.scatter import Moved, vocabulary_of

@@ -159,7 +159,7 @@ def files(subject: Subject) -> str:
     recorded = subject.record.files or {}
     if not recorded:
         raise Unknown(f"{RECORD_FILE} has no digests of files")
-    inside = {name: subject.folder / name for name in recorded if name == Path(name).name}
+    inside = {name: subject.folder / name for name in recorded if is_inside(name)}
     there = {name: path for name, path in inside.items() if path.is_file()}
     size = sum(path.stat().st_size for path in there.values())
     done, wrong = subject.progress(size, "verifying"), []
@@ -320,6 +320,12 @@ def modules(subject: Subject) -> str:
         raise Unknown(f"{ADAPTER_CONFIG} names no modules")
     check_modules(subject.adapter, fitting)
     return f"A and B are there of every module that {ADAPTER_CONFIG} names, and of no other"
+
+
+def is_inside(name: str) -> bool:
+    """Whether a recorded name is of a file in the folder, or of one in a folder of it."""
+    path = Path(name)
+    return name == path.as_posix() and 0 < len(path.parts) < 3 and not {"..", "/"} & {*path.parts}
 
 
 def sha256_of(file: Path, done: Callable[[int], Any] = lambda count: None) -> str:

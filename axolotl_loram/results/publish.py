@@ -37,7 +37,7 @@ from axolotl_loram.files.tensors import ADAPTER_FILE
 from axolotl_loram.recovery.recover import model_card
 from axolotl_loram.results.artefacts import EVALUATION_FILE, kept_units
 from axolotl_loram.results.card import PLOT_FILE, Card, licence_of
-from axolotl_loram.results.checks import sha256_of
+from axolotl_loram.results.checks import is_inside, sha256_of
 from axolotl_loram.results.figures import Strips, save
 from axolotl_loram.results.inspect import require_whole, verify
 from axolotl_loram.results.secrets import refuse_tokens
@@ -56,8 +56,7 @@ ALLOWED = {
 """Kind → what may be uploaded of its folder, beside record, card, plot and evaluation."""
 NOT_OURS = (".gitattributes", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.png", "*.svg")
 """Files that may differ or be there without making it another model."""
-WAITS = (1.0, 2.0, 4.0, None)
-"""Seconds before an upload is tried again."""
+WAITS = (1.0, 2.0, 4.0, None)  # seconds before an upload is tried again
 
 
 @dataclass(frozen=True)
@@ -152,9 +151,10 @@ class Publication:
         kind, _ = self.record.require(self.folder)
         names, allowed = set(self.digests), ALLOWED[kind]
         if kind == Kind.RECOVERED_ADAPTER:
-            names |= {file.name for pattern in allowed for file in self.folder.glob(pattern)}
+            there = (file for pattern in allowed for file in self.folder.glob(pattern))
+            names |= {file.relative_to(self.folder).as_posix() for file in there}
         for name in sorted(names):
-            if name != Path(name).name or not _matches(name, allowed):
+            if not is_inside(name) or not _matches(name, allowed):
                 raise LoRAMError(
                     f"expected only files of a checkpoint in {RECORD_FILE}, found {name!r}: make "
                     "the folder again"

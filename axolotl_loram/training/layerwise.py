@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,9 +36,10 @@ from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
-from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.files.untrusted import copy_files, read_json
+from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.device import choose_device
-from axolotl_loram.models.stream import TORCH_DTYPES, LayerStream, to_bits
+from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.gather import write_weights
 from axolotl_loram.pruning.refit import split
@@ -319,9 +319,7 @@ def _write_rest(
     pair: Pair, folder: Path, files: dict[str, str], alignment: dict[str, Any]
 ) -> dict[str, Any]:
     """Copy what is not weights, and add the alignment to the record."""
-    for pattern in CARRIED:
-        for file in pair.pruned.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    copy_files(pair.pruned, folder, CARRIED)
     record = aligned_record(pair.pruned, folder, files, alignment)
     record.save(folder)
     return record.as_json()
