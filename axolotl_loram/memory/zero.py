@@ -220,7 +220,7 @@ def held(
     trained = [weight for weight in weights if weight.trained]
     own = share(trained, zero.stage, ranks)
     name = optimizer if zero.optimizer == "none" else "adamw_torch"
-    states = optimizer_bytes(name, own)
+    states = optimizer_bytes(name, (own,))
     place = _stage3 if zero.stage == 3 else _stage12
     found = place(weights, zero, ranks, hidden, compute, own, states)
     total = compute * _values(weights)
