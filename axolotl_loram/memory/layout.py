@@ -148,7 +148,7 @@ class Layout:
         )
 
     def split(self, key: Callable[[Tensor], object]) -> Layout:
-        """The same model, with layers counted together only where the keys of their tensors agree."""
+        """The same, with layers counted together only where the keys of their tensors agree."""
         layers = []
         for layer in self.layers:
             alike: dict[object, list[int]] = {}
@@ -184,7 +184,7 @@ class Layout:
 
     @property
     def every(self) -> Iterator[tuple[Tensor, int]]:
-        """As `tensors`, with the output embedding also where it is tied: PEFT sees it as its own."""
+        """As `tensors`, with the output embedding also where it is tied, as PEFT sees it."""
         yield from self.tensors
         if self.lm_head is None:
             yield self.head, 1

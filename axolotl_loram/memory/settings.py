@@ -101,8 +101,9 @@ class TrainingArgs(Section):
     def formats(self, four_bit: bool, tied: bool) -> tuple[Head, Embedding]:
         """Formats of lm_head and embedding in a pruned model: as asked, else what suits the run.
 
-        What is trained whole or by tokens stays native, an embedding with LoRA, and lm_head too where the loss multiplies by its
-        weight itself; of tied embeddings none is small unless both are.
+        What is trained whole or by tokens stays native, an embedding with LoRA too, and lm_head
+        where the loss multiplies by its weight itself; of tied embeddings none is small unless
+        both are.
         """
         tokens = bool(self.trainable_tokens)
         whole = {

@@ -68,7 +68,9 @@ class Trained:
         if layout.model_type in OLD_NAMES:
             found = found._renamed()
         found = replace(found, layout=layout.split(found._key))
-        if not layout.undeclared and not any(found.rank(tensor) for tensor, _ in found.layout.every):
+        if not layout.undeclared and not any(
+            found.rank(tensor) for tensor, _ in found.layout.every
+        ):
             raise LoRAMError(
                 "expected lora_target_modules, or lora_target_parameters, to name some of a "
                 f"{layout.model_type} model, found {run.lora_target_modules or 'none'}: name the "

@@ -70,10 +70,10 @@ class Storage:
     def format_of(self, tensor: Tensor) -> Format:
         """The format that a tensor is stored in.
 
-        In a 4- or 8-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32 that is
-        not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back in the
-        first forward pass (Linear4bit). What is none of these stays float32: routers, and experts
-        unless they are quantized, in which case Axolotl leaves PEFT's function out.
+        In a 4- or 8-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32
+        that is not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back
+        in the first forward pass (Linear4bit). What is none of these stays float32: routers, and
+        experts unless they are quantized, in which case Axolotl leaves PEFT's function out.
         """
         part = part_of(tensor)
         if part in ("linears", "lm_head", "embedding"):
