@@ -111,6 +111,7 @@ class Activations:
         widest = run.tokens * max(tensor.shape[1] for tensor in layer.linears) * c
         by_lora = 4 * widest if self._casts(form) else widest
         gradients = 2 * run.tokens * layer.sizes["hidden"] * c + widest + max(by_lora, unpacked)
+        gradients += widest if form == "int8" else 0  # what Linear8bitLt casts
         scores = 3 * run.tokens * layer.heads * run.sequence_len * FLOAT32
         return max(gradients, scores if run.attention == "eager" else 0)
 
@@ -137,7 +138,7 @@ class Activations:
         """Bytes per token that LoRA keeps, summed over groups of modules with the same input."""
         groups: dict[tuple[Dim, str], list[Tensor]] = {}
         for tensor in layer.linears:
-            if self.rank(tensor):
+            if self.rank(tensor) or self.storage.linears == "int8":
                 place = tensor.module.split(".")[-2]  # q, k and v read the same; so do gate and up
                 groups.setdefault((tensor.dims[1], place), []).append(tensor)
         return sum(
@@ -154,16 +155,19 @@ class Activations:
     def _lora_inputs(self, group: list[Tensor], form: str, is_kept: bool = False) -> int:
         """Bytes per token that A and B of modules that read the same tensor keep.
 
-        Fused kernels keep the input once and recompute A's output.
+        Fused kernels keep the input once and recompute A's output. Linear8bitLt keeps its input,
+        with LoRA or without.
         """
         run, width, c = self.run, group[0].shape[1], self.run.compute_bytes
         casts = self._casts(form)
-        copies = len(group) if casts or (run.lora_dropout and not run.fused_kernels) else 1
+        adapted = sum(self.rank(tensor) > 0 for tensor in group)
+        copies = adapted if casts or (run.lora_dropout and not run.fused_kernels) else 1
+        original = int(form == "int8" and copies != 1 and not is_kept)
         if is_kept and not casts and not run.lora_dropout:
             copies = 0
-        masks = copies * width if run.lora_dropout else 0
+        masks = copies * width if run.lora_dropout and adapted else 0
         inner = 0 if run.fused_kernels else sum(map(self.rank, group)) * c
-        return copies * width * c + masks + inner
+        return (copies + original) * width * c + masks + inner
 
     def _attention(self, layer: Layer) -> int:
         """Bytes per token: what flash attention, or the matrices of scores, keep.

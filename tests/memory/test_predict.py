@@ -417,6 +417,43 @@ def test_peak_of_a_training_step(precision, checkpointing, vocabulary):
     assert 0.99 < max(map(sum, moments.values())) / live.peak < 1.1
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", ["linear", "q_proj,v_proj"])
+def test_peak_of_a_training_step_in_8_bits(targets, checkpointing, tmp_path, autocast_as_on_a_gpu):
+    """Bitsandbytes' modules keep their inputs, whether they have LoRA or not."""
+    wide = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "head_dim": 16}
+    build_model("llama", **wide).to(torch.bfloat16).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        dtype=torch.bfloat16,
+        device_map="cpu",
+    )
+    named = "all-linear" if targets == "linear" else targets.split(",")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=named)).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    ids = torch.arange(2 * 64).reshape(2, 64)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+
+    step()
+    with LiveBytes() as live:
+        step()
+    run = settings_for("bf16", lora_target_modules=targets).model_copy(
+        update={"sequence_len": 64, "gradient_checkpointing": checkpointing}
+    )
+    layout = Layout.of(model.config.to_dict())
+    count = Activations(run, Storage("int8"), Trained.of(run, layout).rank)
+    lora = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    predicted = max(map(sum, count.moments(layout, lora).values()))
+    assert 0.99 < predicted / live.peak < 1.1
+
+
 def test_checkpointing_cut_cross_entropy_and_kernels_take_less():
     layout = Layout.of(LLAMA_31_70B)
     run = TrainingArgs(sequence_len=2048, micro_batch_size=4, gradient_checkpointing=False)

@@ -17,7 +17,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.cluster import FullActivations, align_plan, align_request, without_lora
 from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.weights import Storage
-from axolotl_loram.memory.zero import Weight, held, read_zero
+from axolotl_loram.memory.zero import Weight, Zero, held, read_zero
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "deepspeed_configs"
