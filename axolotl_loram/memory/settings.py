@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from axolotl_loram.config import NATIVE, QLORAM, Section
 from axolotl_loram.memory.optimizers import check_optimizer
@@ -63,7 +63,7 @@ class TrainingArgs(Section):
     fused_glu: bool = False
     modules_to_save: tuple[str, ...] = ()
     lora_target_parameters: tuple[str, ...] = ()
-    lora_rank_pattern: dict[str, int] = Field(default_factory=dict)
+    lora_rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     peft_layers_to_transform: tuple[int, ...] = ()
     peft_layers_pattern: tuple[str, ...] = ()
     trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -82,6 +82,19 @@ class TrainingArgs(Section):
     def _known_optimizer(cls, name: str) -> str:
         check_optimizer(name)
         return name
+
+    @field_validator(
+        "lora_target_modules", "modules_to_save", "lora_rank_pattern", "peft_layers_pattern"
+    )
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        """All of these are regular expressions to PEFT, or can be."""
+        for text in [value] if isinstance(value, str) else value:
+            try:
+                re.compile(text)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"expected a pattern, found {text[:80]!r}: {error}") from None
+        return value
 
     @property
     def tokens(self) -> int:
@@ -193,7 +206,7 @@ def _targets(cfg: Mapping[str, Any]) -> str | None:
 def _tokens(indices: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Name of a matrix → rows that are trained; the input embedding's where none is named."""
     named = indices if isinstance(indices, Mapping) else {"": indices} if indices else {}
-    return tuple((name, tuple(rows)) for name, rows in named.items())
+    return tuple((name, _listed(rows)) for name, rows in named.items())
 
 
 def _optimizer(name: Any) -> str | None:

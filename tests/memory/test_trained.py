@@ -235,6 +235,23 @@ def test_a_yaml_without_pruning_is_planned_as_it_is(tmp_path):
     assert list(found["methods"]) == ["lora", "qlora"] and found["not_counted"] == []
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"lora_target_modules": "("},
+        {"lora_modules_to_save": ["("]},
+        {**LINEAR, "lora_rank_pattern": {"[": 2}},
+        {**LINEAR, "lora_rank_pattern": {"q": 0}},
+        {**LINEAR, "peft_layers_pattern": ["("]},
+        {**QUERIES, "peft_trainable_token_indices": {"embed_tokens": "all"}},
+        {**LINEAR, "peft_trainable_token_indices": {5: [5]}},
+    ],
+)
+def test_targets_that_cannot_be_read_are_refused(asked):
+    with pytest.raises(LoRAMError, match=r"expected|valid|greater"):
+        TrainingArgs.parse(**settings_of({"adapter": "lora", **asked}))
+
+
 def test_targets_that_name_nothing_are_refused():
     config = pico_config("llama").to_dict()
     for targets in ("q_proj", ["proj"], ["(q|v)_proj"], []):
