@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from axolotl_loram.architecture.config_json import Config, family_of, load_config
@@ -53,7 +53,7 @@ def plan(asked: Request) -> dict[str, Any]:
         **({"fit": fitted} if fitted else {}),
         "training": asked.run.model_dump(),
         "not_counted": not_counted,
-        "methods": {name: method.as_dict() for name, method in methods.items()},
+        "methods": {name: asdict(method) for name, method in methods.items()},
         "gpus": {name: that_hold(method.peak_bytes) for name, method in methods.items()},
     }
 

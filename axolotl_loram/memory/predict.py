@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from axolotl_loram.architecture.config_json import Config
@@ -73,10 +73,6 @@ class Prediction:
     moments: Mapping[str, int]
     allocated_bytes: int
     peak_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def storage_of(method: str, run: TrainingArgs, tied: bool) -> Storage:

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from axolotl_loram.architecture.plan import PruningPlan
@@ -42,8 +43,8 @@ def predict_run(cfg: Mapping[str, Any], plan: PruningPlan, formats: Formats) -> 
         LOG.warning("the memory of this run is not predicted: %s", error)
         return {}
     LOG.info("memory predicted for %s on a GPU: %s", method, _said(prediction))
-    methods = {name: other.as_dict() for name, other in others.items()}
-    methods[method] = prediction.as_dict()
+    methods = {name: asdict(other) for name, other in others.items()}
+    methods[method] = asdict(prediction)
     return {"method": method, **methods[method], "methods": methods}
 
 

@@ -6,7 +6,7 @@ import transformers
 from axolotl.loaders.adapter import _build_peft_lora_config
 from axolotl.utils.dict import DictDefault
 from conftest import write_yaml
-from families import PICO, pico_config
+from families import pico_config
 from peft import get_peft_model
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
@@ -258,4 +258,3 @@ def test_targets_that_name_nothing_are_refused():
         run = TrainingArgs(**settings_of({"adapter": "lora", "lora_target_modules": targets}))
         with pytest.raises(LoRAMError, match=r"expected lora_target_modules.* of a llama model"):
             compare(config, config, run)
-    assert PICO["num_hidden_layers"] == 4
