@@ -28,7 +28,7 @@ def nf4_bytes(values: int, block: int = BLOCK, double: bool = True) -> int:
 
 def int8_bytes(shape: tuple[int, ...]) -> int:
     """Bytes of a weight in LLM.int8() with a float32 scale for each row."""
-    return math.prod(shape) + shape[0] * FLOAT32
+    return math.prod(shape) + math.prod(shape[:-1]) * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Storage:
         native: Bytes of a weight that is not quantized: 2 in bfloat16 and float16, 4 in float32.
         block: Weights to a scale in NF4.
         experts: Format of raw expert tensors, which bitsandbytes quantizes only where told to.
+        double: Whether the scales of NF4 are quantized too.
     """
 
     linears: Format = "native"
@@ -50,14 +51,15 @@ class Storage:
     native: int = 2
     block: int = BLOCK
     experts: Format = "native"
+    double: bool = True
 
     def format_of(self, tensor: Tensor) -> Format:
         """The format that a tensor is stored in.
 
-        In a 4-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32 that is
-        not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back in the
-        first forward pass (Linear4bit). What is none of these stays float32: routers, and experts
-        unless they are quantized, in which case Axolotl leaves PEFT's function out.
+        In a 4- or 8-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32
+        that is not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back
+        in the first forward pass (Linear4bit). What is none of these stays float32: routers, and
+        experts unless they are quantized, in which case Axolotl leaves PEFT's function out.
         """
         part = part_of(tensor)
         if part in ("linears", "lm_head", "embedding"):
@@ -77,7 +79,7 @@ class Storage:
         """Bytes of a tensor of this shape in a format."""
         values = math.prod(shape)
         if form == "nf4":
-            return nf4_bytes(values, self.block, double)
+            return nf4_bytes(values, self.block, double and self.double)
         if form == "int8":
             return int8_bytes(shape)
         return values * (FLOAT32 if form == "float32" else self.native)
@@ -90,7 +92,8 @@ class Storage:
         if form not in ("nf4", "int8"):
             return 0
         values = math.prod(shape)
-        scales = nf4_sizes(values, self.block, double=False)[".absmax"] if form == "nf4" else 0
+        made = form == "nf4" and self.double
+        scales = nf4_sizes(values, self.block, double=False)[".absmax"] if made else 0
         return values * self.native + scales
 
 
