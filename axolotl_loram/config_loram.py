@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from axolotl_loram.config import PruningArgs, Section
+from axolotl_loram.config import Fill, PruningArgs, Section
 from axolotl_loram.errors import LoRAMError
 
 TEACHER_KEYS = ("teacher_path", "teacher_revision", "teacher_top_k", "next_token_share")
@@ -55,11 +55,11 @@ class LoRAMConfig(Section):
         description="plain: the adapter for base_model in output_dir. masked: also base_model with "
         "exactly the masked update that was trained, in output_dir/merged.",
     )
-    fill: Literal["zeros", "normal", "corrected", "fitted"] = Field(
+    fill: Fill = Field(
         default="zeros",
         description="What the recovered adapter holds for what was pruned, as `axolotl-loram "
-        "recover --fill` says; fitted reads the run's own datasets, and (as corrected) the "
-        "weights of base_model, a layer at a time, when training has ended.",
+        "recover --fill` says; fitted reads the run's own datasets, and the weights of base_model, "
+        "a layer at a time, when training has ended.",
     )
     lm_head_format: Literal["native", "int8", "nf4"] | None = Field(
         default=None,

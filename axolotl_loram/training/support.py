@@ -10,7 +10,7 @@ from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.recovery.recover import unrecoverable
+from axolotl_loram.recovery.adapter import unrecoverable
 
 LOG = logging.getLogger(__name__)
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")

@@ -35,7 +35,8 @@ from axolotl_loram.files.tensors import (
     write_safetensors,
 )
 from axolotl_loram.files.untrusted import read_json
-from axolotl_loram.models.stream import LayerStream, to_bits
+from axolotl_loram.models.bits import to_bits
+from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.training.distil import Targets
 
