@@ -17,6 +17,7 @@ TRAIN_KEYS = (
     "pruned_model_revision",
     "pruning",
     "masked",
+    "anchor",
     "recovery",
     "fill",
     "lm_head_format",
@@ -49,6 +50,14 @@ class LoRAMConfig(Section):
         default=None,
         description="Confine the update to the weights that are left; on by default where the "
         "pruned model is sparse.",
+    )
+    anchor: str = Field(
+        default="none",
+        description="base: the pruned model's predictions are corrected by what lies between it "
+        "and base_model, so that the adapter learns what base_model lacks, and not to repair the "
+        "pruned model. What base_model says of the training data is computed once, a layer at a "
+        "time, and kept on disk. A folder: what `axolotl-loram anchor` wrote, where base_model is "
+        "not on this machine. none: the loss of the pruned model alone.",
     )
     recovery: Literal["plain", "masked"] = Field(
         default="plain",

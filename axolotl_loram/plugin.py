@@ -53,6 +53,7 @@ from axolotl_loram.training.align import (
     finish_alignment,
 )
 from axolotl_loram.training.align_trainer import prepare_trainer
+from axolotl_loram.training.anchor import NONE, prepare_anchor
 from axolotl_loram.training.checkpoints import NodeCallback, is_first_rank
 from axolotl_loram.training.memory_log import correct_prediction, measure_run, start_measuring
 from axolotl_loram.training.monitor import RecoveredEvaluation, check_can_evaluate
@@ -134,6 +135,10 @@ class LoRAMPlugin(BasePlugin):
             correct_prediction(self.run.memory["predicted"], trainer.model, cfg)
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
+        section = cfg.loram
+        if self.run is not None and section.anchor not in (None, NONE):
+            found = prepare_anchor(self.run, section.anchor, section.cache_dir, trainer)
+            self.run.anchor.update(found)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""

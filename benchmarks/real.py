@@ -36,6 +36,8 @@ sys.path.insert(0, str(ROOT / "examples/quickstart"))
 import data
 
 from axolotl_loram.training.anchored import anchored_loss, offsets
+from axolotl_loram.training.distil import Targets
+from axolotl_loram.training.teacher import most_likely
 
 ROWS = Path(__file__).with_suffix(".csv")
 SEEDS = (1, 2, 3)
@@ -188,7 +190,8 @@ def loss_of(model: Any, base: Any, batch: dict[str, torch.Tensor], case: Case) -
     with torch.no_grad(), model.disable_adapter():
         before = model(**inputs).logits[:, :-1][places]
         theirs = base(**inputs).logits[:, :-1][places]
-        anchor = offsets(theirs, before, labels, case.top_k or logits.shape[-1])
+        said = most_likely(theirs, case.top_k or logits.shape[-1], labels)
+        anchor = offsets(Targets(said[0].long(), *said[1:]), before)
     return anchored_loss(logits, anchor) / len(labels)
 
 

@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 
-TOKENS_PER_CHUNK = 1024
+from axolotl_loram.training.distil import TOKENS_PER_CHUNK, Targets
+
+TINY = 1e-38
+"""The least probability of all that is not named; 0 has no logarithm."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,25 @@ class Offsets:
     rest: torch.Tensor
 
 
-def offsets(base: torch.Tensor, pruned: torch.Tensor, labels: torch.Tensor, top_k: int) -> Offsets:
-    """The offsets of the label and the base's most likely tokens.
+def offsets(said: Targets, pruned: torch.Tensor) -> Offsets:
+    """What lies between the base and the pruned model.
 
     Args:
-        base: The base's logits, (places, vocabulary).
-        pruned: The pruned model's.
-        labels: The next tokens, (places,).
-        top_k: Tokens to name, the label among them; at most the vocabulary.
+        said: What the base says of each place, the label first among the k tokens.
+        pruned: The pruned model's logits there, (places, vocabulary), in any float dtype.
     """
-    theirs, ours = base.float().log_softmax(-1), pruned.float().log_softmax(-1)
-    label = labels[:, None]
-    likely = theirs.scatter(-1, label, torch.inf).topk(top_k, dim=-1).indices  # the label is first
-    named = theirs.gather(-1, likely) - ours.gather(-1, likely)
-    return Offsets(likely, named, others(theirs, likely) - others(ours, likely))
+    named, rest = [], []
+    for start in range(0, len(pruned), TOKENS_PER_CHUNK):
+        part = slice(start, start + TOKENS_PER_CHUNK)
+        logits, ids = pruned[part].float(), said.ids[part]
+        whole = logits.logsumexp(-1)
+        named.append(said.logprobs[part] - (logits.gather(-1, ids) - whole[:, None]))
+        rest.append(said.rest[part].clamp_min(TINY).log() - (others(logits, ids) - whole))
+    return Offsets(said.ids, torch.cat(named), torch.cat(rest))
 
 
 def others(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The logarithm of Σ exp over the tokens that are not in `ids`; 0 where there are none."""
+    """The logarithm of Σ exp over the tokens that are not in `ids`; of none, 0, and never used."""
     if ids.shape[-1] == logits.shape[-1]:
         return logits.new_zeros(len(logits))
     return logits.scatter(-1, ids, -torch.inf).logsumexp(-1)

@@ -55,6 +55,7 @@ class Run:
         memory: What was predicted, and in the end measured.
         history: What the trainer has logged so far, of losses.
         steps: How many are "done" and "planned".
+        anchor: What the loss is anchored at, if at anything.
         trained_shapes: Name → shape of what is trained (see `recovery.whole`).
     """
 
@@ -72,6 +73,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     trained_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    anchor: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trained(self) -> Path:
@@ -92,6 +94,7 @@ class Run:
             "versions": versions(),
             "steps": self.steps,
             "history": self.history,
+            **({"anchor": self.anchor} if self.anchor else {}),
         }
         Record(
             Kind.TRAINED_ADAPTER,

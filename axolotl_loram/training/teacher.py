@@ -158,7 +158,7 @@ class Teacher:
 
     @property
     def _dtype(self) -> type[np.floating]:
-        return np.float32 if self.record["trained_only"] else np.float16
+        return np.float32 if self.record.get("trained_only") else np.float16
 
     def _read(self, file: int, start: int, stop: int) -> Targets:
         def read(name: str) -> np.ndarray:
@@ -177,7 +177,7 @@ class Teacher:
 
 def make_teacher(
     model: Path,
-    rows: Iterable[Row | Sequence[int]],
+    rows: Iterable[Row | Sequence[int] | np.ndarray],
     output: Path,
     top_k: int = 32,
     device: str = "cpu",
@@ -211,7 +211,7 @@ def make_teacher(
     vocabulary = stream.model.get_output_embeddings().weight.shape[0]
     _check_tokens(sequences, vocabulary)
     record = {
-        "kind": "teacher",
+        "kind": "anchor" if trained_only else "teacher",
         "version": __version__,
         "fingerprint": checkpoint.fingerprint(),
         "top_k": min(top_k, vocabulary),
@@ -238,7 +238,7 @@ def data_digest(sequences: Iterable[Row]) -> str:
     return hashlib.sha256(b"".join(row.digest for row in sequences)).hexdigest()
 
 
-def distinct(rows: Iterable[Row | Sequence[int]]) -> list[Row]:
+def distinct(rows: Iterable[Row | Sequence[int] | np.ndarray]) -> list[Row]:
     """Each sequence that has places to keep once, the shortest first."""
     every = (row if isinstance(row, Row) else Row(np.asarray(row, dtype=np.int32)) for row in rows)
     found = {row.digest: row for row in every if len(row.places)}
