@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,7 @@ from axolotl.telemetry.manager import FIELDS_TO_REDACT
 from transformers import TrainerCallback
 
 import axolotl_loram.models.per_layer  # noqa: F401  (teaches transformers the pruned model's layers)
+from axolotl_loram.architecture.config_json import family_of, load_config
 from axolotl_loram.architecture.counts import summary
 from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
@@ -88,6 +90,7 @@ class LoRAMPlugin(BasePlugin):
         if cfg.merge_lora:
             use_recovered_adapter(cfg)
             _merge_into_unquantized_base(cfg)
+            _find_language_tower(cfg)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Put the pruned model in the base's place: of all commands, only `train` comes here."""
@@ -319,6 +322,24 @@ def _merge_into_unquantized_base(cfg: Any) -> None:
 
     merge_lora.merge_lora_sharded_efficient = merge_without_nf4
     cfg.adapter, cfg.load_in_4bit, cfg.load_in_8bit = "lora", False, False
+
+
+def _find_language_tower(cfg: Any) -> None:
+    """Tell `axolotl merge-lora` what checkpoints call the parts of a model with a vision tower.
+
+    Axolotl 0.19 merges without a word what it finds: of Gemma 3, the vision tower alone.
+    """
+    from axolotl.cli.utils import lora_merge
+
+    family = family_of(load_config(cfg.base_model, cfg.revision_of_model))
+    ours = {f"^{re.escape(theirs)}": name for name, theirs in family.stored if family.section}
+    known = lora_merge._get_conversion_info
+
+    def conversion_info(*args: Any, **kwargs: Any) -> Any:
+        renamings, converters = known(*args, **kwargs)
+        return {**renamings, **ours}, converters
+
+    lora_merge._get_conversion_info = conversion_info
 
 
 def _yaml_details(cfg: Any) -> str:
