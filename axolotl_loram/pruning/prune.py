@@ -27,7 +27,8 @@ from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.record import Kind, Record, versions
 from axolotl_loram.architecture.spaces import EMBEDDING, HEAD
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
-from axolotl_loram.config import CALIBRATED, Pruning, PruningArgs
+from axolotl_loram.config import UNCALIBRATED, Pruning, PruningArgs
+from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, commit_of, find_folder
@@ -36,11 +37,10 @@ from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import copy_files, read_json
 from axolotl_loram.models.packing import Packing, plan_packing
-from axolotl_loram.pruning.criteria import CRITERIA
 from axolotl_loram.pruning.evidence import Evidence
 from axolotl_loram.pruning.gather import needed_bytes, write_weights
 from axolotl_loram.pruning.importance import choose
-from axolotl_loram.pruning.sparse import by_magnitude, load_sparse
+from axolotl_loram.pruning.sparse import load_sparse
 
 if TYPE_CHECKING:
     from axolotl_loram.models.stream import LayerStream
@@ -122,7 +122,7 @@ class Job:
             work,
             self.settings.seed,
             self.calibration.tokens if self.calibration else None,
-            lambda: self.stream(self.settings.load_in_4bit),
+            lambda: self.stream(self.settings.load_in_4bit and not self.settings.sparsity),
             self.progress,
             frozenset(kind for count in self.sketch.counts.values() for kind in count),
         )
@@ -222,7 +222,7 @@ def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
     if not settings.needs_calibration:
         return None
     if settings.calibration_path is None:
-        why = f"method {settings.method}" if settings.method in CALIBRATED else "refit"
+        why = f"method {settings.method}" if CRITERIA[settings.method].calibrated else "refit"
         raise LoRAMError(
             f"expected calibration text for {why}, found none: give --calibration FILE (.txt, "
             ".jsonl, an Axolotl YAML) or a data set on the hub"
@@ -241,14 +241,14 @@ def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
     family, method = family_of(sketch.config), settings.method
     if settings.needs_calibration and family.auto_class == "AutoModelForImageClassification":
         raise LoRAMError(
-            f"expected method random or magnitude without refit for {family.model_type}, found "
-            f"{method}: calibration text goes through language models only"
+            f"expected method {' or '.join(UNCALIBRATED)} without refit for {family.model_type}, "
+            f"found {method}: calibration text goes through language models only"
         )
     kinds = {kind for count in sketch.counts.values() for kind in count}
-    if "expert_neurons" in kinds and method in CALIBRATED:
+    if "expert_neurons" in kinds and CRITERIA[method].calibrated:
         raise LoRAMError(
-            f"expected method random or magnitude for expert_neurons, found {method}: stacked "
-            "experts do not show what goes into each neuron"
+            f"expected method {' or '.join(UNCALIBRATED)} for expert_neurons, found {method}: "
+            "stacked experts do not show what goes into each neuron"
         )
 
 
@@ -263,8 +263,8 @@ def check_room(job: Job, output: Path) -> None:
         needed += needed_bytes(job.checkpoint, job.sketch)
     if job.calibration is not None:
         states = job.calibration.tokens.size * sizes_of(job.config)["hidden"] * 4
-        kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
-        needed += states * kept
+        all_kept = CRITERIA[job.settings.method].keeps_states
+        needed += states * (layer_count(job.config) + 2 if all_kept else 2)
     check_free(output, job.identity, needed, "make room or choose another disk")
 
 
@@ -313,16 +313,7 @@ def choose_units(job: Job, work: Work) -> PruningPlan:
 
 def _make_sparse(job: Job, work: Work, sparsity: float | str) -> Outcome:
     layers = sparse_layers(job.config, sparsity, *job.settings.protected)
-    if job.settings.method == "magnitude":
-        by_magnitude(job.checkpoint, job.config, layers, sparsity, work, job.progress)
-    elif not all(work.has(f"sparse-{layer}") for layer in layers):
-        from axolotl_loram.models.walk import Walk
-        from axolotl_loram.pruning.sparsegpt import by_calibration
-
-        assert job.calibration is not None  # `_calibrate` saw to it
-        tokens, stop = job.calibration.tokens, max(layers) + 1
-        walk = Walk(job.stream(), work, tokens, "sparsifying", stop, job.progress)
-        by_calibration(walk, job.config, layers, job.settings.method, sparsity)
+    CRITERIA[job.settings.method].zero(job.evidence(work, layers), sparsity)
     made = list(load_sparse(work, layers))
     masks = {name: facts["mask"] for name, _, facts in made}
     counted = {name: facts["nonzero"] for name, _, facts in made}
