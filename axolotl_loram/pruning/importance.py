@@ -16,40 +16,34 @@ from axolotl_loram.pruning.evidence import Evidence
 def random(evidence: Evidence) -> None:
     """Any unit is as good as another."""
     for layer in evidence.layers:
-        scores = {
-            group.kind: random_scores(
-                evidence.scores_shape(layer, group), evidence.seed, layer, group.kind
-            )
-            for group in evidence.groups(layer)
-        }
+        shapes, seed = evidence.shapes(layer), evidence.seed
+        scores = {kind: random_scores(shape, seed, layer, kind) for kind, shape in shapes.items()}
         evidence.save(layer, scores)
 
 
 def magnitude(evidence: Evidence) -> None:
     """Σ w² over all weights that go with the unit (group L2, LLM-Pruner's `l2`)."""
-    members: dict[int | None, list[Tensor]] = {}
+    members: dict[int | None, list[tuple[Tensor, StoredTensor]]] = {}
     for tensor in tensors(evidence.config):
-        members.setdefault(tensor.layer, []).append(tensor)
+        members.setdefault(tensor.layer, []).append((tensor, evidence.checkpoint[tensor.name]))
     jobs = {
-        (layer, group): [
-            (tensor, evidence.checkpoint[tensor.name])
-            for tensor in members[layer]
-            if group.kind in tensor.kinds
-        ]
-        for layer in evidence.layers
-        for group in evidence.groups(layer)
-    }
-    sizes = {job: sum(stored.nbytes for _, stored in pairs) for job, pairs in jobs.items()}
-    done = evidence.progress(sum(sizes.values()), "scoring", "B")
-    for layer in evidence.layers:
-        own = [job for job in jobs if job[0] == layer]
-        if evidence.has(layer):
-            done(sum(sizes[job] for job in own))
-            continue
-        scores = {
-            job[1].kind: magnitude_scores(jobs[job], job[1].kind, done, evidence.scores_shape(*job))
-            for job in own
+        layer: {
+            kind: [pair for pair in members[layer] if kind in pair[0].kinds]
+            for kind in evidence.shapes(layer)
         }
+        for layer in evidence.layers
+    }
+    sizes = {
+        layer: sum(stored.nbytes for pairs in job.values() for _, stored in pairs)
+        for layer, job in jobs.items()
+    }
+    done = evidence.progress(sum(sizes.values()), "scoring", "B")
+    for layer, job in jobs.items():
+        if evidence.has(layer):
+            done(sizes[layer])
+            continue
+        shapes = evidence.shapes(layer)
+        scores = {kind: magnitude_scores(job[kind], kind, done, shapes[kind]) for kind in job}
         evidence.save(layer, scores)
 
 

@@ -12,20 +12,20 @@ import numpy as np
 
 from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import (
-    TIED,
     Config,
     family_of,
+    is_tied,
     layer_count,
     layer_fields,
     load_config,
     sizes_of,
 )
 from axolotl_loram.architecture.counts import plan_of_size, sparse_layers, sparse_summary, summary
-from axolotl_loram.architecture.model import changed, tensors
+from axolotl_loram.architecture.model import changed
 from axolotl_loram.architecture.pairing import check_tensors, fingerprint_of, weights_fingerprint
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.record import Kind, Record, versions
-from axolotl_loram.architecture.spaces import EMBEDDING, HEAD
+from axolotl_loram.architecture.ties import by_weights, untied
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
 from axolotl_loram.config import UNCALIBRATED, Pruning, PruningArgs
 from axolotl_loram.criteria import CRITERIA
@@ -167,8 +167,8 @@ def prune(
     resolved = resolve(settings, config, own_text=calibration is not None)
     folder = find_folder(model, revision)
     checkpoint = Checkpoint(folder)
+    config = by_weights(config, checkpoint)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
-    check_tied(config, checkpoint)
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), fingerprint_of(folder))
     sketch = plan_of_size(config, base, resolved)
@@ -184,25 +184,6 @@ def prune(
         return _write_rest(folder, job, outcome, work.result, files)
 
 
-def check_tied(config: Config, checkpoint: Checkpoint) -> None:
-    """Refuse a base whose config ties the embeddings and whose weights do not.
-
-    transformers (5.16) takes the stored lm_head then; pruning by the config would drop it.
-    """
-    held = {t.role: checkpoint[t.name] for t in tensors(config) if t.role in (EMBEDDING, HEAD)}
-    head, embedding = checkpoint.tensors.get("lm_head.weight"), held.get(EMBEDDING)
-    if HEAD in held or head is None or embedding is None:
-        return
-    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
-    pairs = zip(head.blocks(), embedding.blocks(), strict=True) if same else ()
-    if not same or any((one != other).any() for one, other in pairs):
-        raise LoRAMError(
-            f"expected the lm_head to be the embedding, as {TIED} in the config says, found "
-            f"another lm_head.weight in {checkpoint.folder}, which transformers would use: set "
-            f"{TIED} to false in its config.json"
-        )
-
-
 def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pruning:
     """`PruningArgs.resolve` for the model with this config."""
     return settings.resolve(own_text, layer_fields(config, None).get("max_position_embeddings"))
@@ -211,11 +192,19 @@ def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pr
 def _plan_packing(settings: Pruning, checkpoint: Checkpoint, sketch: PruningPlan) -> Packing | None:
     if settings.quantize is None:
         return None
-    config = changed(read_json(checkpoint.folder / "config.json"), sketch.changes)
+    config = _pruned_config(checkpoint.folder, sketch)
     from axolotl_loram.models.device import choose_device
 
     block, device = settings.quantize_block_size, choose_device(settings.device)
     return plan_packing(config, checkpoint.tensors, block, device)
+
+
+def _pruned_config(base: Path, plan: PruningPlan) -> dict[str, Any]:
+    """The base's own config.json with what the plan changes."""
+    raw = read_json(base / "config.json")
+    if is_tied(raw) and not is_tied(plan.config):
+        raw = untied(raw)
+    return changed(raw, plan.changes)
 
 
 def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
@@ -329,10 +318,10 @@ def _write_rest(
 ) -> dict[str, Any]:
     """Write config, tokenizer, plan and record beside the weights."""
     plan, calibration = outcome.plan, job.calibration
-    raw = read_json(base_folder / "config.json")
-    raw.pop("auto_map", None)  # names code of the base's repository, which is not copied
+    config = _pruned_config(base_folder, plan)
+    config.pop("auto_map", None)  # names code of the base's repository, which is not copied
     quantized = {"quantization_config": job.packing.settings} if job.packing else {}
-    write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
+    write_json(folder / "config.json", {**config, **quantized})
     copy_files(base_folder, folder, (*TOKENIZER_PATTERNS, "generation_config.json"))
     plan.save(folder)
     for file in (file for file in sorted(folder.rglob("*")) if file.is_file()):

@@ -37,7 +37,7 @@ from axolotl_loram.pruning.sparse import linear_weights, save_sparse
 
 def keep_the_last(evidence):
     for layer in evidence.layers:
-        shapes = {g.kind: evidence.scores_shape(layer, g) for g in evidence.groups(layer)}
+        shapes = evidence.shapes(layer)
         evidence.save(layer, {kind: np.arange(*shape) for kind, shape in shapes.items()})
 
 def zero_all(evidence, sparsity):
