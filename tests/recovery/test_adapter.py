@@ -299,7 +299,7 @@ def test_adapters_that_are_not_finite_are_refused_by_name(value, pruned, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "full", "pruned"}
 
 
-@pytest.mark.parametrize("poisoned", ["adapter", "base"])
+@pytest.mark.parametrize("poisoned", ["adapter", "base", "sum"])
 def test_merging_what_is_not_finite_is_refused_by_name(poisoned, make_model, tmp_path):
     base, name = tmp_path / "base", "model.layers.1.mlp.up_proj.weight"
     AutoModelForCausalLM.from_pretrained(make_model()).save_pretrained(base)
@@ -309,7 +309,11 @@ def test_merging_what_is_not_finite_is_refused_by_name(poisoned, make_model, tmp
     if poisoned == "adapter":
         name = UP_B
         rewrite(tmp_path / "adapter", lambda w: {**w, name: w[name].fill_(np.nan)})
-    with pytest.raises(LoRAMError, match=f"found NaN or infinity in {name}"):
+    message = f"found NaN or infinity in {name}"
+    if poisoned == "sum":
+        rewrite(tmp_path / "adapter", lambda w: {**w, UP_B: w[UP_B].fill_(3e38)})
+        message = f"found that {name} with its update is more than F32 holds"
+    with pytest.raises(LoRAMError, match=message):
         merge_masked(tmp_path / "adapter")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base", "sparse"}
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())
