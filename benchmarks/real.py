@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class Case:
         refit: Whether the rest is refitted.
         loss: "plain" or "anchored"; "ceiling" is LoRA on the base, confined to the rows of B and
             the columns of A that the pruned model's adapter has: all that recovery could give.
+            "hidden-n" is anchored, and after every n-th layer the hidden states get the constant
+            offset between the base's and the pruned model's, too.
         top_k: Tokens whose offsets are named; 0 is all of them.
         rate: Learning rate.
     """
@@ -78,6 +81,9 @@ def cases() -> Iterator[Case]:
         yield Case(1, 0.5, loss="anchored", top_k=top_k)
     for ratio in (0.5, 0.75):
         yield Case(1, ratio, loss="ceiling")
+    for ratio in (0.5, 0.75):
+        for every in (1, 5, 15):
+            yield Case(1, ratio, loss=f"hidden-{every}", top_k=32)
     for rate in (2e-3, 5e-4):
         yield Case(1, rate=rate)
         for ratio in (0.5, 0.75):
@@ -123,7 +129,7 @@ def trained(bench: RealBench, case: Case) -> Path:
     on_base = not case.ratio or case.loss == "ceiling"
     kind = "base" if on_base else pruned(bench, case)
     narrow = bench.model(kind, dtype=torch.bfloat16)
-    anchored = case.loss == "anchored"
+    anchored = case.loss == "anchored" or case.loss.startswith("hidden")
     base = bench.model("base", dtype=torch.bfloat16).eval() if anchored else None
     model = bench.fresh(narrow, case.seed).train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -183,16 +189,52 @@ def loss_of(model: Any, base: Any, batch: dict[str, torch.Tensor], case: Case) -
     labels = batch["labels"][:, 1:]
     places = labels != -100
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs).logits[:, :-1][places]
     labels = labels[places]
     if base is None:
+        logits = model(**inputs).logits[:, :-1][places]
         return torch.nn.functional.cross_entropy(logits.float(), labels)
+    every = int(case.loss.partition("-")[2] or 0)
     with torch.no_grad(), model.disable_adapter():
-        before = model(**inputs).logits[:, :-1][places]
-        theirs = base(**inputs).logits[:, :-1][places]
-        said = most_likely(theirs, case.top_k or logits.shape[-1], labels)
+        full = base(**inputs, output_hidden_states=bool(every))
+        with Hidden(model, every, full.hidden_states) as hidden:
+            before = model(**inputs).logits[:, :-1][places]
+        theirs = full.logits[:, :-1][places]
+        said = most_likely(theirs, case.top_k or theirs.shape[-1], labels)
         anchor = offsets(Targets(said[0].long(), *said[1:]), before)
+    with hidden:
+        logits = model(**inputs).logits[:, :-1][places]
     return anchored_loss(logits, anchor) / len(labels)
+
+
+class Hidden:
+    """Inside, the pruned model's hidden states after every n-th layer are moved by an offset.
+
+    The first time they are replaced by the base's, which gives the offsets; the next time those
+    are added. The last layer's is left alone: hidden_states has it after the norm.
+    """
+
+    def __init__(self, model: Any, every: int, states: Any):
+        layers = model.get_base_model().model.layers
+        chosen = range(every - 1, len(layers) - 1, every) if every else ()
+        self.layers = {index: layers[index] for index in chosen}
+        self.states, self.offsets, self.handles = states, {}, []
+
+    def __enter__(self) -> Hidden:
+        for index, layer in self.layers.items():
+            self.handles.append(layer.register_forward_hook(partial(self.move, index)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def move(self, index: int, layer: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """What the layer gives instead."""
+        if index in self.offsets:
+            return output + self.offsets[index]
+        wanted = self.states[index + 1]
+        self.offsets[index] = wanted - output
+        return wanted
 
 
 @torch.no_grad()
