@@ -311,7 +311,8 @@ def test_merging_what_is_not_finite_is_refused_by_name(poisoned, make_model, tmp
         rewrite(tmp_path / "adapter", lambda w: {**w, name: w[name].fill_(np.nan)})
     message = f"found NaN or infinity in {name}"
     if poisoned == "sum":
-        rewrite(tmp_path / "adapter", lambda w: {**w, UP_B: w[UP_B].fill_(3e38)})
+        for part in (UP_B, UP_B.replace("lora_B", "lora_A")):
+            rewrite(tmp_path / "adapter", lambda w, part=part: {**w, part: w[part].fill_(1e30)})
         message = f"found that {name} with its update is more than F32 holds"
     with pytest.raises(LoRAMError, match=message):
         merge_masked(tmp_path / "adapter")
