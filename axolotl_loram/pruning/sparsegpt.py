@@ -25,7 +25,7 @@ DAMPINGS = (0.01, 0.1, 1.0)
 
 def by_wanda(evidence: Evidence, sparsity: Sparsity) -> None:
     """`wanda` of every linear weight."""
-    _by_inputs(evidence, sparsity, wanda, full=False)
+    _by_inputs(evidence, sparsity, lambda *given: wanda(*given[:3]), full=False)
 
 
 def by_sparsegpt(evidence: Evidence, sparsity: Sparsity) -> None:
@@ -56,16 +56,13 @@ def _by_inputs(evidence: Evidence, sparsity: Sparsity, prune: Callable, full: bo
                 save_sparse(evidence.work, index, arrays)
 
 
-def wanda(
-    weight: torch.Tensor, squares: torch.Tensor, sparsity: Sparsity, name: str = ""
-) -> torch.Tensor:
+def wanda(weight: torch.Tensor, squares: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
     """Zero the least |W_ij| ‖x_j‖ of each output row (arXiv 2306.11695).
 
     Args:
         weight: W (outputs, inputs), float32.
         squares: ‖x_j‖² of each input, (inputs,).
         sparsity: Share or pattern.
-        name: Unused; for messages of other methods.
     """
     scores = weight.abs() * squares.sqrt()
     return weight.masked_fill(lowest(scores, sparsity), 0.0)
