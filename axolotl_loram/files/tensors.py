@@ -162,14 +162,12 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self.shards: dict[str, list[str]] = {}
-        self.metadata: dict[str, str] = {}
         listed = {} if (folder / file).exists() else _weight_map(folder, file)
         for name in shard_names(folder, file):
-            tensors, metadata = open_safetensors(folder / name)
+            tensors, _ = open_safetensors(folder / name)
             self._check_dealt(tensors, name, listed)
             self.shards[name] = list(tensors)
             self.tensors |= tensors
-            self.metadata |= metadata
 
     def _check_dealt(self, tensors: Iterable[str], shard: str, listed: Mapping[str, str]) -> None:
         """Refuse a shard with tensors that another has, or should have by the index."""

@@ -25,6 +25,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
 from axolotl_loram.architecture.model import Tensor, layer_pieces
+from axolotl_loram.architecture.ties import HEAD_WEIGHT
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.models.bits import check_finite_weight, from_bits, to_torch
 from axolotl_loram.models.four_bit import take_any_width
@@ -135,7 +136,8 @@ class LayerStream:
     def _stored_embedding(self) -> StoredTensor:
         embedding = self.model.get_input_embeddings()
         name = next(n for n, module in self.model.named_modules() if module is embedding)
-        return self.checkpoint[self.family.stored_name(f"{name}.weight")]
+        stored = self.checkpoint.tensors.get(self.family.stored_name(f"{name}.weight"))
+        return stored or self.checkpoint[HEAD_WEIGHT]  # of tied ones either may be stored
 
     def _load_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         """Load the rows that are looked up, and no others; returns where each token's row is."""

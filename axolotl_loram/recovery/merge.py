@@ -215,13 +215,25 @@ class _Merger:
         return update.whole.shape if update and update.whole else tensor.shape
 
     def merged(self, tensor: StoredTensor, done: Callable[[int], Any]) -> np.ndarray:
-        """The bits of one tensor with its update."""
+        """The bits of one tensor with its update.
+
+        Raises:
+            LoRAMError: They hold a NaN or an infinity, before or with the update.
+        """
         update, bits = self.updates.get(tensor.name), tensor.read()
         done(tensor.nbytes)
         if not finite(bits, tensor.dtype):
             raise not_finite(tensor.name)
-        if not update:
-            return bits
+        if update:
+            bits = self._updated(tensor, bits, update)
+            if not finite(bits, tensor.dtype):
+                raise LoRAMError(
+                    f"expected finite weights, found that {tensor.name} with its update is more "
+                    f"than {tensor.dtype} holds: take an earlier checkpoint of the adapter"
+                )
+        return bits
+
+    def _updated(self, tensor: StoredTensor, bits: np.ndarray, update: _Update) -> np.ndarray:
         if update.whole and tensor.dtype in TORCH_DTYPES:
             bits = to_bits(_values(update.whole), tensor.dtype)
         weight, factors = as_torch(tensor, bits), update.factors()
