@@ -18,8 +18,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 
 _OPERATOR = "bitsandbytes::dequantize_4bit"
+
+
+def qlora_config(compute: torch.dtype, **options: Any) -> transformers.BitsAndBytesConfig:
+    """QLoRA's 4 bits: NF4 with double quantization, computed in `compute`."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        **options,
+    )
 
 
 def take_any_width() -> None:
