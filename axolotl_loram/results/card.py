@@ -56,8 +56,10 @@ class Card:
     def text(self) -> str:
         """The card in Markdown, with the hub's metadata as YAML in front."""
         pruning, config = self.record.get("pruning") or {}, self.plan.config
-        blocks = {"block_size": pruning.get("quantize_block_size") or 64}
-        run = TrainingArgs(prequantized=bool(pruning.get("quantize")), **blocks)
+        run = TrainingArgs(
+            prequantized=bool(pruning.get("quantize")),
+            block_size=pruning.get("quantize_block_size") or 64,
+        )
         language = embedding_module(config) is not None
         return render(
             "model_card.md.jinja",
