@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ from axolotl_loram.results.page import (
     Table,
     arrow,
     count,
-    number,
     percent,
 )
 
-LORAM_COLORS, LORA_COLORS = ("blue", "green", "purple", "grey"), ("orange", "red", "brown")
+COLORS = {"loram": ("blue", "green", "purple", "grey"), "lora": ("orange", "red", "brown")}
 HELDOUT = {
     "eval_loss": "model in training",
     "eval_loram_recovered_loss": "base + recovered LoRA",
@@ -43,7 +43,7 @@ def build(paths: Sequence[Path]) -> Report:
         raise LoRAMError(
             f"expected the records of {', '.join(run.label for run in runs)} as this package "
             f"writes them, found one that cannot be shown ({type(error).__name__}: {error!s:.200}):"
-            " it is damaged, or was changed"
+            " it is damaged, was changed, or is of another version: write it again"
         ) from error
 
 
@@ -76,7 +76,7 @@ def _headline(runs: Sequence[Artefact], found: Sequence[Outcome]) -> str:
         span = low if low == high else f"{low.removesuffix(' %')} to {high}"
         return f"The recovered {subject} {span} of what {what} gains"
     if found:
-        before, after = (number(loss.exp().value) for loss in (found[0].before, found[0].after))
+        before, after = found[0].before, found[0].after
         if found[0].difference.holds_zero:
             return f"No measurable change: perplexity {before} without, {after} with the adapter"
         verb = "lowers" if found[0].difference.value < 0 else "raises"
@@ -103,14 +103,13 @@ def _lead(runs: Sequence[Artefact], found: Sequence[Outcome]) -> str:
     if not found:
         return about + "Held-out perplexity and tasks were not measured."
     first = found[0]
-    before, after = (number(loss.exp().value) for loss in (first.before, first.after))
-    said = f"{about}Perplexity on {first.set_name} ({first.kind}): {before} before, "
-    said += f"{after} with the adapter that was trained on the pruned model and recovered."
+    said = f"{about}Perplexity on {first.set_name} ({first.kind}): {first.before} before, "
+    said += f"{first.after} with the adapter that was trained on the pruned model and recovered."
     if first.shares:
         said += " The share is of the gain in loss (log perplexity)."
     others = [o for o in found if o.label == first.label and o.kind != first.kind]
     for other in others[:2]:
-        shift = percent(other.difference.exp().value - 1, signed=True)
+        shift = percent(other.difference.exp(less=1).value, signed=True)
         said += f" On {other.set_name} ({other.kind}) perplexity changes by {shift}."
     return said
 
@@ -124,9 +123,8 @@ def _figures(runs: Sequence[Artefact], found: Sequence[Outcome]) -> list[KeyFigu
             value = "–" if share is None else percent(share)
             note = f"of the gain of {other}" if share is not None else f"{other} gained nothing"
             figures.append(KeyFigure("Gain kept", value, f"{note}, {first.kind}{of}", "measured"))
-        before, after = (number(loss.exp().value) for loss in (first.before, first.after))
         note = f"base → base + recovered LoRA, {first.set_name}{of}"
-        figures.append(KeyFigure("Perplexity", arrow(before, after), note, "measured"))
+        figures.append(KeyFigure("Perplexity", arrow(first.before, first.after), note, "measured"))
     counts = next((c for c in map(_counts, runs) if c), None)
     if counts:
         base, pruned = counts["base_parameters"], counts["pruned_parameters"]
@@ -221,12 +219,8 @@ def _curves(runs: Sequence[Artefact]) -> Section:
 
 def _colors(trained: Sequence[Artefact]) -> dict[str, str]:
     """A colour for each run: cold ones for LoRAM, warm ones for plain LoRA."""
-    colors, used = {}, {"loram": 0, "lora": 0}
-    for run in trained:
-        palette = LORAM_COLORS if run.kind == "loram" else LORA_COLORS
-        colors[run.label] = palette[used[run.kind] % len(palette)]
-        used[run.kind] += 1
-    return colors
+    palettes = {kind: cycle(colors) for kind, colors in COLORS.items()}
+    return {run.label: next(palettes[run.kind]) for run in trained}
 
 
 def _widths(runs: Sequence[Artefact]) -> Section:

@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from axolotl_loram.architecture.plan import Base
 from axolotl_loram.cli import main
 from axolotl_loram.config import PruningArgs
+from axolotl_loram.config_evaluate import Request
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.results import evaluate as evaluation
 from axolotl_loram.results.candidates import load_model, put_on, with_adapter
-from axolotl_loram.results.evaluate import Request, evaluate
+from axolotl_loram.results.evaluate import evaluate
 from axolotl_loram.results.perplexity import document_losses, fitting
 from axolotl_loram.results.statistics import mean_loss, paired_difference, share_of_gain
 from axolotl_loram.text.heldout import IGNORED, from_rows, held_out
