@@ -139,10 +139,10 @@ def parse_evaluation(
     named = {name or Path(folder).name: Path(folder) for name, folder in folders}
     if len(named) < len(folders):
         raise click.UsageError(f"expected different names in --also, found {', '.join(also)}")
-    options |= {"models": _split(models), "tasks": _split(tasks), "also": named}
+    options |= {"models": _split(models) if models else None, "tasks": _split(tasks), "also": named}
     if options["batch_size"] == "auto":
         del options["batch_size"]
-    return {name: value for name, value in options.items() if value not in (None, (), [])}
+    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 def _split(given: tuple[str, ...]) -> list[str]:

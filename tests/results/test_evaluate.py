@@ -291,7 +291,13 @@ def test_the_command_prints_a_table_or_json(run):
     shown = CliRunner().invoke(main, [*command, "--json"], catch_exceptions=False)
     assert set(json.loads(shown.stdout)["perplexity"]["heldout"]["models"]) == {"base", "pruned"}
     wrong = CliRunner().invoke(main, [*command, "--models", "bass"])
-    assert wrong.exit_code == 2 and "found bass" in wrong.output
+    assert wrong.exit_code == 2 and "base+recovered', found 'bass'" in wrong.output
+    wrong = CliRunner().invoke(main, [*command, "--batch-size", "0"])
+    assert wrong.exit_code == 2 and "batch_size" in wrong.output
+    only = ["evaluate", str(run / "loram.yml"), "--in-domain", text, "--json"]
+    only += ["--models", "", "--also", f"mine={run / 'out'}", "--output", str(run / "only.json")]
+    shown = CliRunner().invoke(main, only, catch_exceptions=False)
+    assert list(json.loads(shown.stdout)["models"]) == ["also:mine"]
 
 
 @pytest.mark.slow

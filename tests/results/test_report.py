@@ -291,7 +291,7 @@ def test_a_newer_evaluation_is_refused(tmp_path):
         ("x.json", "[1]", "found a list"),
         ("x.json", '{"a": 1}', "found other JSON"),
         ("x.json", '{"kind": "evaluation", "perplexity": {"a": {"models": 3}}}', "perplexity.a"),
-        ("x.json", '{"base_parameters": 3, "methods": {"lora": {}}}', "the memory of methods"),
+        ("x.json", '{"base_parameters": 3, "methods": {"lora": {}}}', "cannot be shown (KeyError"),
         ("loram.json", '{"schema_version": 9}', "expected schema version 1"),
         ("other.txt", "", "found no JSON of one"),
     ],
