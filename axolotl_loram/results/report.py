@@ -256,7 +256,7 @@ def _width_table(run: Artefact) -> Table:
 def _provenance(runs: Sequence[Artefact]) -> Section:
     section = Section("provenance", "What was run")
     for run in runs:
-        rows = [[name, str(text)] for name, text in _facts(run).items() if text]
+        rows = [[name, text] for name, text in _facts(run).items() if text]
         section.items.append(Table(f"{run.label}: {_kind(run)}", ["", ""], rows, texts=2))
         files = run.pruned.get("files")
         if isinstance(files, Mapping):
@@ -266,6 +266,7 @@ def _provenance(runs: Sequence[Artefact]) -> Section:
     return section
 
 
+ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
 KINDS = {
     "loram": "LoRAM, recovered for the base",
     "lora": "plain LoRA",
@@ -280,72 +281,54 @@ def _kind(run: Artefact) -> str:
     return "LoRAM, not recovered yet" if unrecovered else KINDS[run.kind]
 
 
-def _facts(run: Artefact) -> dict[str, Any]:
+def _facts(run: Artefact) -> dict[str, str]:
     """Name → text of what is recorded about a run; what is not, is left out."""
-    pruning, training = run.pruned.get("pruning") or {}, training_of(run.record)
+    training, evaluation = training_of(run.record), run.evaluation or Evaluation()
     measured = (training.get("memory") or {}).get("measured") or {}
     base = run.pruned.get("base") or run.record.get("base") or {}
-    facts = {
-        "base model": _base_name(run) or "not recorded",
-        "base fingerprint": base.get("fingerprint") or "",
-        "plan": run.record.get("plan") or (run.evaluation and run.evaluation.plan) or "",
-        "pruning": _said(pruning),
-        "calibration": _said(run.pruned.get("calibration") or {}),
-        "refit": _said(refit_summary(run.pruned.get("refit") or {})),
-        "alignment": "; ".join(_said(each) for each in run.pruned.get("alignments") or [])
-        or ("none" if run.pruned else ""),
-        "parameters": _parameters(_counts(run) or {}),
-        "adapter": _said(run.settings, _ADAPTER),
-        "steps": str(run.history[-1].get("step", "")) if run.history else "",
-        "warm start": str(training.get("warm_start") or ""),
-        "trained on": measured.get("device") or "not recorded" * run.trained,
-        "settings": _said(run.record.get("training", {})) if run.kind == "plan" else "",
-        "versions of the pruned model": _said(run.pruned.get("versions") or {}),
-        "versions of the training": _said(training.get("versions") or {}),
-    }
-    return facts | (_evaluated(run.evaluation) if run.evaluation else {})
-
-
-_ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
-
-
-def _evaluated(evaluation: Evaluation) -> dict[str, str]:
-    settings = {"seed": evaluation.seed, "batch_size": evaluation.batch_size}
     sources = [f"{name}: {t.source}" for name, t in evaluation.perplexity.items() if t.source]
-    return {
-        "evaluated on": _said({"device": evaluation.device, "dtype": evaluation.dtype}),
-        "evaluation settings": _said(settings),
-        "held-out text": "; ".join(sources),
-        "versions of the evaluation": _said(evaluation.versions),
+    computed = {"seed": evaluation.seed, "batch_size": evaluation.batch_size}
+    found = {
+        "base model": _base_name(run) or "not recorded",
+        "base fingerprint": base.get("fingerprint"),
+        "plan": run.record.get("plan") or evaluation.plan,
+        "pruning": run.pruned.get("pruning"),
+        "calibration": run.pruned.get("calibration"),
+        "refit": refit_summary(run.pruned.get("refit") or {}),
+        "alignment": run.pruned.get("alignments") or ("none" if run.pruned else None),
+        "parameters": _counts(run),
+        "adapter": {name: run.settings.get(name) for name in ADAPTER},
+        "steps": run.history[-1].get("step") if run.history else None,
+        "warm start": training.get("warm_start"),
+        "trained on": measured.get("device") or "not recorded" * run.trained,
+        "settings": run.record.get("training") if run.kind == "plan" else None,
+        "versions of the pruned model": run.pruned.get("versions"),
+        "versions of the training": training.get("versions"),
+        "evaluated on": {"device": evaluation.device, "dtype": evaluation.dtype},
+        "evaluation settings": computed,
+        "held-out text": sources,
+        "versions of the evaluation": evaluation.versions,
     }
+    return {name: _written(value) for name, value in found.items()}
 
 
-def _parameters(counts: Mapping[str, Any]) -> str:
-    if not counts:
-        return ""
-    said = f"{counts['pruned_parameters']:,} of {counts['base_parameters']:,}"
-    kept = counts.get("kept_per_pruned_layer")
-    if kept and "pruned_layers" in counts and "layers" in counts:
-        said += f"; {counts['pruned_layers']} of {counts['layers']} layers pruned, the last of them"
-        said += f" to {_said(kept)}"
-    if "sparsity" in counts:
-        said += f"; {counts['zeros']:,} of them zeros"
-    return said
-
-
-def _said(values: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+def _said(values: Mapping[str, Any]) -> str:
     """Names and values in a line, without what is empty or off."""
-    chosen = values if names is None else {n: values[n] for n in names if n in values}
     return ", ".join(
-        f"{name.replace('_', ' ')} {_written(value)}"
-        for name, value in chosen.items()
-        if value is not None and value is not False and value not in ([], {}, "")
+        f"{name.replace('_', ' ')} {f'({text})' if isinstance(value, Mapping) else text}"
+        for name, value in values.items()
+        if (text := _written(value))
     )
 
 
 def _written(value: Any) -> str:
+    if value is None or value is False:
+        return ""
     if isinstance(value, Mapping):
-        return f"({_said(value)})"
+        return _said(value)
     if isinstance(value, list | tuple):
-        return ", ".join(map(_written, value))
-    return str(value) if not isinstance(value, bool) else "yes"
+        between = "; " if any(isinstance(each, Mapping) for each in value) else ", "
+        return between.join(filter(None, map(_written, value)))
+    if isinstance(value, int) and value >= 10**4:
+        return f"{value:,}"
+    return "yes" if value is True else str(value)
