@@ -267,6 +267,10 @@ def _provenance(runs: Sequence[Artefact]) -> Section:
 
 
 ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
+COUNTED = (
+    *("base_parameters", "pruned_parameters", "zeros"),
+    *("layers", "pruned_layers", "kept_per_pruned_layer"),
+)
 KINDS = {
     "loram": "LoRAM, recovered for the base",
     "lora": "plain LoRA",
@@ -296,7 +300,7 @@ def _facts(run: Artefact) -> dict[str, str]:
         "calibration": run.pruned.get("calibration"),
         "refit": refit_summary(run.pruned.get("refit") or {}),
         "alignment": run.pruned.get("alignments") or ("none" if run.pruned else None),
-        "parameters": _counts(run),
+        "parameters": {name: (_counts(run) or {}).get(name) for name in COUNTED},
         "adapter": {name: run.settings.get(name) for name in ADAPTER},
         "steps": run.history[-1].get("step") if run.history else None,
         "warm start": training.get("warm_start"),
