@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -99,7 +99,7 @@ def perplexity_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
             continue
         title = f"{name} ({KINDS.get(text.kind, text.kind)})" + f", {label}" * bool(label)
         measured = {key: _measured(text, key).exp() for key in text.models}
-        dots = [_dot(k, v, _perplexity_text(v), evaluation) for k, v in measured.items()]
+        dots = [_dot(k, v, _with_bounds(v), evaluation) for k, v in measured.items()]
         axis = "perplexity, lower is better (logarithmic)"
         name = f"perplexity-{label}-{name}"
         parts.append(Dots(name, f"Perplexity, {title}", {"": dots}, axis, log=True))
@@ -182,9 +182,9 @@ def _dot(key: str, found: Interval, text: str, evaluation: Evaluation) -> Dot:
     return Dot(name, color, found.value, found.low, found.high, text)
 
 
-def _perplexity_text(found: Interval) -> str:
-    between = "" if found.low is None else f"  ({bounds(found)})".replace(" to ", "–")
-    return number(found.value) + between
+def _with_bounds(found: Interval, write: Callable[[float], str] = number) -> str:
+    between = bounds(found, write).replace(" to ", "–").replace("\N{NO-BREAK SPACE}%–", "–")
+    return write(found.value) + ("" if found.low is None else f" ({between})")
 
 
 def _perplexity_table(title: str, text: TextSet, evaluation: Evaluation) -> Table:
@@ -223,9 +223,7 @@ def _is_rate(task: Task) -> bool:
 def _score_text(task: Task, key: str) -> str:
     if key not in task.models:
         return "not measured"
-    found, write = _measured(task, key), percent if _is_rate(task) else number
-    between = bounds(found, write).replace(" to ", "–").replace("\N{NO-BREAK SPACE}%–", "–")
-    return write(found.value) + ("" if found.low is None else f" ({between})")
+    return _with_bounds(_measured(task, key), percent if _is_rate(task) else number)
 
 
 def _difference_row(task: Task, key: str, other: str, evaluation: Evaluation) -> list[str]:

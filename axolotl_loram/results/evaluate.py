@@ -10,7 +10,6 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -167,7 +166,7 @@ class Evaluation:
         missing = [step for step in self.steps if not self.work.has(step.key)]
         by_vllm = self.request.backend == "vllm"
         alone = [step for step in missing if by_vllm and isinstance(step.what, Task)]
-        for model, steps in _by_model([step for step in missing if step not in alone]):
+        for model, steps in _by_model([s for s in missing if s not in alone]).items():
             self._run_on(model, steps, progress)
         for step in alone:
             self._run_step(step, None, progress)
@@ -257,13 +256,12 @@ def evaluate(request: Request, progress: Progress = no_progress) -> dict[str, An
     return Evaluation(request).run(progress)
 
 
-def _by_model(steps: list[Step]) -> Iterator[tuple[tuple[str, str | None], list[Step]]]:
+def _by_model(steps: list[Step]) -> dict[tuple[str, str | None], list[Step]]:
     """Model → its steps: each model once, whatever is on it."""
     grouped: dict[tuple[str, str | None], list[Step]] = {}
     for step in steps:
-        model = step.candidate.model, step.candidate.revision
-        grouped.setdefault(model, []).append(step)
-    yield from grouped.items()
+        grouped.setdefault((step.candidate.model, step.candidate.revision), []).append(step)
+    return grouped
 
 
 def _labelled(progress: Progress, name: str) -> Progress:

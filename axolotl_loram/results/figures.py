@@ -53,6 +53,14 @@ MOST = 1e300
 
 
 @dataclass(frozen=True)
+class Chart:
+    """What can be drawn; `name` is unlike that of other charts of a page."""
+
+    name: str
+    title: str
+
+
+@dataclass(frozen=True)
 class Series:
     """A line: its name, its colour's name, and (x, y) in ascending x."""
 
@@ -63,11 +71,9 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(Chart):
     """Losses over steps; the right axis says their perplexity."""
 
-    name: str
-    title: str
     series: Sequence[Series]
 
 
@@ -81,22 +87,18 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(Chart):
     """Memory by part, predicted as a stack, measured as a solid bar; `limits` are lines."""
 
-    name: str
-    title: str
     bars: Sequence[Bar]
     unit: str = "GiB"
     limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Strips:
+class Strips(Chart):
     """Kept width: kind of unit → for each layer (kept, of how many), None where it has none."""
 
-    name: str
-    title: str
     strips: Mapping[str, Sequence[tuple[int, int] | None]]
 
 
@@ -113,17 +115,12 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Dots:
+class Dots(Chart):
     """Measured values with intervals, in groups (title → dots)."""
 
-    name: str
-    title: str
     groups: Mapping[str, Sequence[Dot]]
     x_label: str
     log: bool = False
-
-
-Chart = Lines | Bars | Strips | Dots
 
 
 def svg(chart: Chart, width: int) -> str:
