@@ -293,8 +293,6 @@ def _draw(chart: Chart, figure: Any, width: int) -> float:
 
 @_draw.register
 def _(chart: Lines, figure: Any, width: int) -> float:
-    from matplotlib.ticker import MaxNLocator
-
     axes, handles = figure.subplots(), dict[str, Any]()
     for series in chart.series:
         x, y = zip(*series.points, strict=True)
@@ -303,7 +301,7 @@ def _(chart: Lines, figure: Any, width: int) -> float:
         (line,) = axes.plot(x, y, style, color=color, marker=mark, markersize=3)
         handles[series.label] = line
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.xaxis.set_major_locator(MaxNLocator(4 if width < 500 else 8, integer=True))
+    axes.locator_params("x", nbins=4 if width < 500 else 8, integer=True)
     right = axes.twinx()
     right.set(ylim=axes.get_ylim(), ylabel="perplexity")
     right.yaxis.set_major_formatter(_perplexity)
@@ -340,8 +338,6 @@ def _(chart: Bars, figure: Any, width: int) -> float:
 
 @_draw.register
 def _(chart: Strips, figure: Any, width: int) -> float:
-    from matplotlib.ticker import MaxNLocator
-
     kept = PALETTE["kept"]
     places = figure.subplots(len(chart.strips), squeeze=False)[:, 0]
     for axes, (label, layers) in zip(places, chart.strips.items(), strict=True):
@@ -352,7 +348,7 @@ def _(chart: Strips, figure: Any, width: int) -> float:
         axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(-0.6, len(layers) - 0.4))
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.set_title(_cut(f"{label} kept, by layer", width), loc="left", fontsize=12)
-        axes.xaxis.set_major_locator(MaxNLocator(max(2, width // 45), integer=True))
+        axes.locator_params("x", nbins=max(2, width // 45), integer=True)
         axes.spines[:].set_visible(False)
     return 20 + 110 * len(chart.strips)
 
