@@ -26,8 +26,9 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
 from axolotl_loram.architecture.model import Tensor, layer_pieces
 from axolotl_loram.architecture.ties import HEAD_WEIGHT
-from axolotl_loram.files.tensors import Checkpoint, StoredTensor
-from axolotl_loram.models.bits import check_finite_weight, from_bits, to_torch
+from axolotl_loram.errors import not_finite
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite
+from axolotl_loram.models.bits import from_bits, to_torch
 from axolotl_loram.models.four_bit import take_any_width
 
 TOKENS_PER_BATCH = 2048
@@ -145,8 +146,10 @@ class LayerStream:
         stored, (used, places) = self._stored_embedding, tokens.unique(return_inverse=True)
         row_bytes = stored.shape[1] * stored.bits.itemsize
         rows = [stored.read_bytes(row * row_bytes, row_bytes) for row in used.tolist()]
-        values = from_bits(np.concatenate(rows), stored.dtype).view(len(used), -1).to(self.dtype)
-        check_finite_weight(values, stored.name)
+        bits = np.concatenate(rows).view(stored.bits)
+        if not finite(bits, stored.dtype):
+            raise not_finite(stored.name)
+        values = from_bits(bits, stored.dtype).view(len(used), -1).to(self.dtype)
         embedding.padding_idx = None  # it is a row of the whole
         embedding.weight = nn.Parameter(values, requires_grad=False)
         return places

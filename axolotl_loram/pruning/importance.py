@@ -8,8 +8,8 @@ import numpy as np
 
 from axolotl_loram.architecture.model import Tensor, tensors
 from axolotl_loram.architecture.spaces import Dim, Sizes, per_unit
-from axolotl_loram.errors import LoRAMError, not_finite
-from axolotl_loram.files.tensors import FLOATS, StoredTensor, ahead, as_floats
+from axolotl_loram.errors import not_finite
+from axolotl_loram.files.tensors import StoredTensor, ahead, as_floats
 from axolotl_loram.pruning.evidence import Evidence
 
 
@@ -104,11 +104,7 @@ def _energies(
     stored: StoredTensor, axes: list[int], done: Callable[[int], object] | None
 ) -> list[np.ndarray]:
     """Along each of `axes`, the sum of squares over all others, in float64."""
-    if stored.dtype not in FLOATS:
-        raise LoRAMError(
-            f"expected weights of {', '.join(FLOATS)} to score, found {stored.name} of "
-            f"{stored.dtype}: prune the unquantized model, or use --method random"
-        )
+    stored.check_floats("to score")
     energies, first = [np.zeros(stored.shape[axis]) for axis in axes], 0
     for bits in ahead(stored.blocks()):
         values = as_floats(bits, stored.dtype)

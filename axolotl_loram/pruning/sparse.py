@@ -14,9 +14,8 @@ import numpy as np
 from axolotl_loram.architecture.counts import Sparsity, pattern_of, removed_of
 from axolotl_loram.architecture.plan import mask_digest
 from axolotl_loram.architecture.spaces import LINEAR
-from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.files.resumable import Work
-from axolotl_loram.files.tensors import FLOATS, StoredTensor, finite
+from axolotl_loram.files.tensors import StoredTensor
 from axolotl_loram.pruning.evidence import Evidence
 
 
@@ -43,14 +42,7 @@ def smallest_zeroed(stored: StoredTensor, sparsity: Sparsity) -> np.ndarray:
 
     Without its sign bit, a float's bits order as its magnitude does: nothing is converted.
     """
-    bits = stored.read()
-    if stored.dtype not in FLOATS:
-        raise LoRAMError(
-            f"expected weights of {', '.join(FLOATS)}, found {stored.name} of {stored.dtype}: "
-            "prune the unquantized model"
-        )
-    if not finite(bits, stored.dtype):
-        raise not_finite(stored.name)
+    bits = stored.read_floats("to compare")
     magnitudes = np.left_shift(bits, 1)
     pattern = pattern_of(sparsity)
     if pattern:
