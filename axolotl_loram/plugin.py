@@ -19,12 +19,9 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -37,6 +34,7 @@ from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.progress import progress_bar
+from axolotl_loram.models import patches
 from axolotl_loram.models.masked import confine
 from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
@@ -79,14 +77,21 @@ class LoRAMPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""
         _log_as_axolotl_does()
-        _keep_errors_from_telemetry()
+        patches.keep_errors_from_telemetry(FIELDS_TO_REDACT)
         check_supported(cfg)
         if aligns(cfg):
             return
         cfg.adapter = ADAPTERS[cfg.adapter]
         if cfg.merge_lora:
             use_recovered_adapter(cfg)
-            _merge_into_unquantized_base(cfg)
+            from axolotl.cli import merge_lora
+
+            patches.merge_without_nf4(merge_lora)
+            cfg.adapter, cfg.load_in_4bit, cfg.load_in_8bit = "lora", False, False
+
+    def on_config_validation_error(self, cfg: Any) -> None:
+        """Leave Axolotl as it was before `register`: another configuration may follow."""
+        patches.undo()
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Put the pruned model in the base's place: of all commands, only `train` comes here."""
@@ -145,7 +150,7 @@ class LoRAMPlugin(BasePlugin):
         section = LoRAMConfig.model_validate(dict(cfg.loram))
         if self.run is None or not section.evaluate_recovered_every:
             return []
-        return [RecoveredEvaluation(trainer, self.run, section, plain_projections)]
+        return [RecoveredEvaluation(trainer, self.run, section, _plain_projections)]
 
     def post_train_unload(self, cfg: Any) -> None:
         """Recover the adapter, or make the aligned checkpoint, in output_dir: one rank of all."""
@@ -181,7 +186,7 @@ class LoRAMCallback(TrainerCallback):
         run.memory["measured"] = start_measuring()
         if state.is_world_process_zero:
             _record(run, state, Path(args.output_dir))
-            _record_on_interrupt(lambda: _record(run, state, Path(args.output_dir)))
+            patches.before_exit_on_interrupt(lambda: _record(run, state, Path(args.output_dir)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add to the record the losses, and what memory training took."""
@@ -202,55 +207,16 @@ def _record(run: Run, state: Any, folder: Path) -> None:
     run.write_record(folder)
 
 
-def _record_on_interrupt(write: Callable[[], None]) -> None:
-    """Have the record say how far the adapter is that Axolotl saves on SIGINT before it exits.
-
-    Ctrl-C reaches the data loader's workers too, which are forks: Axolotl (0.19) would have each
-    save the adapter over the other, as it was when they were forked.
-    """
-    save_and_exit, trainer = signal.getsignal(signal.SIGINT), os.getpid()
-
-    def interrupted(number: int, frame: Any) -> None:
-        if os.getpid() != trainer:
-            raise KeyboardInterrupt
-        write()
-        if callable(save_and_exit):
-            save_and_exit(number, frame)
-
-    signal.signal(signal.SIGINT, interrupted)
-
-
 def _log_as_axolotl_does() -> None:
     """Let this package's log lines appear where, and as, Axolotl's do."""
     ours, axolotl = logging.getLogger("axolotl_loram"), logging.getLogger("axolotl")
     ours.handlers, ours.level, ours.propagate = axolotl.handlers, axolotl.level, False
 
 
-def _keep_errors_from_telemetry() -> None:
-    """Take the texts of errors out of what Axolotl's telemetry sends, where that is on.
+def _plain_projections(model: Any) -> None:
+    from axolotl.monkeypatch import lora_kernels
 
-    Our messages name the files that they are about. Of a YAML, Axolotl leaves out what keys named
-    after paths hold (see `Section`); of errors it sends message and traceback, for which it has
-    no hook, but this list.
-    """
-    FIELDS_TO_REDACT.update(("exception", "stack_trace"))
-
-
-def plain_projections(model: Any) -> None:
-    """Give a model that is not trained the projections that Axolotl's patched attention calls.
-
-    `lora_qkv_kernel` and `lora_o_kernel` patch the class, but give only the trained model these.
-    """
-    from axolotl.monkeypatch.lora_kernels import (
-        find_self_attn_in_layer,
-        original_apply_o,
-        original_apply_qkv_optional_v,
-    )
-
-    for layer in model.modules():
-        for attention in find_self_attn_in_layer(layer):
-            attention.apply_qkv = MethodType(original_apply_qkv_optional_v, attention)
-            attention.apply_o = MethodType(original_apply_o, attention)
+    patches.plain_projections(model, lora_kernels)
 
 
 def recover_after_training(run: Run, card: str) -> None:
@@ -296,23 +262,6 @@ def merge_after_training(run: Run) -> None:
     with progress_bar("merging") as progress:
         merge_masked(run.trained, str(run.pruned), output, run.base, True, progress, of_run=True)
     LOG.info("%s is %s with the masked update", output, run.base.id)
-
-
-def _merge_into_unquantized_base(cfg: Any) -> None:
-    """Take the NF4 round trip out of `axolotl merge-lora`.
-
-    For plain QLoRA it makes the merged base equal to the one in training. In LoRAM the original was
-    never quantized in training: the round trip would only damage it.
-    """
-    from axolotl.cli import merge_lora
-
-    original = merge_lora.merge_lora_sharded_efficient
-
-    def merge_without_nf4(**kwargs: Any) -> Any:
-        return original(**{**kwargs, "simulate_nf4": False, "simulate_nf4_experts": False})
-
-    merge_lora.merge_lora_sharded_efficient = merge_without_nf4
-    cfg.adapter, cfg.load_in_4bit, cfg.load_in_8bit = "lora", False, False
 
 
 def _yaml_details(cfg: Any) -> str:
