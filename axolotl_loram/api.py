@@ -202,9 +202,9 @@ def recover(
 
             made = merge_masked(source, pruned, target, None, overwrite, progress)
         elif how.fill != "zeros":
-            from axolotl_loram.recovery.fill import recover_filled
+            from axolotl_loram.recovery.fitted import recover_fitted
 
-            made = recover_filled(source, how, pruned, target, overwrite, progress)
+            made = recover_fitted(source, how, pruned, target, overwrite, progress)
         else:
             from axolotl_loram.recovery.recover import recover as scatter
 

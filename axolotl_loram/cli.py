@@ -165,6 +165,23 @@ def align(
     show({"output": str(output), **layer_summary(alignment), "plan": record["plan"]}, as_json)
 
 
+@main.command()
+@click.argument("yaml", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--model", help="Folder or hub id of the original; by default the YAML's base_model.")
+@json_option
+def anchor(yaml: Path, output: Path, model: str | None, as_json: bool) -> None:
+    """Write to the folder OUTPUT what the original model says of the training data of YAML.
+
+    Where the original's weights are not, training takes it by `anchor: OUTPUT` in `loram:`.
+    """
+    with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
+        from axolotl_loram.training.anchor import make_anchor
+
+        record = make_anchor(yaml, output, model)
+    show({"output": str(output), **record}, as_json)
+
+
 for outcome in (inspect, evaluate, report, publish):
     main.add_command(outcome)
 

@@ -11,9 +11,16 @@ from pydantic import BaseModel
 
 from axolotl_loram.api import option_of
 from axolotl_loram.api_results import Result
-from axolotl_loram.config import PruningArgs
+from axolotl_loram.config import GONE_FILLS, PruningArgs
 from axolotl_loram.memory.settings import TrainingArgs
 from axolotl_loram.tables import lines
+
+
+class _Choice(click.Choice):
+    """A choice that leaves to the schema what that has a sentence of its own about."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value in GONE_FILLS else super().convert(value, param, ctx)
 
 
 def schema_options(schema: type[BaseModel], names: Mapping[str, str]) -> Callable:
@@ -33,7 +40,7 @@ def schema_options(schema: type[BaseModel], names: Mapping[str, str]) -> Callabl
             given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
             kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
             if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
-                kind = click.Choice(get_args(kind) or given)
+                kind = _Choice(get_args(kind) or given)
             command = click.option(
                 f"{flag}/--no-{flag[2:]}" if kind is bool and field.default is not False else flag,
                 keyword,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -308,15 +309,30 @@ def check_sparsity(sparsity: Any) -> float | str:
     return share
 
 
+GONE_FILLS = ("normal", "corrected")
+
+
+def _still_there(fill: Any) -> Any:
+    if fill in GONE_FILLS:
+        raise LoRAMError(
+            f"expected a fill out of zeros and fitted, found {fill}, which is gone, as it won "
+            "nowhere in our measurements: use fitted, or zeros"
+        )
+    return fill
+
+
+Fill = Annotated[Literal["zeros", "fitted"], BeforeValidator(_still_there)]
+"""How a recovered adapter is filled."""
+
+
 class FillArgs(Section):
     """What a recovered adapter holds for what was pruned: options of `axolotl-loram recover`."""
 
-    fill: Literal["zeros", "normal", "corrected", "fitted"] = Field(
+    fill: Fill = Field(
         default="zeros",
         description="What the adapter holds for pruned features: zeros (the paper's recovery); "
-        "normal (random values in A, as the reference code's normA); corrected (as EMLoC: B takes "
-        "back what the two models' weights differ by along A); fitted (B such that each layer's "
-        "output changes as in the pruned model, on --calibration text).",
+        "fitted (B such that each layer's output changes as in the pruned model, on --calibration "
+        "text).",
     )
     calibration_path: str | None = Field(
         default=None,
@@ -331,7 +347,7 @@ class FillArgs(Section):
         default=None,
         description="Where to compute; the GPU by default where there is one.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the samples, and of normal.")
+    seed: int = Field(default=0, ge=0, description="Seed of the samples.")
 
     @model_validator(mode="after")
     def _text_to_fit_on(self) -> FillArgs:

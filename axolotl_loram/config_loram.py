@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from axolotl_loram.config import PruningArgs, Section
+from axolotl_loram.config import Fill, PruningArgs, Section
 from axolotl_loram.errors import LoRAMError
 
 TEACHER_KEYS = ("teacher_path", "teacher_revision", "teacher_top_k", "next_token_share")
@@ -17,6 +17,7 @@ TRAIN_KEYS = (
     "pruned_model_revision",
     "pruning",
     "masked",
+    "anchor",
     "recovery",
     "fill",
     "lm_head_format",
@@ -50,16 +51,24 @@ class LoRAMConfig(Section):
         description="Confine the update to the weights that are left; on by default where the "
         "pruned model is sparse.",
     )
+    anchor: str = Field(
+        default="none",
+        description="base: the pruned model's predictions are corrected by what lies between it "
+        "and base_model, so that the adapter learns what base_model lacks, and not to repair the "
+        "pruned model. What base_model says of the training data is computed once, a layer at a "
+        "time, and kept on disk. A folder: what `axolotl-loram anchor` wrote, where base_model is "
+        "not on this machine. none: the loss of the pruned model alone.",
+    )
     recovery: Literal["plain", "masked"] = Field(
         default="plain",
         description="plain: the adapter for base_model in output_dir. masked: also base_model with "
         "exactly the masked update that was trained, in output_dir/merged.",
     )
-    fill: Literal["zeros", "normal", "corrected", "fitted"] = Field(
+    fill: Fill = Field(
         default="zeros",
         description="What the recovered adapter holds for what was pruned, as `axolotl-loram "
-        "recover --fill` says; fitted reads the run's own datasets, and (as corrected) the "
-        "weights of base_model, a layer at a time, when training has ended.",
+        "recover --fill` says; fitted reads the run's own datasets, and the weights of base_model, "
+        "a layer at a time, when training has ended.",
     )
     lm_head_format: Literal["native", "int8", "nf4"] | None = Field(
         default=None,

@@ -38,9 +38,9 @@ from axolotl_loram.models import patches
 from axolotl_loram.models.masked import confine
 from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
-from axolotl_loram.recovery.complete import check_complete, trained_shapes
 from axolotl_loram.recovery.merge import merge_masked
 from axolotl_loram.recovery.recover import Filler, recover
+from axolotl_loram.recovery.whole import check_complete, trained_shapes
 from axolotl_loram.results.publish import publish_adapter
 from axolotl_loram.results.secrets import without_secrets
 from axolotl_loram.text.axolotl_text import training_data
@@ -51,8 +51,9 @@ from axolotl_loram.training.align import (
     finish_alignment,
 )
 from axolotl_loram.training.align_trainer import prepare_trainer
+from axolotl_loram.training.anchor import NONE, prepare_anchor
 from axolotl_loram.training.checkpoints import NodeCallback, is_first_rank
-from axolotl_loram.training.memory_log import measure_run, start_measuring
+from axolotl_loram.training.memory_log import correct_prediction, measure_run, start_measuring
 from axolotl_loram.training.monitor import RecoveredEvaluation, check_can_evaluate
 from axolotl_loram.training.objective import prepare_objective
 from axolotl_loram.training.run import Run, begin_training, use_recovered_adapter
@@ -136,8 +137,13 @@ class LoRAMPlugin(BasePlugin):
             prepare_objective(self.alignment, trainer)
         if self.run is not None:
             self.run.trained_shapes.update(trained_shapes(trainer.model))
+            correct_prediction(self.run.memory["predicted"], trainer.model, cfg)
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
+        section = cfg.loram
+        if self.run is not None and section.anchor not in (None, NONE):
+            found = prepare_anchor(self.run, section.anchor, section.cache_dir, trainer)
+            self.run.anchor.update(found)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""

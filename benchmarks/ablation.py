@@ -41,7 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from axolotl_loram.config import FillArgs, PruningArgs
 from axolotl_loram.pruning.prune import prune
-from axolotl_loram.recovery.fill import recover_filled
+from axolotl_loram.recovery.fitted import recover_fitted
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.text.calibration import load_calibration
 
@@ -159,7 +159,7 @@ def measured(case: Case, recovery: str, tokenizer, steps: int) -> dict[str, obje
         if fill == "zeros":
             recover(adapter, str(model_of(case)), target, overwrite=True)
         else:
-            recover_filled(adapter, filling(case, fill), str(model_of(case)), target, True)
+            recover_fitted(adapter, fitting(case), str(model_of(case)), target, True)
     seconds = time.perf_counter() - start
     model = PeftModel.from_pretrained(model, target)
     if " × " in recovery:
@@ -172,11 +172,11 @@ def measured(case: Case, recovery: str, tokenizer, steps: int) -> dict[str, obje
     return {**found, "recovery_seconds": round(seconds, 2)}
 
 
-def filling(case: Case, fill: str) -> FillArgs:
-    """How B is fitted, or what else is filled in."""
-    text = {"calibration_path": str(FILES["fine-tuning"])} if fill == "fitted" else {}
+def fitting(case: Case) -> FillArgs:
+    """How B is fitted."""
     samples = {"calibration_samples": 16, "calibration_length": LENGTH}
-    return FillArgs(fill=fill, seed=case.seed, **text, **samples)
+    text = str(FILES["fine-tuning"])
+    return FillArgs(fill="fitted", seed=case.seed, calibration_path=text, **samples)
 
 
 def scale_lora(model, scale: float) -> None:

@@ -72,7 +72,7 @@ def recoveries(case: Case) -> list[str]:
     """How the adapter of a case is recovered ("none": it is not)."""
     if case.model != "pruned":
         return ["none"]
-    more = ["normal", "corrected", *(f"zeros × {scale}" for scale in SCALES)]
+    more = [f"zeros × {scale}" for scale in SCALES]
     return ["none", "zeros", "fitted", *(more if case == Case() else [])]
 
 

@@ -18,7 +18,7 @@ from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_loram import LoRAMArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.plugin import LoRAMPlugin, recover_after_training
+from axolotl_loram.plugin import LoRAMPlugin
 from axolotl_loram.pruning.cache import calibrate, prune_into_cache
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.training.run import begin_training, use_recovered_adapter
@@ -120,29 +120,12 @@ def test_a_base_that_was_not_pruned_into_it_is_refused(run, make_model):
         begin_training(run)
 
 
-@pytest.mark.parametrize("fill", ["fitted", "corrected"])
-def test_weights_that_a_fill_needs_are_missed_before_training(run, fill, make_model, tmp_path):
+def test_weights_that_a_fit_needs_are_missed_before_training(run, make_model, tmp_path):
     base = tmp_path / "without weights"
     shutil.copytree(make_model(), base, ignore=shutil.ignore_patterns("*.safetensors"))
-    run.base_model, run.loram.fill = str(base), fill
+    run.base_model, run.loram.fill = str(base), "fitted"
     with pytest.raises(LoRAMError, match="found neither"):
         begin_training(run)
-
-
-def test_random_fills_need_no_weights_of_the_base(run, make_model, tmp_path):
-    base = tmp_path / "without weights"
-    shutil.copytree(make_model(), base, ignore=shutil.ignore_patterns("*.safetensors"))
-    run.base_model, run.loram.fill = str(base), "normal"
-    begun = begin_training(run)
-    train_on(begun.pruned, begun.trained)
-    recover_after_training(begun, "")
-    weights = load_file(begun.output / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
-    assert weights[name].shape == (4, 48) and weights[name].all()
-    assert json.loads((begun.output / "loram.json").read_text())["fill"] == {
-        "method": "normal",
-        "seed": 0,
-    }
 
 
 def test_a_warm_start_is_gathered_once_per_adapter(run, make_model, tmp_path):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from axolotl_loram.architecture.config_json import Config, family_of, load_config
 from axolotl_loram.architecture.model import parameter_count, tensors
-from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
+from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.record import RECORD_FILE, Record
 from axolotl_loram.architecture.vocabulary import differ, vocabulary_digest
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import (
@@ -21,56 +22,10 @@ from axolotl_loram.files.find import (
 )
 from axolotl_loram.files.nf4 import logical_shapes
 from axolotl_loram.files.tensors import Checkpoint
-from axolotl_loram.files.untrusted import check_types, read_json
 
-NESTED = (dict, type(None))
-RECORD_TYPES: dict[str, type | tuple] = {
-    "kind": str,
-    "plan": str,
-    "vocabulary": (str, type(None)),
-    "fingerprint": (str, type(None)),
-    "base": dict,
-    "pruning": NESTED,
-    "parameters": NESTED,
-    "refit": NESTED,
-    "training": NESTED,
-    "trained": NESTED,
-    "files": NESTED,
-}
-"""What `loram.json` holds, where it has it."""
-REFIT_TYPES: dict[str, type | tuple] = {
-    "heldout_error_before": (int, float),
-    "heldout_error_after": (int, float),
-    "accepted": bool,
-}
-"""What it holds of each refitted projection."""
 FINGERPRINT_SAMPLES = 256
 
 LOG = logging.getLogger(__name__)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `loram.json` in a folder says; empty where there is none.
-
-    Raises:
-        LoRAMError: It was written by a newer version.
-    """
-    file = folder / RECORD_FILE
-    record = read_json(file) if file.exists() else {}
-    version = record.get("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise LoRAMError(
-            f"expected schema version {SCHEMA_VERSION} in {file}, found {version}: upgrade "
-            "axolotl-loram"
-        )
-    check_types(record, RECORD_TYPES, file)
-    for module, found in (record.get("refit") or {}).items():
-        where = f"the refit of {module[:80]} in {file}"
-        check_types({"refit": found}, {"refit": dict}, where)
-        check_types(dict.fromkeys(REFIT_TYPES) | found, REFIT_TYPES, where)
-    if "base" in record:
-        Base.from_json(record["base"], file)
-    return record
 
 
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
@@ -126,13 +81,12 @@ def is_derived(name: str) -> bool:
 
 def check_pruned(folder: Path, plan: PruningPlan) -> None:
     """Refuse a pruned model whose plan, record, config, weights and tokenizer do not fit."""
-    check_plan(folder, plan)
-    config, record = plan.pruned_config, read_record(folder)
+    record, config = check_plan(folder, plan), plan.pruned_config
     check_tensors(config, shapes_of(load_config(str(folder))), f"{folder / 'config.json'}")
     stored = Checkpoint(folder)
     check_tensors(config, logical_shapes(stored.tensors), str(folder))
     check_fingerprint(stored, record)
-    if differ(record.get("vocabulary"), vocabulary_digest(folder)):
+    if differ(record.vocabulary, vocabulary_digest(folder)):
         raise LoRAMError(
             f"expected the tokenizer that {folder} was pruned with, found one with another "
             "vocabulary in it: put the base's tokenizer files there"
@@ -146,13 +100,13 @@ def check_pair(pruned: Path, plan: PruningPlan, base: str, revision: str | None 
     check_base_tokenizer(pruned, base, revision)
 
 
-def check_plan(folder: Path, plan: PruningPlan) -> None:
-    """Refuse a plan that is not the one that `loram.json` beside it records."""
-    record = read_record(folder)
-    if record.get("plan") in (None, plan.digest):
-        return
-    recorded, left = record["plan"], parameter_count(plan.pruned_config)
-    counted = (record.get("parameters") or {}).get("pruned_parameters", left)
+def check_plan(folder: Path, plan: PruningPlan) -> Record:
+    """Refuse a plan that is not the one that `loram.json` beside it records; returns that."""
+    record = Record.load(folder)
+    if record.plan in (None, plan.digest):
+        return record
+    left = parameter_count(plan.pruned_config)
+    counted = (record.parameters or {}).get("pruned_parameters", left)
     if counted != left:
         raise LoRAMError(
             f"expected a plan that leaves {counted!r:.20} parameters, as {folder / RECORD_FILE} "
@@ -160,7 +114,7 @@ def check_plan(folder: Path, plan: PruningPlan) -> None:
             "other settings, for another checkpoint"
         )
     raise LoRAMError(
-        f"expected the plan that {folder / RECORD_FILE} records ({recorded[:19]}…), found "
+        f"expected the plan that {folder / RECORD_FILE} records ({str(record.plan)[:19]}…), found "
         f"{plan.digest[:19]}…: plan and checkpoint are from two prunings"
     )
 
@@ -173,19 +127,32 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
     return checkpoint.fingerprint(samples=FINGERPRINT_SAMPLES)
 
 
-def check_fingerprint(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+def check_fingerprint(checkpoint: Checkpoint, record: Record) -> None:
     """Refuse weights that are not the recorded ones, as far as samples of them tell.
 
     Raises:
         LoRAMError: They differ. A record without a fingerprint says nothing.
     """
-    recorded = record.get("fingerprint")
-    if recorded not in (None, weights_fingerprint(checkpoint)):
+    if record.fingerprint not in (None, weights_fingerprint(checkpoint)):
         raise LoRAMError(
             f"expected the weights that {RECORD_FILE} in {checkpoint.folder} records, found "
             "others: a shard is from another run, or was changed; `axolotl-loram inspect --verify` "
             "names the file"
         )
+
+
+def fingerprint_of(folder: Path) -> str:
+    """`Checkpoint.fingerprint` of a model's weights, computed once while its files stay."""
+    files = sorted(folder.glob("*.safetensors*"))
+    stats = [(file.name, file.stat()) for file in files]
+    return _fingerprint(
+        folder.resolve(), *((n, at.st_ino, at.st_mtime_ns, at.st_size) for n, at in stats)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _fingerprint(folder: Path, *files: object) -> str:
+    return Checkpoint(folder).fingerprint()
 
 
 def check_base(plan: PruningPlan, model: str, revision: str | None = None) -> None:
@@ -231,7 +198,7 @@ def check_base_weights(base: Base, model: str, weights: Path, commit: str | None
         weights: Their folder.
         commit: Their commit on the hub, where it is known.
     """
-    fingerprint = Checkpoint(weights).fingerprint()
+    fingerprint = fingerprint_of(weights)
     if base.fingerprint in (None, fingerprint):
         return fingerprint
     if hub_id_of(weights) == base.id and base.revision not in (None, commit):
@@ -246,12 +213,11 @@ def check_base_weights(base: Base, model: str, weights: Path, commit: str | None
     )
 
 
-def check_recorded_base(record: Mapping[str, Any], model: str, revision: str | None = None) -> None:
+def check_recorded_base(record: Record, model: str, revision: str | None = None) -> None:
     """Refuse a base whose weights are here and are not those that an adapter's record names."""
     weights = find_local_weights(model, revision)
-    if weights is not None and "base" in record:
-        recorded = Base.from_json(record["base"], RECORD_FILE)
-        check_base_weights(recorded, model, weights, commit_of(weights, revision))
+    if weights is not None and record.base is not None:
+        check_base_weights(record.base, model, weights, commit_of(weights, revision))
 
 
 def check_base_tokenizer(folder: Path, model: str, revision: str | None = None) -> None:
@@ -273,7 +239,7 @@ def check_adapter_tokenizer(adapter: Path, pruned: Path) -> None:
         adapter: Its folder, in which there may be a tokenizer.
         pruned: The pruned model's folder; where it has no tokenizer, its record tells.
     """
-    theirs = vocabulary_digest(pruned) or read_record(pruned).get("vocabulary")
+    theirs = vocabulary_digest(pruned) or Record.load(pruned).vocabulary
     if differ(vocabulary_digest(adapter), theirs):
         raise LoRAMError(
             f"expected an adapter trained with the tokenizer of {pruned}, found another vocabulary "
@@ -290,14 +256,13 @@ def _at(revision: str | None) -> str:
     return f" at revision {revision}" if revision else ""
 
 
-def check_trained_under(adapter: Path, plan: PruningPlan) -> None:
+def check_trained_under(record: Record, plan: PruningPlan, adapter: Path) -> None:
     """Refuse an adapter whose own record names another plan.
 
     Plans of one ratio give adapters of one shape, so shapes alone would let a wrong pair through.
     """
-    trained_under = read_record(adapter).get("plan")
-    if trained_under not in (None, plan.digest):
+    if record.plan not in (None, plan.digest):
         raise LoRAMError(
             f"expected an adapter trained under plan {plan.digest[:19]}…, found {adapter} trained "
-            f"under {str(trained_under)[:19]}…: give the pruned model it was trained on"
+            f"under {str(record.plan)[:19]}…: give the pruned model it was trained on"
         )

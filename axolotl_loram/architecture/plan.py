@@ -28,7 +28,6 @@ from axolotl_loram.files.untrusted import check_types, parse_json
 
 LOG = logging.getLogger(__name__)
 PLAN_FILE = "loram_plan.safetensors"
-RECORD_FILE = "loram.json"
 SCHEMA_VERSION = 1
 MOST_BYTES = 2**26
 """Of one list of a plan: 16 million units."""

@@ -18,6 +18,7 @@ TOKENIZER_PATTERNS = (
     "merges.txt",
     "*.model",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
     "*.tiktoken",
 )
 MODEL_PATTERNS = (
@@ -28,6 +29,9 @@ MODEL_PATTERNS = (
     "loram*",
     *TOKENIZER_PATTERNS,
 )
+
+TWICE = ("consolidated*", "*/*.safetensors")
+"""The same weights again, in the format of another program: Mistral's, and Llama's `original/`."""
 
 
 def find_folder(
@@ -50,7 +54,10 @@ def find_folder(
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        found = snapshot_download(
+            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(TWICE)
+        )
+        return Path(found)
     except hub_errors() as error:
         raise LoRAMError(
             f"no such model: expected a folder or a model that the hub gives out, found {model!r} "
@@ -98,6 +105,21 @@ def find_local_file(model: str, name: str, revision: str | None = None) -> Path 
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def user_path(name: str) -> Path:
+    """A path as a user writes it, `~` resolved.
+
+    Raises:
+        LoRAMError: It begins with `~` and nobody's home is known.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise LoRAMError(
+            f"expected a home folder for {name!r}, found none ({error}): set HOME, or write the "
+            "path out"
+        ) from None
 
 
 def is_folder(name: str) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import refuse_occupied
-from axolotl_loram.files.targets import Target, alone, hidden, real, remove, sync
+from axolotl_loram.files.targets import Target, alone, hidden, locked, real, remove, sync
 from axolotl_loram.files.tensors import StoredTensor, open_safetensors, write_safetensors
 
 LOG = logging.getLogger(__name__)
@@ -81,9 +81,11 @@ def check_free(target: Path, identity: Mapping[str, Any], needed: int, remedy: s
         remedy: What to do otherwise.
 
     Raises:
-        LoRAMError: Too little is free.
+        LoRAMError: Too little is free, or nothing can be written there.
     """
-    existing = next(path for path in target.resolve().parents if path.exists())
+    with locked(real(target)):
+        pass  # something can be written there
+    existing = next(path for path in (target, *target.resolve().parents) if path.exists())
     done = [file for file in work_folder(target, identity).rglob("*") if file.is_file()]
     found = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in done)
     if found < needed:

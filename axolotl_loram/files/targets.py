@@ -108,7 +108,7 @@ class Target:
                 (folder / name.name).unlink(missing_ok=True)
             for file in ready.iterdir():
                 if file.name not in (self.path.name, GONE):
-                    file.replace(folder / file.name)
+                    _move(file, folder / file.name)
             sync(folder)
             self._note(ready / self.path.name)
             (ready / self.path.name).replace(self.path)
@@ -247,6 +247,16 @@ def real(target: Path) -> Path:
 def hidden(target: Path, what: str) -> Path:
     """One of the names beside a target."""
     return target.with_name(f".{target.name}.{what}")
+
+
+def _move(made: Path, place: Path) -> None:
+    """Give a file or folder its place; of a folder that is there already, each of its files."""
+    if made.is_dir() and place.is_dir():
+        for file in made.iterdir():
+            file.replace(place / file.name)
+        sync(place)
+    else:
+        made.replace(place)
 
 
 def _plain(name: str) -> str:

@@ -35,8 +35,13 @@ ELEMENT_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
-EXPONENTS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "BF16": 0xFF << 7, "F16": 0x1F << 10}
-"""Exponent bits of each float; all set in infinities and NaN only."""
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""What can be computed with; all else only moves."""
+INFINITY = {
+    **{"BF16": 0xFF << 7, "F16": 0x1F << 10, "F32": 0xFF << 23, "F64": 0x7FF << 52},
+    **{"F8_E5M2": 0x1F << 2, "F8_E4M3": 0x7F},  # the latter has a NaN, and no infinity
+}
+"""Without its sign bit, a float's bits order as its magnitude does; from here on it is none."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +206,26 @@ class Checkpoint:
 def finite(bits: np.ndarray, dtype: str) -> bool:
     """Whether no value is infinite or not a number; of dtypes that have neither, always.
 
+    It takes two maxima, of the bits as they are and as signed numbers, and no memory.
+
     Args:
         bits: As `StoredTensor.read` gives them, of any shape.
         dtype: As safetensors names it.
     """
-    exponent = EXPONENTS.get(dtype)
-    return exponent is None or not ((bits & bits.dtype.type(exponent)) == exponent).any()
+    least = INFINITY.get(dtype)
+    if least is None or not bits.size:
+        return True
+    sign = 1 << (8 * bits.itemsize - 1)
+    positive, negative = bits.view(f"i{bits.itemsize}").max(), bits.max()
+    return bool(int(positive) < least and int(negative) < sign + least)
+
+
+def as_floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The values that bits stand for, of one of `FLOATS`: float64 of F64, else float32."""
+    if dtype == "BF16":
+        return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+    floats = bits.view(f"f{bits.itemsize}")
+    return floats.astype(np.float32) if dtype == "F16" else floats
 
 
 def has_weights(folder: Path) -> bool:

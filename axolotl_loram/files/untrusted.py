@@ -37,7 +37,8 @@ def own_file(file: Path) -> Path:
         ordinary = real.is_file() or not real.exists()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names with a zero
         raise LoRAMError(f"expected an ordinary file {file}, found {error}") from None
-    cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
+    snapshot = next((f for f in (folder, folder.parent) if f.parent.name == "snapshots"), None)
+    cache = snapshot.parent.parent / "blobs" if snapshot else None
     if not ordinary or not (real.parent == folder or (cache and real.parent == cache)):
         found = "a link to" if real != folder / file.name else "no such thing but"
         raise LoRAMError(
@@ -181,7 +182,7 @@ def read_text(file: Path, most: int, what: str, linked: bool = False) -> str:
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of a folder that match any pattern to another.
+    """Copy the files of a folder that match any pattern to the same place in another.
 
     Raises:
         LoRAMError: One is not an ordinary file.
@@ -189,7 +190,9 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         for file in source.glob(pattern):
             if not file.is_dir():
-                shutil.copyfile(own_file(file), target / file.name)
+                place = target / file.relative_to(source)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(own_file(file), place)
 
 
 def check_types(

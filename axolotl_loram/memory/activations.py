@@ -22,6 +22,7 @@ the byte.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from axolotl_loram.architecture.blocks import ONE_HEAD
@@ -41,10 +42,12 @@ class Activations:
     Attributes:
         run: The settings.
         storage: How the weights are stored: 4-bit LoRA modules cast less than 16-bit ones.
+        rank: Of the LoRA on a tensor; 0 where there is none.
     """
 
     run: TrainingArgs
     storage: Storage
+    rank: Callable[[Tensor], int] = lambda tensor: 0
 
     def layer_bytes(self, layer: Layer) -> int:
         """Bytes that the forward pass of one layer keeps."""
@@ -81,11 +84,11 @@ class Activations:
 
     def outside_bytes(self, layout: Layout) -> int:
         """Bytes kept outside the layers: the last norm, LoRA on lm_head, rotary tables."""
-        c, tokens, head = self.run.compute_bytes, self.run.tokens, layout.lm_head
+        c, tokens, head = self.run.compute_bytes, self.run.tokens, layout.head
         first = layout.layers[0]
         head_dim = first.sizes.get("head_dim", layout.hidden // first.heads)
         kept = tokens * (layout.hidden + 1) * FLOAT32 + 2 * self.run.sequence_len * head_dim * c
-        if head is not None and self.run.targets(head.module):
+        if self.rank(head):
             kept += tokens * self._lora_inputs([head], self.storage.lm_head)
         return kept
 
@@ -108,6 +111,7 @@ class Activations:
         widest = run.tokens * max(tensor.shape[1] for tensor in layer.linears) * c
         by_lora = 4 * widest if self._casts(form) else widest
         gradients = 2 * run.tokens * layer.sizes["hidden"] * c + widest + max(by_lora, unpacked)
+        gradients += widest if form == "int8" else 0  # what Linear8bitLt casts
         scores = 3 * run.tokens * layer.heads * run.sequence_len * FLOAT32
         return max(gradients, scores if run.attention == "eager" else 0)
 
@@ -134,7 +138,7 @@ class Activations:
         """Bytes per token that LoRA keeps, summed over groups of modules with the same input."""
         groups: dict[tuple[Dim, str], list[Tensor]] = {}
         for tensor in layer.linears:
-            if self.run.targets(tensor.module):
+            if self.rank(tensor) or self.storage.linears == "int8":
                 place = tensor.module.split(".")[-2]  # q, k and v read the same; so do gate and up
                 groups.setdefault((tensor.dims[1], place), []).append(tensor)
         return sum(
@@ -151,16 +155,19 @@ class Activations:
     def _lora_inputs(self, group: list[Tensor], form: str, is_kept: bool = False) -> int:
         """Bytes per token that A and B of modules that read the same tensor keep.
 
-        Fused kernels keep the input once and recompute A's output.
+        Fused kernels keep the input once and recompute A's output. Linear8bitLt keeps its input,
+        with LoRA or without.
         """
         run, width, c = self.run, group[0].shape[1], self.run.compute_bytes
         casts = self._casts(form)
-        copies = len(group) if casts or (run.lora_dropout and not run.fused_kernels) else 1
+        adapted = sum(self.rank(tensor) > 0 for tensor in group)
+        copies = adapted if casts or (run.lora_dropout and not run.fused_kernels) else 1
+        original = int(form == "int8" and copies != 1 and not is_kept)
         if is_kept and not casts and not run.lora_dropout:
             copies = 0
-        masks = copies * width if run.lora_dropout else 0
-        inner = 0 if run.fused_kernels else len(group) * run.lora_r * c
-        return copies * width * c + masks + inner
+        masks = copies * width if run.lora_dropout and adapted else 0
+        inner = 0 if run.fused_kernels else sum(map(self.rank, group)) * c
+        return (copies + original) * width * c + masks + inner
 
     def _attention(self, layer: Layer) -> int:
         """Bytes per token: what flash attention, or the matrices of scores, keep.
@@ -208,8 +215,7 @@ def loss_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:
     A quantized lm_head is unpacked whole, beside the logits in the compute dtype.
     """
     tokens, c, logits = run.tokens, run.compute_bytes, layout.vocabulary
-    head = layout.lm_head or layout.embedding
-    unpacked = storage.unpacked_bytes(storage.lm_head, head.shape)
+    unpacked = storage.unpacked_bytes(storage.lm_head, layout.head.shape)
     hidden = tokens * layout.hidden * c
     if run.cross_entropy == "plain":
         return max(12 * tokens * logits, unpacked + tokens * logits * c + hidden)

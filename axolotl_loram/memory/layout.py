@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from axolotl_loram.architecture.config_json import Config, layer_fields
+from axolotl_loram.architecture.config_json import Config, family_of, layer_fields, sizes_of
 from axolotl_loram.architecture.model import Tensor, parameters
 from axolotl_loram.architecture.spaces import EMBEDDING, EXPERTS, HEAD, LINEAR, Sizes
 from axolotl_loram.errors import LoRAMError
@@ -46,13 +46,31 @@ class Layer:
         tensors: Those of the first of them.
         heads: Query heads.
         routed: Experts that a token goes through.
-        count: How many layers there are of this kind.
+        indices: Which layers they are.
     """
 
     tensors: tuple[Tensor, ...]
     heads: int
     routed: int
-    count: int
+    indices: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many layers there are of this kind."""
+        return len(self.indices)
+
+    def at(self, index: int) -> tuple[Tensor, ...]:
+        """The tensors of another of the layers."""
+        first, own = f".{self.indices[0]}.", f".{index}."
+        return tuple(
+            replace(
+                tensor,
+                name=tensor.name.replace(first, own, 1),
+                module=tensor.module.replace(first, own, 1),
+                layer=index,
+            )
+            for tensor in self.tensors
+        )
 
     @property
     def sizes(self) -> Sizes:
@@ -86,10 +104,16 @@ class Layout:
     Attributes:
         outside: Tensors outside the layers.
         layers: Layers, each kind once, by first appearance.
+        head: The weight of the output embedding, also where it is the input embedding's.
+        model_type: As config.json names the family.
+        undeclared: Prefixes of parameters that are no part of the declaration.
     """
 
     outside: tuple[Tensor, ...]
     layers: tuple[Layer, ...]
+    head: Tensor
+    model_type: str
+    undeclared: tuple[str, ...]
 
     @classmethod
     def of(cls, config: Config) -> Layout:
@@ -112,13 +136,29 @@ class Layout:
         for index, own in found.items():
             names = tuple(tensor.name.partition(f".{index}.")[2] for tensor in own)
             alike.setdefault((names, *sorted(own[0].sizes.items())), []).append(index)
+        family = family_of(config)
+        head = next(weight for weight in family.model if weight.role == HEAD)
+        name = f"{head.module}.weight"
         return cls(
             tuple(outside),
-            tuple(
-                _layer(config, found[indices[0]], indices[0], len(indices))
-                for indices in alike.values()
-            ),
+            tuple(_layer(config, found[indices[0]], tuple(indices)) for indices in alike.values()),
+            Tensor(name, head.module, None, head.dims, sizes_of(config), HEAD),
+            family.model_type,
+            family.whole,
         )
+
+    def split(self, key: Callable[[Tensor], object]) -> Layout:
+        """The same, with layers counted together only where the keys of their tensors agree."""
+        layers = []
+        for layer in self.layers:
+            alike: dict[object, list[int]] = {}
+            for index in layer.indices:
+                alike.setdefault(tuple(map(key, layer.at(index))), []).append(index)
+            layers += [
+                replace(layer, tensors=layer.at(indices[0]), indices=tuple(indices))
+                for indices in alike.values()
+            ]
+        return replace(self, layers=tuple(layers))
 
     @property
     def depth(self) -> int:
@@ -143,6 +183,13 @@ class Layout:
             yield from ((tensor, layer.count) for tensor in layer.tensors)
 
     @property
+    def every(self) -> Iterator[tuple[Tensor, int]]:
+        """As `tensors`, with the output embedding also where it is tied, as PEFT sees it."""
+        yield from self.tensors
+        if self.lm_head is None:
+            yield self.head, 1
+
+    @property
     def embedding(self) -> Tensor:
         """The input embedding."""
         return next(tensor for tensor in self.outside if part_of(tensor) == "embedding")
@@ -153,7 +200,7 @@ class Layout:
         return next((tensor for tensor in self.outside if part_of(tensor) == "lm_head"), None)
 
 
-def _layer(config: Config, own: list[Tensor], index: int, count: int) -> Layer:
-    fields = layer_fields(config, index)
+def _layer(config: Config, own: list[Tensor], indices: tuple[int, ...]) -> Layer:
+    fields = layer_fields(config, indices[0])
     routed = int(fields.get("num_experts_per_tok") or 0)
-    return Layer(tuple(own), int(fields["num_attention_heads"]), routed, count)
+    return Layer(tuple(own), int(fields["num_attention_heads"]), routed, indices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from axolotl_loram.architecture.config_json import Config, family_of, load_config
@@ -19,7 +19,7 @@ from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.memory.gpus import that_hold
 from axolotl_loram.memory.layout import Layout
-from axolotl_loram.memory.predict import compare, predict, pruned_config, smallest_ratio
+from axolotl_loram.memory.predict import METHODS, compare, predict, pruned_config, smallest_ratio
 from axolotl_loram.memory.request import Request
 from axolotl_loram.memory.tables import memory_table
 from axolotl_loram.tables import lines
@@ -33,8 +33,6 @@ def plan(asked: Request) -> dict[str, Any]:
     Raises:
         LoRAMError: No ratio fits, or the model is not to be had.
     """
-    for key in asked.not_counted:
-        LOG.warning("what `%s` changes is not counted: the plan is for one GPU without it", key)
     fitted: dict[str, Any] = {}
     if asked.budget is not None:
         asked, fitted = _fit(asked, asked.budget)
@@ -42,15 +40,20 @@ def plan(asked: Request) -> dict[str, Any]:
     if embedding_module(base) is None:
         LOG.warning("memory is planned for language models only: %s is counted", base["model_type"])
         return counted
-    for prefix in family_of(base).whole:
-        LOG.warning("%s* is not counted: its weights are not declared", prefix)
-    methods = compare(base, pruned, asked.run)
+    towers = (f"{prefix}* (weights and LoRA: not declared)" for prefix in family_of(base).whole)
+    not_counted = [*asked.not_counted, *towers]
+    for what in not_counted:
+        LOG.warning("not counted: %s: the plan is for one GPU without it", what)
+    pruned_too = asked.pruning or asked.pruned or fitted
+    if not pruned_too:
+        LOG.info("nothing is pruned: give --pruning-ratio to see loram and qloram too")
+    methods = compare(base, pruned, asked.run, METHODS if pruned_too else METHODS[:2])
     return {
         **counted,
         **({"fit": fitted} if fitted else {}),
         "training": asked.run.model_dump(),
-        "not_counted": list(asked.not_counted),
-        "methods": {name: method.as_dict() for name, method in methods.items()},
+        "not_counted": not_counted,
+        "methods": {name: asdict(method) for name, method in methods.items()},
         "gpus": {name: that_hold(method.peak_bytes) for name, method in methods.items()},
     }
 
@@ -64,7 +67,8 @@ def report(result: dict[str, Any]) -> str:
     if "fit" in result:
         shown |= {f"fit {name}": value for name, value in result["fit"].items()}
     training = ", ".join(f"{name} {value}" for name, value in result["training"].items() if value)
-    return f"{lines(shown)}\n\n{training}\n\n{memory_table(result['methods'])}"
+    missing = "".join(f"\nnot counted: {what}" for what in result["not_counted"])
+    return f"{lines(shown)}\n\n{training}{missing}\n\n{memory_table(result['methods'])}"
 
 
 def _fit(asked: Request, budget: int) -> tuple[Request, dict[str, Any]]:

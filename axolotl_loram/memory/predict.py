@@ -9,8 +9,8 @@ they are measured on a GPU, and so is, with them, the peak.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from axolotl_loram.architecture.config_json import Config
@@ -18,9 +18,10 @@ from axolotl_loram.architecture.counts import keep_counts
 from axolotl_loram.architecture.model import Tensor, changed, config_changes
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.activations import Activations
-from axolotl_loram.memory.layout import Layout, Part, part_of
+from axolotl_loram.memory.layout import Layout, Part
 from axolotl_loram.memory.optimizers import optimizer_bytes
 from axolotl_loram.memory.settings import TrainingArgs
+from axolotl_loram.memory.trained import Trained
 from axolotl_loram.memory.weights import BLOCK, FLOAT32, Format, Storage, weight_bytes
 
 GIB = 2**30
@@ -73,10 +74,6 @@ class Prediction:
     allocated_bytes: int
     peak_bytes: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def storage_of(method: str, run: TrainingArgs, tied: bool) -> Storage:
     """How a method stores its weights: `lm_head_format` and `embedding_format` are for pruned ones.
@@ -86,28 +83,18 @@ def storage_of(method: str, run: TrainingArgs, tied: bool) -> Storage:
     four_bit = method.startswith("q")
     native: Format = "float32" if four_bit and run.skips_upcast else "native"
     head, embedding = run.formats(four_bit, tied) if method in PRUNED else (native, native)
+    linears: Format = "nf4" if four_bit else "native"
+    if method == "lora" and run.load_in_8bit:  # LoRAM has no 8-bit form
+        linears = "int8"
     return Storage(
-        linears="nf4" if four_bit else "native",
+        linears=linears,
         lm_head=native if head == "native" else head,
         embedding=native if embedding == "native" else embedding,
         native=run.compute_bytes,
         block=run.block_size if method in PRUNED else BLOCK,
-        experts="nf4" if four_bit and run.quantize_experts else "native",
+        experts=linears if run.quantize_experts else "native",
+        double=run.double_quant,
     )
-
-
-def trained_sizes(layout: Layout, run: TrainingArgs) -> Iterator[tuple[int, int, int]]:
-    """(values, bytes of a value, how many) of trained tensors: A and B, modules trained whole."""
-    for tensor, count in layout.tensors:
-        if _names(tensor, run.modules_to_save):
-            yield math.prod(tensor.shape), run.compute_bytes, count
-        elif part_of(tensor) in ("linears", "lm_head") and run.targets(tensor.module):
-            for features in tensor.shape:
-                yield run.lora_r * features, run.lora_bytes, count
-
-
-def _names(tensor: Tensor, modules: tuple[str, ...]) -> bool:
-    return tensor.module.rpartition(".")[2] in modules
 
 
 def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
@@ -117,16 +104,20 @@ def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
         layout: Of the model that is trained on: the base for lora and qlora, else the pruned one.
         run: Settings of the run.
         method: One of `METHODS`.
+
+    Raises:
+        LoRAMError: PEFT would refuse the targets of LoRA, or find none of them.
     """
     storage = storage_of(method, run, tied=layout.lm_head is None)
     weights = weight_bytes(layout, storage)
-    trained = list(trained_sizes(layout, run))
-    parameters = sum(values * count for values, _, count in trained)
-    lora = sum(values * size * count for values, size, count in trained)
+    trained = Trained.of(run, layout)
+    shapes = [(shape, math.prod(shape), size, count) for shape, size, count in trained.shapes()]
+    parameters = sum(values * count for _, values, _, count in shapes)
+    lora = sum(values * size * count for _, values, size, count in shapes)
     states = sum(
-        count * optimizer_bytes(run.optimizer, values, size) for values, size, count in trained
+        count * optimizer_bytes(run.optimizer, shape, size) for shape, _, size, count in shapes
     )
-    live = Activations(run, storage).moments(layout, parameters)
+    live = Activations(run, storage, trained.rank).moments(trained.layout, parameters)
     fixed = weights.on_device + 2 * lora + states
     moments = {name: fixed + sum(moment) for name, moment in live.items()}
     loading = upcast_bytes(layout, run, storage)
@@ -173,10 +164,12 @@ def upcast_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:
     return max(0, max(arriving, upcast) - sum(stored[part] for part in both))
 
 
-def compare(base: Config, pruned: Config, run: TrainingArgs) -> dict[str, Prediction]:
-    """All four methods side by side."""
+def compare(
+    base: Config, pruned: Config, run: TrainingArgs, methods: Collection[str] = METHODS
+) -> dict[str, Prediction]:
+    """Methods side by side, by default all four."""
     layouts = {True: Layout.of(pruned), False: Layout.of(base)}
-    return {method: predict(layouts[method in PRUNED], run, method) for method in METHODS}
+    return {method: predict(layouts[method in PRUNED], run, method) for method in methods}
 
 
 Units = Collection[str] | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ from typing import Any
 from axolotl_loram.config import Pruning, PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files import untrusted
-from axolotl_loram.memory.settings import TrainingArgs, settings_of
+from axolotl_loram.memory.optimizers import AS_ADAMW
+from axolotl_loram.memory.settings import DOUBLE, TrainingArgs, settings_of
 
 NOT_COUNTED = (
-    "deepspeed",
-    "fsdp",
-    "fsdp_config",
-    "activation_offloading",
-    "layer_offloading",
-    "tiled_mlp",
-    "rl",
-    "context_parallel_size",
+    *("deepspeed", "fsdp", "fsdp_config", "context_parallel_size", "tensor_parallel_size"),
+    *("expert_parallel_size", "activation_offloading", "layer_offloading", "ple_cpu_offload"),
+    *("tiled_mlp", "selective_checkpointing", "torch_compile", "rl", "reward_model", "ebft"),
+    *("peft_layer_replication", "lora_exclude_modules", "unfrozen_parameters", "relora"),
+    *("resize_token_embeddings_to_32x", "gptq", "model_quantization_config"),
+    *("llama4_linearized_experts", "use_scattermoe", "use_sonicmoe", "use_kernels"),
+    *("experts_implementation", "fused_attn_kernel", "lora_on_cpu", "processor_type"),
 )
 """Keys of an Axolotl config that change the memory in ways that are not predicted."""
 NOTHING = type(None)
@@ -31,6 +31,12 @@ TYPES: dict[str, type | tuple] = {
     "loram": (dict, NOTHING),
     "plugins": (list, NOTHING),
     "lora_modules_to_save": (list, NOTHING),
+    "lora_target_parameters": (list, str, NOTHING),
+    "lora_rank_pattern": (dict, NOTHING),
+    "peft_layers_to_transform": (list, int, NOTHING),
+    "peft_layers_pattern": (list, str, NOTHING),
+    "peft_trainable_token_indices": (list, dict, NOTHING),
+    "bnb_config_kwargs": (dict, NOTHING),
     "lora_target_modules": (list, str, NOTHING),
 }
 SECTION_TYPES: dict[str, type | tuple] = {
@@ -59,7 +65,7 @@ class Request:
         run: Settings of the training run.
         adapter: "loram" or "qloram": what has to fit the budget.
         budget: Bytes; the ratio in `pruning` then only stands for the smallest that fits.
-        not_counted: What of the config is not predicted.
+        not_counted: What of the config is not predicted, or only in part.
     """
 
     model: str
@@ -101,22 +107,42 @@ def request(
         )
     pruning = {**({"ratio": 0.5} if fit else {}), **(section.get("pruning") or {}), **given}
     pruned = None if pruning else section.get("pruned_model_path")
-    how = None if pruned else PruningArgs.parse(**pruning).resolve(own_text=bool(cfg))
+    whole = bool(pruned) or (bool(cfg) and not section and not pruning)  # plain Axolotl: as it is
+    how = None if whole else PruningArgs.parse(**pruning).resolve(own_text=bool(cfg))
     in_4_bits = {
         "prequantized": bool(how and how.quantize),
         "block_size": how.quantize_block_size if how else 64,
     }
     four_bit = "q" in str(cfg.get("adapter") or "q") or bool(cfg.get("load_in_4bit"))
+    run = TrainingArgs.parse(**(settings_of(cfg) if cfg else {}) | training | in_4_bits)
     return Request(
         str(cfg.get("base_model") or model),
         revision or cfg.get("revision_of_model"),
         how,
         (str(pruned), section.get("pruned_model_revision")) if pruned else None,
-        TrainingArgs.parse(**(settings_of(cfg) if cfg else {}) | training | in_4_bits),
+        run,
         adapter or ("qloram" if four_bit else "loram"),
         None if fit is None else parse_size(fit),
-        tuple(key for key in NOT_COUNTED if cfg.get(key)),
+        tuple(_not_counted(cfg, run)),
     )
+
+
+def _not_counted(cfg: Mapping[str, Any], run: TrainingArgs) -> Iterator[str]:
+    """Keys that are not predicted, and in brackets what of a key is not where the rest is."""
+    yield from (key for key in NOT_COUNTED if cfg.get(key))
+    others = sorted(str(name) for name in (cfg.get("bnb_config_kwargs") or {}) if name != DOUBLE)
+    partly = {
+        f"bnb_config_kwargs ({', '.join(others)})": others,
+        f"gradient_checkpointing ({cfg.get('gradient_checkpointing')})": isinstance(
+            cfg.get("gradient_checkpointing"), str
+        ),
+        f"optimizer ({run.optimizer}: counted as adamw_torch)": run.optimizer in AS_ADAMW,
+        "load_in_8bit (LoRAM has no 8-bit form: counted for lora alone)": run.load_in_8bit,
+        "peft_use_dora (its activations)": run.peft_use_dora,
+        "lora_target_parameters (PEFT's copies of the experts)": run.lora_target_parameters,
+        "peft_trainable_token_indices (PEFT's copies of the matrices)": run.trainable_tokens,
+    }
+    yield from (name for name, found in partly.items() if found)
 
 
 def options_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,13 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from axolotl_loram.config import NATIVE, QLORAM, Section
 from axolotl_loram.memory.optimizers import check_optimizer
 
 Head = Literal["native", "int8", "nf4"]
 Embedding = Literal["native", "int8", "nf4", "cpu"]
+PATTERN = re.compile(r"[\\()\[\]*|^$+?{}]")
+"""What tells a pattern from names of modules."""
 
 
 class TrainingArgs(Section):
@@ -60,6 +62,15 @@ class TrainingArgs(Section):
     )
     fused_glu: bool = False
     modules_to_save: tuple[str, ...] = ()
+    lora_target_parameters: tuple[str, ...] = ()
+    lora_rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    peft_layers_to_transform: tuple[int, ...] = ()
+    peft_layers_pattern: tuple[str, ...] = ()
+    trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    peft_use_dora: bool = False
+    peft_ensure_weight_tying: bool = False
+    load_in_8bit: bool = False
+    double_quant: bool = True
     lora_float32: bool = True
     quantize_experts: bool = False
     skips_upcast: bool = False
@@ -71,6 +82,19 @@ class TrainingArgs(Section):
     def _known_optimizer(cls, name: str) -> str:
         check_optimizer(name)
         return name
+
+    @field_validator(
+        "lora_target_modules", "modules_to_save", "lora_rank_pattern", "peft_layers_pattern"
+    )
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        """All of these are regular expressions to PEFT, or can be."""
+        for text in [value] if isinstance(value, str) else value:
+            try:
+                re.compile(text)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"expected a pattern, found {text[:80]!r}: {error}") from None
+        return value
 
     @property
     def tokens(self) -> int:
@@ -90,10 +114,15 @@ class TrainingArgs(Section):
     def formats(self, four_bit: bool, tied: bool) -> tuple[Head, Embedding]:
         """Formats of lm_head and embedding in a pruned model: as asked, else what suits the run.
 
-        Modules that are trained whole stay native, and lm_head too where the loss multiplies by its
-        weight itself; of tied embeddings none is small unless both are.
+        What is trained whole or by tokens stays native, an embedding with LoRA too, and lm_head
+        where the loss multiplies by its weight itself; of tied embeddings none is small unless
+        both are.
         """
-        whole = {name: name in self.modules_to_save for name in ("lm_head", "embed_tokens")}
+        tokens = bool(self.trainable_tokens)
+        whole = {
+            name: tokens or name in self.modules_to_save for name in ("lm_head", "embed_tokens")
+        }
+        whole["embed_tokens"] |= "embed_tokens" in self.lora_target_modules.split(",")
         default: dict[str, Any] = QLORAM if four_bit else dict.fromkeys(QLORAM, NATIVE)
         head: Head = default["lm_head"]
         embedding: Embedding = default["embedding"]
@@ -103,16 +132,6 @@ class TrainingArgs(Section):
         head = self.lm_head_format or head
         embedding = self.embedding_format or embedding
         return ("native", "native") if tied and "native" in (head, embedding) else (head, embedding)
-
-    def targets(self, module: str) -> bool:
-        """Whether a linear module inside the layers, or lm_head, gets LoRA."""
-        if re.search(
-            r"[\\()\[\]*|^$+?]", self.lora_target_modules
-        ):  # PEFT: one string is a pattern
-            return re.fullmatch(self.lora_target_modules, module) is not None
-        names = {name.strip() for name in self.lora_target_modules.split(",")}
-        inside = "." in module and "linear" in names
-        return inside or module.rpartition(".")[2] in names
 
 
 OPTIONS = tuple(
@@ -127,8 +146,8 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         cfg: The YAML, or Axolotl's own cfg once it has filled in its defaults.
     """
-    direct = ("lora_r", "lora_dropout", "sequence_len", "micro_batch_size")
-    found = {name: cfg[name] for name in direct if cfg.get(name) is not None}
+    found = {name: cfg[name] for name in DIRECT if cfg.get(name) is not None}
+    found |= {name: _listed(cfg[name]) for name in LISTS if cfg.get(name)}
     found |= {
         "lora_target_modules": _targets(cfg),
         "optimizer": _optimizer(cfg.get("optimizer")),
@@ -138,7 +157,9 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "precision": "bf16" if any(cfg.get(k) for k in ("bf16", "fp16", "bfloat16")) else "fp32",
         "fused_kernels": _fused_kernels(cfg),
         "fused_glu": bool(cfg.get("liger_glu_activation")),
-        "modules_to_save": tuple(cfg.get("lora_modules_to_save") or ()),
+        "modules_to_save": _listed(cfg.get("lora_modules_to_save")),
+        "trainable_tokens": _tokens(cfg.get("peft_trainable_token_indices")),
+        "double_quant": (cfg.get("bnb_config_kwargs") or {}).get(DOUBLE, True),
         "lora_float32": cfg.get("peft_autocast_adapter_dtype") is not False,
         "quantize_experts": bool(cfg.get("quantize_moe_experts")),
         "skips_upcast": bool(cfg.get("embeddings_skip_upcast")),
@@ -149,13 +170,43 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _targets(cfg: Mapping[str, Any]) -> str:
-    """Names with commas between; `lora_target_linear` adds all linear modules in the layers."""
-    named = cfg.get("lora_target_modules") or []
-    if isinstance(named, str) and not cfg.get("lora_target_linear"):
-        return "linear" if named == "all-linear" else named
-    names = [named] if isinstance(named, str) else [str(name) for name in named]
-    return ",".join(names + ["linear"] * (bool(cfg.get("lora_target_linear")) or not names))
+DIRECT = (
+    "lora_r",
+    "lora_dropout",
+    "lora_rank_pattern",
+    "sequence_len",
+    "micro_batch_size",
+    "peft_use_dora",
+    "peft_ensure_weight_tying",
+    "load_in_8bit",
+)
+LISTS = ("lora_target_parameters", "peft_layers_to_transform", "peft_layers_pattern")
+DOUBLE = "bnb_4bit_use_double_quant"
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """One or several, as several."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,) if value else ()
+
+
+def _targets(cfg: Mapping[str, Any]) -> str | None:
+    """Names with commas between; `lora_target_linear` adds all linear modules in the layers.
+
+    One string is a pattern to PEFT, and reads as one here; in a list patterns match nothing.
+    """
+    named, linear = cfg.get("lora_target_modules"), bool(cfg.get("lora_target_linear"))
+    if isinstance(named, str) and not linear and named != "all-linear":
+        return named if PATTERN.search(named) else f"(?:{named})"
+    if not named and not linear:
+        return "" if cfg.get("adapter") else None
+    names = [str(name) for name in _listed(named) if not PATTERN.search(str(name))]
+    return ",".join(names + ["linear"] * linear)
+
+
+def _tokens(indices: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Name of a matrix → rows that are trained; the input embedding's where none is named."""
+    named = indices if isinstance(indices, Mapping) else {"": indices} if indices else {}
+    return tuple((name, _listed(rows)) for name, rows in named.items())
 
 
 def _optimizer(name: Any) -> str | None:

@@ -14,35 +14,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from axolotl_loram.architecture.model import Tensor
+from axolotl_loram.files.nf4 import BLOCK, FLOAT32, nf4_sizes
 from axolotl_loram.memory.layout import PARTS, Layout, Part, part_of
 
 Format = Literal["native", "float32", "int8", "nf4", "cpu"]
-BLOCK = 64
-"""Weights that share a scale in NF4: the default of bitsandbytes, which Axolotl leaves alone."""
-SCALES_BLOCK = 256
-"""Scales that share a scale in double quantization."""
-FLOAT32 = 4
-TABLE, SCALES_TABLE = 16 * FLOAT32, 256 * FLOAT32
 
 
 def nf4_bytes(values: int, block: int = BLOCK, double: bool = True) -> int:
-    """Bytes of a weight in NF4 with its whole quantization state.
-
-    Args:
-        values: Number of weights.
-        block: Weights to a scale.
-        double: Whether the scales are quantized too (Linear4bit: yes, Embedding4bit: no).
-    """
-    packed, scales = math.ceil(values / 2), math.ceil(values / block)
-    if not double:
-        return packed + scales * FLOAT32 + TABLE
-    nested = math.ceil(scales / SCALES_BLOCK) * FLOAT32 + SCALES_TABLE + FLOAT32
-    return packed + scales + nested + TABLE
+    """Bytes of a weight in NF4 with its whole quantization state; arguments as `nf4_sizes`'s."""
+    offset = FLOAT32 if double else 0  # checkpoints have it in their JSON
+    return sum(nf4_sizes(values, block, double).values()) + offset
 
 
 def int8_bytes(shape: tuple[int, ...]) -> int:
     """Bytes of a weight in LLM.int8() with a float32 scale for each row."""
-    return math.prod(shape) + shape[0] * FLOAT32
+    return math.prod(shape) + math.prod(shape[:-1]) * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -56,6 +42,7 @@ class Storage:
         native: Bytes of a weight that is not quantized: 2 in bfloat16 and float16, 4 in float32.
         block: Weights to a scale in NF4.
         experts: Format of raw expert tensors, which bitsandbytes quantizes only where told to.
+        double: Whether the scales of NF4 are quantized too.
     """
 
     linears: Format = "native"
@@ -64,14 +51,15 @@ class Storage:
     native: int = 2
     block: int = BLOCK
     experts: Format = "native"
+    double: bool = True
 
     def format_of(self, tensor: Tensor) -> Format:
         """The format that a tensor is stored in.
 
-        In a 4-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32 that is
-        not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back in the
-        first forward pass (Linear4bit). What is none of these stays float32: routers, and experts
-        unless they are quantized, in which case Axolotl leaves PEFT's function out.
+        In a 4- or 8-bit model, PEFT's `prepare_model_for_kbit_training` makes everything float32
+        that is not quantized, and Axolotl turns norms, embedding and lm_head back. Biases go back
+        in the first forward pass (Linear4bit). What is none of these stays float32: routers, and
+        experts unless they are quantized, in which case Axolotl leaves PEFT's function out.
         """
         part = part_of(tensor)
         if part in ("linears", "lm_head", "embedding"):
@@ -91,7 +79,7 @@ class Storage:
         """Bytes of a tensor of this shape in a format."""
         values = math.prod(shape)
         if form == "nf4":
-            return nf4_bytes(values, self.block, double)
+            return nf4_bytes(values, self.block, double and self.double)
         if form == "int8":
             return int8_bytes(shape)
         return values * (FLOAT32 if form == "float32" else self.native)
@@ -104,7 +92,8 @@ class Storage:
         if form not in ("nf4", "int8"):
             return 0
         values = math.prod(shape)
-        scales = math.ceil(values / self.block) * FLOAT32 if form == "nf4" else 0
+        made = form == "nf4" and self.double
+        scales = nf4_sizes(values, self.block, double=False)[".absmax"] if made else 0
         return values * self.native + scales
 
 

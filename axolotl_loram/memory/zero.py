@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,116 +217,116 @@ def held(
         optimizer: By Axolotl's name; an offloaded one is DeepSpeed's own Adam in float32.
     """
     weights = list(weights)
-    trained = [weight for weight in weights if weight.trained]
-    own = share(trained, zero.stage, ranks)
-    name = optimizer if zero.optimizer == "none" else "adamw_torch"
-    states = optimizer_bytes(name, own)
-    place = _stage3 if zero.stage == 3 else _stage12
-    found = place(weights, zero, ranks, hidden, compute, own, states)
+    own = share([weight for weight in weights if weight.trained], zero.stage, ranks)
+    states = optimizer_bytes(optimizer if zero.optimizer == "none" else "adamw_torch", (own,))
+    rank = _Rank(weights, zero, ranks, hidden, compute, own, states)
+    found = rank.stage3() if zero.stage == 3 else rank.stage12()
     total = compute * _values(weights)
     first = total if zero.stage == 3 else 2 * total  # DeepSpeed keeps the weights once more
     frozen = [weight for weight in weights if not weight.trained]
     fragments = compute * share(frozen, 3, ranks) if zero.stage == 3 else 0
     ours = own * FLOAT32 + states + fragments
-    return Held(**found, checkpoint=ours, checkpoint_first=first)
+    return replace(found, checkpoint=ours, checkpoint_first=first)
 
 
 def _values(weights: Iterable[Weight]) -> int:
     return sum(weight.values * weight.count for weight in weights)
 
 
-def _stage12(
-    weights: list[Weight],
-    zero: Zero,
-    ranks: int,
-    hidden: int,
-    compute: int,
-    own: int,
-    states: int,
-) -> dict[str, Any]:
-    """Every device holds all weights; gradients (stage 2) and the optimizer are partitioned."""
-    accumulated = zero.gradient_bytes or compute
-    padding = ranks * own - _values(weight for weight in weights if weight.trained)
-    largest = max(weight.values for weight in weights if weight.trained)
-    device = {
-        "weights": compute * (_values(weights) + padding),
-        "buckets": compute * zero.settled(hidden)["reduce_bucket"] * (2 if zero.overlaps else 1),
-        "largest gradient": compute * largest,
-    }
-    if zero.optimizer == "none":
-        partitioned = own if zero.stage == 2 else own * ranks
-        device |= {
-            "gradients": (accumulated + compute) * partitioned,  # accumulated, and a micro-batch's
-            "master weights": FLOAT32 * own,
-            "optimizer": states,
+@dataclass(frozen=True)
+class _Rank:
+    """One of the ranks: as `held`, with the values of its share and bytes of their states."""
+
+    weights: list[Weight]
+    zero: Zero
+    ranks: int
+    hidden: int
+    compute: int
+    own: int
+    states: int
+
+    @property
+    def accumulated(self) -> int:
+        """Bytes of an accumulated gradient."""
+        return self.zero.gradient_bytes or self.compute
+
+    @property
+    def largest_gradient(self) -> int:
+        """Bytes of the gradient of the largest trained weight."""
+        return self.compute * max(weight.values for weight in self.weights if weight.trained)
+
+    @property
+    def optimizer(self) -> dict[str, int]:
+        """What an optimizer keeps wherever it is."""
+        return {"master weights": FLOAT32 * self.own, "optimizer": self.states}
+
+    def stage12(self) -> Held:
+        """Every device holds all weights; gradients (stage 2) and the optimizer are partitioned."""
+        zero, own, compute, largest = self.zero, self.own, self.compute, self.largest_gradient
+        padding = self.ranks * own - _values(weight for weight in self.weights if weight.trained)
+        buckets = zero.settled(self.hidden)["reduce_bucket"] * (2 if zero.overlaps else 1)
+        device = {
+            "weights": compute * (_values(self.weights) + padding),
+            "buckets": compute * buckets,
+            "largest gradient": largest,
         }
-        return {"device": device, "step": (accumulated + FLOAT32) * own}
-    device["buffer of one gradient"] = compute * largest
-    host = {
-        "master weights": FLOAT32 * own,
-        "optimizer": states,
-        "gradients": FLOAT32 * own + accumulated * own,
-        "copy of the weights": compute * own,
-        "buffer of one gradient": compute * largest,
-    }
-    pinned = (FLOAT32 * own, FLOAT32 * own, compute * own, compute * largest)
-    return {"device": device, "host": host, "pinned": pinned if zero.pinned_optimizer else ()}
+        if zero.optimizer == "none":
+            partitioned = own if zero.stage == 2 else own * self.ranks
+            both = self.accumulated + compute  # accumulated, and a micro-batch's
+            device |= {"gradients": both * partitioned, **self.optimizer}
+            return Held(device, step=(self.accumulated + FLOAT32) * own)
+        device["buffer of one gradient"] = largest
+        host = self.optimizer | {
+            "gradients": (FLOAT32 + self.accumulated) * own,
+            "copy of the weights": compute * own,
+            "buffer of one gradient": largest,
+        }
+        pinned = (FLOAT32 * own, FLOAT32 * own, compute * own, largest)
+        return Held(device, host=host, pinned=pinned if zero.pinned_optimizer else ())
 
-
-def _stage3(
-    weights: list[Weight],
-    zero: Zero,
-    ranks: int,
-    hidden: int,
-    compute: int,
-    own: int,
-    states: int,
-) -> dict[str, Any]:
-    """Weights are partitioned too, and gathered from all ranks for the modules that run."""
-    sizes, trained = zero.settled(hidden), [weight for weight in weights if weight.trained]
-    largest = max(weight.values for weight in weights)
-    persistent = _values(weight for weight in weights if weight.values <= sizes["persistent_below"])
-    gathered = min(_values(weights), max(zero.live, largest + sizes["prefetch_bucket"]))
-    device = {
-        "weights kept whole": compute * persistent,
-        "gathered weights": compute * gathered,
-        "bucket": compute * sizes["reduce_bucket"],
-        "largest gradient": compute * max(weight.values for weight in trained),
-    }
-    partition = compute * share(weights, 3, ranks)
-    host: dict[str, int] = {}
-    disk: dict[str, int] = {}
-    pinned: list[int] = []
-    if zero.parameters == "none":
-        device["weights"] = partition
-    elif zero.parameters == "cpu":
-        host["weights"] = partition
-        pinned.append(compute * own)  # DeepSpeed locks it whatever pin_memory says
-    else:
-        check_buffer(zero, largest, ranks)
-        disk["weights"] = partition
-        buffers = compute * zero.parameter_buffers * zero.parameter_buffer
-        kept = compute * min(own, zero.parameters_in_host)
-        host |= {"weights": kept, "buffers of weights": buffers}
-        pinned += [buffers, kept]
-    accumulated = (zero.gradient_bytes or compute) * own
-    group = min(own, zero.sub_group + math.ceil(largest / ranks))
-    if zero.optimizer == "none":
-        master = 0 if compute == FLOAT32 and zero.parameters == "none" else FLOAT32 * own
-        device |= {"gradients": accumulated, "master weights": master, "optimizer": states}
-        step = (accumulated // own + FLOAT32) * group
-        return {"device": device, "step": step, "host": host, "pinned": tuple(pinned)}
-    host["accumulated gradients"] = accumulated
-    place = host if zero.optimizer == "cpu" else disk
-    place |= {"master weights": FLOAT32 * own, "optimizer": states, "gradients": FLOAT32 * own}
-    if zero.optimizer == "nvme":
-        host["buffers of the optimizer"] = FLOAT32 * zero.optimizer_buffers * group
-        pinned += [FLOAT32 * group] * zero.optimizer_buffers
-    elif zero.pinned_optimizer:
-        pinned.append(FLOAT32 * own)
-    if zero.pinned_optimizer:
-        pinned.append(accumulated)
-    return {"device": device, "host": host, "pinned": tuple(pinned), "disk": disk}
+    def stage3(self) -> Held:
+        """Weights are partitioned too, and gathered from all ranks for the modules that run."""
+        zero, own, compute, weights = self.zero, self.own, self.compute, self.weights
+        sizes, largest = zero.settled(self.hidden), max(weight.values for weight in weights)
+        kept = _values(weight for weight in weights if weight.values <= sizes["persistent_below"])
+        gathered = min(_values(weights), max(zero.live, largest + sizes["prefetch_bucket"]))
+        device = {
+            "weights kept whole": compute * kept,
+            "gathered weights": compute * gathered,
+            "bucket": compute * sizes["reduce_bucket"],
+            "largest gradient": self.largest_gradient,
+        }
+        host: dict[str, int] = {}
+        disk: dict[str, int] = {}
+        pinned: list[int] = []
+        if zero.parameters == "cpu":
+            pinned.append(compute * own)  # DeepSpeed locks it whatever pin_memory says
+        if zero.parameters == "nvme":
+            check_buffer(zero, largest, self.ranks)
+            buffers = compute * zero.parameter_buffers * zero.parameter_buffer
+            trained = compute * min(own, zero.parameters_in_host)
+            host |= {"weights": trained, "buffers of weights": buffers}
+            pinned += [buffers, trained]
+        place = {"none": device, "cpu": host, "nvme": disk}
+        place[zero.parameters]["weights"] = compute * share(weights, 3, self.ranks)
+        accumulated = self.accumulated * own
+        group = min(own, zero.sub_group + math.ceil(largest / self.ranks))
+        if zero.optimizer == "none":
+            device |= {"gradients": accumulated, **self.optimizer}
+            if compute == FLOAT32 and zero.parameters == "none":
+                device["master weights"] = 0
+            step = (self.accumulated + FLOAT32) * group
+            return Held(device, step, host, tuple(pinned), disk)
+        host["accumulated gradients"] = accumulated
+        place[zero.optimizer] |= self.optimizer | {"gradients": FLOAT32 * own}
+        if zero.optimizer == "nvme":
+            host["buffers of the optimizer"] = FLOAT32 * zero.optimizer_buffers * group
+            pinned += [FLOAT32 * group] * zero.optimizer_buffers
+        elif zero.pinned_optimizer:
+            pinned.append(FLOAT32 * own)
+        if zero.pinned_optimizer:
+            pinned.append(accumulated)
+        return Held(device, host=host, pinned=tuple(pinned), disk=disk)
 
 
 def check_buffer(zero: Zero, largest: int, ranks: int) -> None:

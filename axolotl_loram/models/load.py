@@ -16,18 +16,9 @@ from axolotl_loram.files.find import find_folder, reason
 from axolotl_loram.files.nf4 import packed_weights
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.formats import Formats, module_names
+from axolotl_loram.models.four_bit import qlora_config
 from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import REPLACEMENTS, prepare_packed, store_small
-
-
-def nf4(compute: torch.dtype) -> transformers.BitsAndBytesConfig:
-    """QLoRA's 4 bits: NF4 with double quantization, computed in `compute`."""
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
 
 
 def load_pruned(
@@ -54,7 +45,7 @@ def load_pruned(
     check_pruned(folder, plan)
     packed = bool(packed_weights(Checkpoint(folder).tensors))
     if load_in_4bit and not packed:
-        options.setdefault("quantization_config", nf4(_compute_dtype(dtype, plan)))
+        options.setdefault("quantization_config", qlora_config(_compute_dtype(dtype, plan)))
     auto = getattr(transformers, family_of(plan.config).auto_class)
     try:
         # What was checked is what is loaded, and what an adapter's config will name.

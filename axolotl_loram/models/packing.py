@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from axolotl_loram.architecture.config_json import Config, family_of
-from axolotl_loram.architecture.model import has_experts, tensors
-from axolotl_loram.errors import LoRAMError, not_finite
-from axolotl_loram.files.nf4 import NESTED_BLOCK, PIECE, STATE, STATE_BYTES, packed_sizes
-from axolotl_loram.files.tensors import (
-    Checkpoint,
-    StoredTensor,
-    TensorShape,
-    open_safetensors,
-    write_safetensors,
-)
+from axolotl_loram.architecture.model import has_experts
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.nf4 import NESTED_BLOCK, STATE, STATE_BYTES, packed_parts
+from axolotl_loram.files.tensors import StoredTensor, TensorShape
 
 if TYPE_CHECKING:
     import torch
+
+PIECE = 2**22
+"""Numbers that are quantized at once; a multiple of every block size."""
 
 
 @dataclass(frozen=True)
@@ -42,75 +37,56 @@ class Packing:
     block: int
     device: str
 
-    def pack(self, file: Path) -> str:
-        """Put the weights of a safetensors file into 4 bits, in place; returns its SHA-256.
+    def data(
+        self, weight: TensorShape, blocks: Iterable[np.ndarray]
+    ) -> Iterator[np.ndarray | Iterable[np.ndarray]]:
+        """The bits of what a weight is stored as, of each of `packed_parts` in its turn.
 
-        Some `PIECE` numbers are in memory at a time. An interruption leaves the file as it was.
+        Args:
+            weight: Name, dtype and shape before.
+            blocks: Its bits, finite, in any number of arrays; some `PIECE` are in memory at a time.
         """
-        stored = list(open_safetensors(file)[0].values())
-        packed = file.with_name(f"{file.name}.packed")
-        described = [part for tensor in stored for part in self._described(tensor)]
-        data = (part for tensor in stored for part in self._data(tensor))
-        digest = write_safetensors(packed, described, data)
-        packed.replace(file)
-        return digest
-
-    def _described(self, tensor: StoredTensor) -> Iterator[TensorShape]:
-        if tensor.name not in self.weights:
-            yield tensor.name, tensor.dtype, tensor.shape
-            return
-        for suffix, size in packed_sizes(tensor.shape, self.block):
-            name = tensor.name + suffix
-            if suffix in (".quant_map", ".nested_absmax", ".nested_quant_map"):
-                yield name, "F32", (size // 4,)
-            else:
-                yield name, "U8", (size, 1) if suffix == "" else (size,)
-
-    def _data(self, tensor: StoredTensor) -> Iterator[np.ndarray | Iterable[np.ndarray]]:
-        if tensor.name not in self.weights:
-            yield tensor.blocks()
-            return
+        name, dtype, shape = weight
         scales: list[torch.Tensor] = []
-        yield self._numbers(tensor, scales)
-        parts = self._state(tensor, scales)  # once all numbers were written
-        for suffix, _ in packed_sizes(tensor.shape, self.block):
-            if suffix:
-                yield parts[suffix]
+        yield self._numbers(dtype, blocks, scales)
+        parts = self._state(dtype, shape, scales)  # once all numbers were written
+        for part, *_ in packed_parts(name, shape, self.block)[1:]:
+            yield parts[part.removeprefix(name)]
 
-    def _numbers(self, tensor: StoredTensor, scales: list[torch.Tensor]) -> Iterator[np.ndarray]:
+    def _numbers(
+        self, dtype: str, blocks: Iterable[np.ndarray], scales: list[torch.Tensor]
+    ) -> Iterator[np.ndarray]:
         """The packed numbers of a weight, a piece at a time; fills `scales` on the way."""
-        import torch
         from bitsandbytes.functional import quantize_4bit
 
-        from axolotl_loram.models.stream import TORCH_DTYPES
+        from axolotl_loram.models.bits import from_bits
 
-        total = math.prod(tensor.shape)
-        width = tensor.bits.itemsize
-        for start in range(0, total, PIECE):
-            read = tensor.read_bytes(start * width, min(PIECE, total - start) * width)
-            numbers = torch.from_numpy(read).view(TORCH_DTYPES[tensor.dtype]).to(self.device)
+        for piece in _pieces(blocks):
             packed, state = quantize_4bit(
-                numbers, blocksize=self.block, compress_statistics=False, quant_type="nf4"
+                from_bits(piece, dtype).to(self.device),
+                blocksize=self.block,
+                compress_statistics=False,
+                quant_type="nf4",
             )
-            if not state.absmax.isfinite().all():
-                raise not_finite(tensor.name)
             scales.append(state.absmax)
             yield packed.cpu().numpy()
 
-    def _state(self, tensor: StoredTensor, scales: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+    def _state(
+        self, dtype: str, shape: tuple[int, ...], scales: list[torch.Tensor]
+    ) -> dict[str, np.ndarray]:
         """What goes with the packed numbers, made from all scales as `quantize_4bit` makes it."""
         import torch
         from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
 
-        from axolotl_loram.models.stream import TORCH_DTYPES
+        from axolotl_loram.models.bits import TORCH_DTYPES
 
-        absmax = torch.cat(list(scales))
+        absmax = torch.cat(scales)
         offset = absmax.mean()
         quantized, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         state = QuantState(
             absmax=quantized,
-            shape=torch.Size(tensor.shape),
-            dtype=TORCH_DTYPES[tensor.dtype],
+            shape=torch.Size(shape),
+            dtype=TORCH_DTYPES[dtype],
             blocksize=self.block,
             code=get_4bit_type("nf4", device=absmax.device),
             quant_type="nf4",
@@ -121,26 +97,20 @@ class Packing:
         text = parts[STATE].tobytes().ljust(STATE_BYTES)
         return {**parts, STATE: np.frombuffer(text, np.uint8)}
 
-    def needed_bytes(self, config: Config, checkpoint: Checkpoint) -> int:
-        """Most bytes on the disk while a pruned checkpoint is written: packed, and one file plain.
 
-        Args:
-            config: The pruned model's.
-            checkpoint: The base's weights, whose files and dtypes are kept.
-        """
-        shapes = {tensor.name: tensor.shape for tensor in tensors(config)}
-        total, largest = 0, 0
-        for names in checkpoint.shards.values():
-            plain = {
-                name: math.prod(shapes[name]) * checkpoint[name].bits.itemsize
-                for name in names
-                if name in shapes
-            }
-            largest = max(largest, sum(plain.values()))
-            for name, size in plain.items():
-                sizes = dict(packed_sizes(shapes[name], self.block))
-                total += sum(sizes.values()) if name in self.weights else size
-        return total + largest
+def _pieces(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same numbers in arrays of `PIECE`, the last one shorter."""
+    held: list[np.ndarray] = []
+    for block in blocks:
+        held.append(block.reshape(-1))
+        if sum(map(len, held)) >= PIECE:
+            joined = np.concatenate(held)
+            whole = len(joined) // PIECE * PIECE
+            yield from np.split(joined[:whole], whole // PIECE)
+            held = [joined[whole:].copy()]
+    rest = np.concatenate(held)
+    if len(rest):
+        yield rest
 
 
 def plan_packing(
@@ -191,20 +161,15 @@ def plan_packing(
 def _converted(model: Any) -> tuple[frozenset[str], dict[str, Any]]:
     """The weights that transformers makes 4-bit in an empty model, and its settings for that."""
     from bitsandbytes.nn import Linear4bit
-    from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.quantizers.base import get_keys_to_not_convert
+
+    from axolotl_loram.models.four_bit import qlora_config
 
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     kept = get_keys_to_not_convert(model) if tied else []
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=model.dtype,
-        llm_int8_skip_modules=sorted(kept),
-    )
+    settings = qlora_config(model.dtype, llm_int8_skip_modules=sorted(kept))
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
     quantizer.preprocess_model(model, device_map=None)
     modules = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]

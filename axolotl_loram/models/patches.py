@@ -2,8 +2,8 @@
 
 A function here makes one change, or lasts as long as its `with` block; its docstring is the reason,
 and `PATCHES` says what will end it. It is here, and not with training, because loading and
-streaming need some of it. What a change belongs to (Axolotl's modules, a trainer, a model) is handed
-in where importing it is not this floor's.
+streaming need some of it. What a change belongs to (Axolotl's modules, a trainer, a model) is
+handed in where importing it is not this floor's.
 """
 
 from __future__ import annotations
@@ -192,8 +192,10 @@ def tied_as_it_is(model: Any) -> Any:
 
 @_until("a hook of Axolotl's between the vocabulary's last size and the cast to float32")
 def once_sized(model: Any, then: Callable[[], None]) -> None:
-    """Axolotl settles the vocabulary's size by one call of either, and right after that turns what
-    is not quantized to float32: of LLaMA-3.1-70B's embedding and lm_head, 8.4 GB.
+    """Axolotl settles the vocabulary's size by one call of either, and has no hook there.
+
+    Right after it, what is not quantized becomes float32: of LLaMA-3.1-70B's embedding and lm_head,
+    8.4 GB.
     """
     names = ("resize_token_embeddings", "tie_weights")
     own = {name: model.__dict__.get(name) for name in names}
@@ -214,7 +216,7 @@ def once_sized(model: Any, then: Callable[[], None]) -> None:
 
 @_until("a trainer that counts real tokens under packed attention masks (transformers 5.16)")
 def count_ones(trainer: Any) -> None:
-    """Under sample packing Axolotl's masks number the samples in a row; the trainer adds them up."""
+    """Under sample packing Axolotl's masks number the samples in a row; they would be added up."""
     count = trainer._track_num_input_tokens
 
     def count_as_ones(inputs: Any) -> None:
@@ -257,8 +259,9 @@ def keep_errors_from_telemetry(redacted: MutableSet[str]) -> None:
 
 @_until("a setting of `axolotl merge-lora` for the NF4 round trip (0.19 has none)")
 def merge_without_nf4(merge_lora: ModuleType) -> None:
-    """For plain QLoRA the round trip makes the merged base equal to the one in training. In LoRAM
-    the original was never quantized: it would only damage that.
+    """For plain QLoRA the round trip makes the merged base equal to the one in training.
+
+    In LoRAM the original was never quantized: it would only damage that.
     """
     name = "merge_lora_sharded_efficient"
     original = getattr(merge_lora, name)
@@ -291,8 +294,9 @@ def before_exit_on_interrupt(write: Callable[[], None]) -> None:
 
 @_until("lora_kernels of Axolotl that patch only the model that is trained (0.19: its class)")
 def plain_projections(model: nn.Module, kernels: ModuleType) -> None:
-    """`lora_qkv_kernel` and `lora_o_kernel` patch attention for all models of a class, but give
-    only the trained one the projections that it then calls.
+    """`lora_qkv_kernel` and `lora_o_kernel` patch attention for all models of a class.
+
+    But only the trained one is given the projections that it then calls.
     """
     for layer in model.modules():
         for attention in kernels.find_self_attn_in_layer(layer):

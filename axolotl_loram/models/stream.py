@@ -25,47 +25,11 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
 from axolotl_loram.architecture.model import Tensor, layer_pieces
-from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
+from axolotl_loram.models.bits import check_finite_weight, from_bits, to_torch
 from axolotl_loram.models.patches import not_partitioned, take_any_width
 
 TOKENS_PER_BATCH = 2048
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-
-
-def to_torch(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
-    """A stored tensor's values on the CPU.
-
-    Raises:
-        LoRAMError: It holds no plain floats, or a NaN or an infinity.
-    """
-    if stored.dtype not in TORCH_DTYPES:
-        raise LoRAMError(
-            f"expected weights of {', '.join(TORCH_DTYPES)} to calibrate, found {stored.name} of "
-            f"{stored.dtype}: prune the unquantized model, or use --method random without refit"
-        )
-    bits = torch.from_numpy(stored.read())
-    values = bits.view(TORCH_DTYPES[stored.dtype]).to(dtype)
-    _check_finite_weight(values, stored.name)
-    return values
-
-
-def _check_finite_weight(values: torch.Tensor, name: str) -> None:
-    """Refuse a NaN or an infinity, without a temporary as large as the weight."""
-    if not torch.isfinite(torch.stack(values.aminmax())).all():
-        raise not_finite(name)
-
-
-def to_bits(values: torch.Tensor, dtype: str) -> np.ndarray:
-    """Values rounded to a dtype that safetensors names, as opaque bits."""
-    rounded = values.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
-    flat = rounded.reshape(-1).view(torch.uint8).numpy()
-    return flat.view(f"u{rounded.element_size()}").reshape(rounded.shape)
 
 
 class LayerStream:
@@ -179,9 +143,8 @@ class LayerStream:
         stored, (used, places) = self._stored_embedding, tokens.unique(return_inverse=True)
         row_bytes = stored.shape[1] * stored.bits.itemsize
         rows = [stored.read_bytes(row * row_bytes, row_bytes) for row in used.tolist()]
-        bits = torch.from_numpy(np.concatenate(rows)).view(TORCH_DTYPES[stored.dtype])
-        values = bits.view(len(used), -1).to(self.dtype)
-        _check_finite_weight(values, stored.name)
+        values = from_bits(np.concatenate(rows), stored.dtype).view(len(used), -1).to(self.dtype)
+        check_finite_weight(values, stored.name)
         embedding.padding_idx = None  # it is a row of the whole
         embedding.weight = nn.Parameter(values, requires_grad=False)
         return places

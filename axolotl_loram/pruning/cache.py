@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from axolotl_loram.architecture.config_json import load_config, sizes_of
+from axolotl_loram.architecture.pairing import fingerprint_of
 from axolotl_loram.architecture.plan import SCHEMA_VERSION
 from axolotl_loram.config import FillArgs, Pruning, PruningArgs
 from axolotl_loram.files.atomic import made_once
-from axolotl_loram.files.find import find_folder
+from axolotl_loram.files.find import find_folder, user_path
 from axolotl_loram.files.progress import progress_bar
-from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.pruning.prune import prune, resolve
 from axolotl_loram.text.calibration import Calibration, from_rows, load_calibration
 
@@ -58,14 +58,14 @@ def prune_into_cache(
 
     how = settled.model_dump(exclude={"device"})
     read = calibration and calibration.record()
-    identity = [SCHEMA_VERSION, Checkpoint(base).fingerprint(), how, read]
+    identity = [SCHEMA_VERSION, fingerprint_of(base), how, read]
     return made_once(cache / f"{stem}-{settled.method}", identity, make)
 
 
 def cache_folder(named: str | None) -> Path:
     """The folder that is named, or $AXOLOTL_LORAM_CACHE, or ~/.cache/axolotl-loram."""
     default = os.environ.get("AXOLOTL_LORAM_CACHE", "~/.cache/axolotl-loram")
-    return Path(named or default).expanduser()
+    return user_path(named or default)
 
 
 def calibrate(

@@ -1,4 +1,7 @@
-"""Writing the pruned weights: every tensor gathered along the plan, a few blocks in memory."""
+"""Writing the pruned weights: every tensor gathered along the plan, a few blocks in memory.
+
+What is written is looked at on the way: a base with a NaN or an infinity in it is no base.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,23 @@ import numpy as np
 from axolotl_loram.architecture.model import Tensor, tensors
 from axolotl_loram.architecture.pairing import untouched_prefixes
 from axolotl_loram.architecture.plan import Features, PruningPlan, gather
+from axolotl_loram.errors import not_finite
 from axolotl_loram.files.atomic import write_json
+from axolotl_loram.files.nf4 import packed_parts
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.targets import sync
+from axolotl_loram.files.targets import remove, sync
 from axolotl_loram.files.tensors import (
+    ELEMENT_BYTES,
     MODEL_FILE,
     Checkpoint,
     StoredTensor,
+    TensorShape,
     ahead,
-    open_safetensors,
+    finite,
     write_safetensors,
 )
 from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.models.packing import Packing
 
 FINISHED = "finished.json"
 """Lists the files of a folder that are whole, while others are missing."""
@@ -44,26 +52,33 @@ class Part:
     shape: tuple[int, ...]
 
     @property
-    def dtype(self) -> str:
-        """As safetensors names it."""
-        return self.pieces[0][0].dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.pieces[0][0].bits.itemsize
+    def described(self) -> TensorShape:
+        """Its name, dtype and shape."""
+        return self.name, self.pieces[0][0].dtype, self.shape
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Its bits, some rows at a time; rows that are not kept are not read."""
+        """Its bits, some rows at a time; rows that are not kept are not read.
+
+        Raises:
+            LoRAMError: What is read holds a NaN or an infinity, or the file ends early.
+        """
         for source, features in self.pieces:
             rows, *others = features or (None,)  # a scalar has no dimensions
             for block in source.blocks(rows):
+                if not finite(block, source.dtype):
+                    raise not_finite(source.name)
                 yield gather(block, [None, *others])
 
 
-def needed_bytes(checkpoint: Checkpoint, plan: PruningPlan) -> int:
+def needed_bytes(checkpoint: Checkpoint, plan: PruningPlan, packing: Packing | None = None) -> int:
     """Bytes of the pruned model's tensors: its size on disk, but for some kB of headers."""
-    return _size(part for parts in _files(checkpoint, plan, {}).values() for part in parts)
+    dealt = _dealt(checkpoint, plan)
+    held = (
+        (name, checkpoint[name].dtype, tensor.shape if tensor else checkpoint[name].shape)
+        for found in dealt.values()
+        for name, tensor in found.items()
+    )
+    return _size(part for described in held for part in _stored(described, packing))
 
 
 def write_weights(
@@ -72,7 +87,7 @@ def write_weights(
     folder: Path,
     progress: Progress = no_progress,
     replaced: Mapping[str, StoredTensor] | None = None,
-    pack: Callable[[Path], str] | None = None,
+    packing: Packing | None = None,
 ) -> dict[str, str]:
     """Gather every tensor along the plan: one output file for each shard of the base.
 
@@ -82,62 +97,55 @@ def write_weights(
         checkpoint: The base model's weights.
         plan: What to keep.
         folder: Folder to write into.
-        progress: Shows the bytes written; files that are kept count at once.
+        progress: Shows the bytes gathered; files that are kept count at once.
         replaced: Tensors, already of the pruned shapes, to copy in place of what gathering gives.
-        pack: Makes each file smaller in place, and returns its new SHA-256.
+        packing: Which weights are written in 4 bits.
 
     Returns:
         File name → SHA-256.
 
     Raises:
-        LoRAMError: A shard of the base ends early.
+        LoRAMError: A shard of the base ends early, or a weight is not finite.
     """
     replaced = replaced or {}
-    files = _files(checkpoint, plan, replaced)
-    total = _size(part for parts in files.values() for part in parts)
-    done = progress(total, "pruning")
+    files = {
+        file: [_part(checkpoint[name], tensor, plan, replaced) for name, tensor in held.items()]
+        for file, held in _dealt(checkpoint, plan).items()
+    }
+    plain = {file: _size(part.described for part in parts) for file, parts in files.items()}
+    done = progress(sum(plain.values()), "pruning")
     identity = _identity(checkpoint, plan, replaced)
     finished = _finished(folder, identity)
     for later in folder.iterdir():  # what came after the weights is written anew
         if later.name not in (*finished, FINISHED):
-            later.unlink()
+            remove(later)
     for file, parts in files.items():
         if file in finished:
-            done(_size(parts))
+            done(plain[file])
         else:
-            finished[file] = _write_file(folder / file, parts, done, pack)
+            finished[file] = _write_file(folder / file, parts, done, packing)
             _note_finished(folder, identity, finished)
     if len(files) > 1:
-        stored = {file: open_safetensors(folder / file)[0].values() for file in files}
-        size = sum(tensor.nbytes for held in stored.values() for tensor in held)
-        weight_map = {tensor.name: file for file, held in stored.items() for tensor in held}
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(folder / f"{MODEL_FILE}.index.json", index)
+        _write_index(folder, files, packing)
     (folder / FINISHED).unlink(missing_ok=True)
     return finished
 
 
-def _files(
-    checkpoint: Checkpoint, plan: PruningPlan, replaced: Mapping[str, StoredTensor]
-) -> dict[str, list[Part]]:
-    """What each output file holds; what is neither declared nor left untouched is left out."""
+def _dealt(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, dict[str, Tensor | None]]:
+    """Output file → stored name → what becomes of it, None of what stays as it is.
+
+    What is neither declared nor left untouched is left out.
+    """
     pruned = {_name_in_base(tensor, plan): tensor for tensor in tensors(plan.pruned_config)}
     whole = untouched_prefixes(plan.config)
     shards = [
-        [name for name in names if name in pruned or name.startswith(whole)]
+        {name: pruned.get(name) for name in names if name in pruned or name.startswith(whole)}
         for names in checkpoint.shards.values()
     ]
-    shards = [names for names in shards if names]
-    files = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        files[file if len(shards) > 1 else MODEL_FILE] = [
-            _part(pruned[name], checkpoint[name], plan, replaced.get(name))
-            if name in pruned
-            else _as_it_is(checkpoint[name])
-            for name in names
-        ]
-    return files
+    shards = [held for held in shards if held]
+    if len(shards) == 1:
+        return {MODEL_FILE: shards[0]}
+    return {f"model-{n:05}-of-{len(shards):05}.safetensors": h for n, h in enumerate(shards, 1)}
 
 
 def _name_in_base(tensor: Tensor, plan: PruningPlan) -> str:
@@ -147,39 +155,44 @@ def _name_in_base(tensor: Tensor, plan: PruningPlan) -> str:
     return tensor.of_expert(int(plan.kept_experts(tensor.layer)[tensor.expert]))
 
 
-def _as_it_is(stored: StoredTensor) -> Part:
-    return Part(stored.name, [(stored, [None] * max(1, len(stored.shape)))], stored.shape)
-
-
 def _part(
-    tensor: Tensor, stored: StoredTensor, plan: PruningPlan, replacement: StoredTensor | None
+    stored: StoredTensor,
+    tensor: Tensor | None,
+    plan: PruningPlan,
+    replaced: Mapping[str, StoredTensor],
 ) -> Part:
-    if replacement is None and tensor.expert is None and plan.inside_experts(tensor):
+    if tensor is None:
+        return Part(stored.name, [(stored, [None] * max(1, len(stored.shape)))], stored.shape)
+    if (new := replaced.get(stored.name)) is not None:
+        if (new.dtype, new.shape) != (stored.dtype, tensor.shape):
+            raise AssertionError(
+                f"{tensor.name}: expected {stored.dtype} {tensor.shape} to put in its place, found "
+                f"{new.dtype} {new.shape}"
+            )
+        return Part(tensor.name, [(new, [None] * len(tensor.dims))], tensor.shape)
+    if tensor.expert is None and plan.inside_experts(tensor):
         pieces = [
             (stored.part(expert), plan.features(tensor.dims[1:], tensor.layer, slot))
             for slot, expert in enumerate(plan.kept_experts(tensor.layer))
         ]
         return Part(tensor.name, pieces, tensor.shape)
-    if replacement is None:
-        features = plan.features(tensor.dims, tensor.layer, tensor.expert)
-        return Part(tensor.name, [(stored, features)], tensor.shape)
-    if (replacement.dtype, replacement.shape) != (stored.dtype, tensor.shape):
-        raise AssertionError(
-            f"{tensor.name}: expected {stored.dtype} {tensor.shape} to put in its place, found "
-            f"{replacement.dtype} {replacement.shape}"
-        )
-    return Part(tensor.name, [(replacement, [None] * len(tensor.dims))], tensor.shape)
+    features = plan.features(tensor.dims, tensor.layer, tensor.expert)
+    return Part(tensor.name, [(stored, features)], tensor.shape)
 
 
-def _size(parts: Iterable[Part]) -> int:
-    return sum(part.nbytes for part in parts)
+def _stored(described: TensorShape, packing: Packing | None) -> list[TensorShape]:
+    """What is stored of a weight: itself, or what it is in 4 bits."""
+    name, _, shape = described
+    packed = packing is not None and name in packing.weights
+    return packed_parts(name, shape, packing.block) if packing and packed else [described]
+
+
+def _size(described: Iterable[TensorShape]) -> int:
+    return sum(math.prod(shape) * ELEMENT_BYTES[dtype] for _, dtype, shape in described)
 
 
 def _write_file(
-    file: Path,
-    parts: Sequence[Part],
-    done: Callable[[int], Any],
-    pack: Callable[[Path], str] | None = None,
+    file: Path, parts: Sequence[Part], done: Callable[[int], Any], packing: Packing | None
 ) -> str:
     """Write a file that is whole, and on the disk, once it has its name; returns its SHA-256."""
 
@@ -188,13 +201,32 @@ def _write_file(
             yield block
             done(block.nbytes)
 
+    def data() -> Iterator[np.ndarray | Iterable[np.ndarray]]:
+        for part in parts:
+            if packing and part.name in packing.weights:
+                yield from packing.data(part.described, counted(part))
+            else:
+                yield counted(part)
+
     partial = file.with_name(f"{file.name}.partial")
-    described = [(part.name, part.dtype, part.shape) for part in parts]
-    digest = write_safetensors(partial, described, map(counted, parts))
-    digest = pack(partial) if pack else digest
+    described = [kept for part in parts for kept in _stored(part.described, packing)]
+    digest = write_safetensors(partial, described, data())
     sync(partial)
     partial.replace(file)
     return digest
+
+
+def _write_index(
+    folder: Path, files: Mapping[str, Sequence[Part]], packing: Packing | None
+) -> None:
+    held = {
+        file: [kept for part in parts for kept in _stored(part.described, packing)]
+        for file, parts in files.items()
+    }
+    weight_map = {name: file for file, described in held.items() for name, *_ in described}
+    size = sum(map(_size, held.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(folder / f"{MODEL_FILE}.index.json", index)
 
 
 def _identity(

@@ -9,7 +9,7 @@ import numpy as np
 from axolotl_loram.architecture.model import Tensor
 from axolotl_loram.architecture.spaces import Dim, Sizes, per_unit
 from axolotl_loram.errors import LoRAMError, not_finite
-from axolotl_loram.files.tensors import StoredTensor, ahead
+from axolotl_loram.files.tensors import FLOATS, StoredTensor, ahead, as_floats
 
 
 def random_scores(shape: Sequence[int], seed: int, layer: int, kind: str) -> np.ndarray:
@@ -69,9 +69,14 @@ def _energies(
     stored: StoredTensor, axes: list[int], done: Callable[[int], object] | None
 ) -> list[np.ndarray]:
     """Along each of `axes`, the sum of squares over all others, in float64."""
+    if stored.dtype not in FLOATS:
+        raise LoRAMError(
+            f"expected weights of {', '.join(FLOATS)} to score, found {stored.name} of "
+            f"{stored.dtype}: prune the unquantized model, or use --method random"
+        )
     energies, first = [np.zeros(stored.shape[axis]) for axis in axes], 0
     for bits in ahead(stored.blocks()):
-        values = _floats(bits, stored)
+        values = as_floats(bits, stored.dtype)
         for axis, energy in zip(axes, energies, strict=True):
             part = energy[first : first + len(bits)] if axis == 0 else energy
             part += _energy_along(values, axis, stored)
@@ -87,28 +92,11 @@ def _energy_along(values: np.ndarray, axis: int, stored: StoredTensor) -> np.nda
     with np.errstate(over="ignore", invalid="ignore"):
         energy = np.einsum(values, axes, values, axes, [axis])
         if not np.isfinite(energy).all():  # a weight is not finite, or the square of one is not
-            _check_finite(values, stored)
+            if not np.isfinite(values).all():
+                raise not_finite(stored.name)
             wide: np.ndarray = values.astype(np.float64)
             energy = np.einsum(wide, axes, wide, axes, [axis])
     return energy
-
-
-def _floats(bits: np.ndarray, stored: StoredTensor) -> np.ndarray:
-    """The values that bits of `stored` stand for: float64 of F64, else float32."""
-    if stored.dtype == "BF16":
-        return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
-    if stored.dtype not in ("F16", "F32", "F64"):
-        raise LoRAMError(
-            f"expected weights of F16, BF16, F32 or F64 to score, found {stored.name} of "
-            f"{stored.dtype}: prune the unquantized model, or use --method random"
-        )
-    floats = bits.view(f"f{bits.itemsize}")
-    return floats.astype(np.float32) if stored.dtype == "F16" else floats
-
-
-def _check_finite(values: np.ndarray, stored: StoredTensor) -> None:
-    if not np.isfinite(values).all():
-        raise not_finite(stored.name)
 
 
 def select(scores: np.ndarray, count: int) -> np.ndarray:

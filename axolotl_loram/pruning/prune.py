@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import (
+    TIED,
     Config,
     family_of,
     layer_count,
@@ -21,18 +21,18 @@ from axolotl_loram.architecture.config_json import (
     sizes_of,
 )
 from axolotl_loram.architecture.counts import plan_of_size, sparse_layers, sparse_summary, summary
-from axolotl_loram.architecture.model import changed
-from axolotl_loram.architecture.pairing import check_tensors, weights_fingerprint
-from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
-from axolotl_loram.architecture.record import versions
+from axolotl_loram.architecture.model import changed, tensors
+from axolotl_loram.architecture.pairing import check_tensors, fingerprint_of, weights_fingerprint
+from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.record import Kind, Record, versions
+from axolotl_loram.architecture.spaces import EMBEDDING, HEAD
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
 from axolotl_loram.config import CALIBRATED, Pruning, PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, commit_of, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.resumable import Work, resumable, work_folder
-from axolotl_loram.files.targets import locked, real
+from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import copy_files, read_json
 from axolotl_loram.models.packing import Packing, plan_packing
@@ -168,8 +168,9 @@ def prune(
     folder = find_folder(model, revision)
     checkpoint = Checkpoint(folder)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
+    check_tied(config, checkpoint)
     name = str(folder.resolve()) if Path(model).exists() else model
-    base = Base(name, commit_of(folder, revision), checkpoint.fingerprint())
+    base = Base(name, commit_of(folder, revision), fingerprint_of(folder))
     sketch = plan_of_size(config, base, resolved)
     check_scorable(sketch, resolved)
     packing = _plan_packing(resolved, checkpoint, sketch)
@@ -178,10 +179,28 @@ def prune(
     check_room(job, output)
     with resumable(output, job.identity, overwrite) as work:
         outcome = decide(job, work)
-        pack = packing.pack if packing else None
         plan, replaced = outcome.plan, outcome.replaced
-        files = write_weights(checkpoint, plan, work.result, progress, replaced, pack)
+        files = write_weights(checkpoint, plan, work.result, progress, replaced, packing)
         return _write_rest(folder, job, outcome, work.result, files)
+
+
+def check_tied(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuse a base whose config ties the embeddings and whose weights do not.
+
+    transformers (5.16) takes the stored lm_head then; pruning by the config would drop it.
+    """
+    held = {t.role: checkpoint[t.name] for t in tensors(config) if t.role in (EMBEDDING, HEAD)}
+    head, embedding = checkpoint.tensors.get("lm_head.weight"), held.get(EMBEDDING)
+    if HEAD in held or head is None or embedding is None:
+        return
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    pairs = zip(head.blocks(), embedding.blocks(), strict=True) if same else ()
+    if not same or any((one != other).any() for one, other in pairs):
+        raise LoRAMError(
+            f"expected the lm_head to be the embedding, as {TIED} in the config says, found "
+            f"another lm_head.weight in {checkpoint.folder}, which transformers would use: set "
+            f"{TIED} to false in its config.json"
+        )
 
 
 def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pruning:
@@ -239,27 +258,14 @@ def check_room(job: Job, output: Path) -> None:
     Raises:
         LoRAMError: Too little is free, or nothing can be written there.
     """
-    needed = needed_bytes(job.checkpoint, job.sketch)
-    refitted = needed if job.settings.sparsity or job.settings.refit else 0
-    if job.packing is not None:
-        needed = job.packing.needed_bytes(job.sketch.pruned_config, job.checkpoint)
-    needed += refitted
+    needed = needed_bytes(job.checkpoint, job.sketch, job.packing)
+    if job.settings.sparsity or job.settings.refit:
+        needed += needed_bytes(job.checkpoint, job.sketch)
     if job.calibration is not None:
         states = job.calibration.tokens.size * sizes_of(job.config)["hidden"] * 4
         kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
         needed += states * kept
-    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
-    started = work_folder(output, job.identity)
-    found = shutil.disk_usage(existing).free + sum(
-        file.stat().st_size for file in started.rglob("*") if file.is_file()
-    )
-    with locked(real(output)):
-        pass  # something can be written there
-    if found < needed:
-        raise LoRAMError(
-            f"expected {needed / 2**30:.3g} GiB free for {output} and the work on it, found "
-            f"{found / 2**30:.3g} GiB in {existing}: make room or choose another disk"
-        )
+    check_free(output, job.identity, needed, "make room or choose another disk")
 
 
 def decide(job: Job, work: Work) -> Outcome:
@@ -338,25 +344,25 @@ def _write_rest(
     write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
     copy_files(base_folder, folder, (*TOKENIZER_PATTERNS, "generation_config.json"))
     plan.save(folder)
-    for file in sorted(folder.iterdir()):
-        if file.name not in files:  # the weights' are known, and large
-            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for file in (file for file in sorted(folder.rglob("*")) if file.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name not in files:  # the weights' are known, and large
+            files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     written = Checkpoint(folder)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "pruned-model",
-        "base": asdict(plan.base),
-        "pruning": job.settings.model_dump(),
-        "calibration": calibration and calibration.record(),
-        "refit": dict(outcome.refit) or None,
-        "alignments": [],
-        "parameters": {**summary(plan.config, plan.counts), **outcome.zeros},
-        "weight_bytes": sum(tensor.nbytes for tensor in written.tensors.values()),
-        "plan": plan.digest,
-        "fingerprint": weights_fingerprint(written),
-        "vocabulary": vocabulary_digest(folder),
-        "versions": versions(),
-        "files": dict(sorted(files.items())),
-    }
-    write_json(folder / RECORD_FILE, record)
-    return record
+    record = Record(
+        Kind.PRUNED_MODEL,
+        plan.base,
+        plan.digest,
+        pruning=job.settings.model_dump(),
+        calibration=calibration.record() if calibration else None,
+        refit=dict(outcome.refit) or None,
+        alignments=[],
+        parameters={**summary(plan.config, plan.counts), **outcome.zeros},
+        weight_bytes=sum(tensor.nbytes for tensor in written.tensors.values()),
+        fingerprint=weights_fingerprint(written),
+        vocabulary=vocabulary_digest(folder),
+        versions=versions(),
+        files=dict(sorted(files.items())),
+    )
+    record.save(folder)
+    return record.as_json()

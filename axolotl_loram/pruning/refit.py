@@ -27,7 +27,8 @@ from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.spaces import Weight
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import StoredTensor
-from axolotl_loram.models.stream import TORCH_DTYPES, seen_inputs, to_bits
+from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
+from axolotl_loram.models.stream import seen_inputs
 from axolotl_loram.models.walk import Walk
 
 LOG = logging.getLogger(__name__)

@@ -18,10 +18,7 @@ from axolotl_loram.architecture.spaces import LINEAR, Weight
 from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work
-from axolotl_loram.files.tensors import Checkpoint, StoredTensor
-
-INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF << 52}
-"""Bits of infinity: what is not below them is not finite."""
+from axolotl_loram.files.tensors import FLOATS, Checkpoint, StoredTensor, finite
 
 
 def linear_weights(config: Config) -> tuple[Weight, ...]:
@@ -57,14 +54,14 @@ def smallest_zeroed(stored: StoredTensor, sparsity: Sparsity) -> np.ndarray:
     Without its sign bit, a float's bits order as its magnitude does: nothing is converted.
     """
     bits = stored.read()
-    if stored.dtype not in INFINITY:
+    if stored.dtype not in FLOATS:
         raise LoRAMError(
-            f"expected weights of {', '.join(INFINITY)}, found {stored.name} of {stored.dtype}: "
+            f"expected weights of {', '.join(FLOATS)}, found {stored.name} of {stored.dtype}: "
             "prune the unquantized model"
         )
-    magnitudes = np.left_shift(bits, 1)
-    if magnitudes.max() >= INFINITY[stored.dtype] * 2:
+    if not finite(bits, stored.dtype):
         raise not_finite(stored.name)
+    magnitudes = np.left_shift(bits, 1)
     pattern = pattern_of(sparsity)
     if pattern:
         kept, group = pattern

@@ -10,7 +10,8 @@ from torch import nn
 from axolotl_loram.architecture.config_json import Config
 from axolotl_loram.architecture.counts import Sparsity, pattern_of, removed_of
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.models.stream import TORCH_DTYPES, seen_inputs, to_bits
+from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
+from axolotl_loram.models.stream import seen_inputs
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.sparse import linear_weights, save_sparse
 

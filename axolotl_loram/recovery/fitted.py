@@ -14,19 +14,37 @@ model is in memory; a layer's fit is kept only where it lowers the error on text
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+import axolotl_loram.models.per_layer  # noqa: F401  (builds the pruned layers)
+from axolotl_loram.architecture.config_json import load_config
+from axolotl_loram.architecture.pairing import check_pair
 from axolotl_loram.architecture.plan import PruningPlan
-from axolotl_loram.files.resumable import Work
+from axolotl_loram.config import FillArgs
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import find_folder
+from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.resumable import Work, unfinished
+from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.stream import LayerStream, States, seen_inputs
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.refit import split
-from axolotl_loram.recovery.lora import Adapter, LoRA, added, below
+from axolotl_loram.recovery.adapter import Adapter
+from axolotl_loram.recovery.lora import Loras, added, below, read_loras
+from axolotl_loram.recovery.recover import default_output, recover
+from axolotl_loram.recovery.scatter import Moved
+from axolotl_loram.text.calibration import Calibration, load_calibration
 
 LOG = logging.getLogger(__name__)
 ITERATIONS = 8
@@ -35,7 +53,7 @@ RIDGE = 1e-2
 
 
 def fit(
-    walk: Walk, pruned: LayerStream, plan: PruningPlan, full: Adapter, narrow: Adapter
+    walk: Walk, pruned: LayerStream, plan: PruningPlan, full: Loras, narrow: Loras
 ) -> dict[str, Any]:
     """Fit the recovered adapter in place.
 
@@ -74,7 +92,7 @@ def _step(index: int) -> str:
     return f"fitted-{index}"
 
 
-def _take_back(work: Work, index: int, full: Adapter, facts: dict[str, Any]) -> None:
+def _take_back(work: Work, index: int, full: Loras, facts: dict[str, Any]) -> None:
     """What an earlier process fitted for a layer."""
     stored, about = work.load(_step(index))
     facts[about.pop("layer")] = about
@@ -83,7 +101,7 @@ def _take_back(work: Work, index: int, full: Adapter, facts: dict[str, Any]) -> 
         full[path] = replace(lora, b=torch.from_numpy(tensor.read().view("<f4")).to(lora.b))
 
 
-def _free(adapter: Adapter) -> dict[str, torch.Tensor]:
+def _free(adapter: Loras) -> dict[str, torch.Tensor]:
     """Path → 1 for the rows of B that pruning took, (outputs, 1), where it took some."""
     masks = {}
     for path, lora in adapter.items():
@@ -97,7 +115,7 @@ def _free(adapter: Adapter) -> dict[str, torch.Tensor]:
 class LayerFit:
     """Fits one layer of the base."""
 
-    def __init__(self, walk: Walk, index: int, layer: nn.Module, adapter: Adapter) -> None:
+    def __init__(self, walk: Walk, index: int, layer: nn.Module, adapter: Loras) -> None:
         self.walk, self.index, self.layer, self.adapter = walk, index, layer, adapter
         self.masks = _free(adapter)
         self.fitted, self.held_out = split(len(walk.tokens))
@@ -106,7 +124,7 @@ class LayerFit:
         self.wanted, self.energy = States(file, shape, torch.float32), 0.0
 
     @torch.no_grad()
-    def aim(self, pruned: LayerStream, narrow: Adapter) -> None:
+    def aim(self, pruned: LayerStream, narrow: Loras) -> None:
         """Write down the outputs to reach, Bℓ(h) + Δᴾ(h)."""
         theirs = pruned.layer(self.index)
         with self.wanted.written() as append:
@@ -128,7 +146,7 @@ class LayerFit:
             list(steps.values()), max_iter=ITERATIONS, line_search_fn="strong_wolfe"
         )
 
-        def moved() -> Adapter:
+        def moved() -> Loras:
             own = {p: self.masks[p] * steps[p] @ white[p] for p in steps}
             return start | {p: replace(start[p], b=start[p].b + own[p]) for p in steps}
 
@@ -172,7 +190,7 @@ class LayerFit:
             found = self.walk.stream.run(self.index, self.layer, self._inputs(batch))
         return (found.float() - wanted).square().sum() / self.energy
 
-    def _size(self, steps: dict[str, torch.Tensor], start: Adapter) -> torch.Tensor:
+    def _size(self, steps: dict[str, torch.Tensor], start: Loras) -> torch.Tensor:
         """Σ ‖s (B' − B) A x‖², relative as the errors are."""
         tokens = self.walk.tokens.shape[1]
         sizes = [
@@ -208,6 +226,131 @@ def _inverse_root(moment: torch.Tensor) -> torch.Tensor:
     return torch.linalg.inv(torch.linalg.cholesky(moment + floor * eye))
 
 
-def fittable(adapter: Adapter) -> list[LoRA]:
-    """The LoRA of layers that lost outputs: what can be fitted."""
-    return [lora for lora in adapter.values() if lora.kept(0) is not None]
+@dataclass(frozen=True)
+class Job:
+    """One fit: the settings, and the two models on this machine.
+
+    Attributes:
+        settings: The text, and where to compute.
+        plan: The plan that binds the models.
+        base: Folder of the base.
+        pruned: Folder of the pruned model.
+        work: Beside this path, under hidden names, hidden states go, with room for three times the
+            calibration text's; what an interrupted fit has done stays there.
+        progress: Shows how far it is.
+        calibration: Text to fit on, by default what the settings name.
+    """
+
+    settings: FillArgs
+    plan: PruningPlan
+    base: Path
+    pruned: Path
+    work: Path
+    progress: Progress = no_progress
+    calibration: Calibration | None = None
+
+    @property
+    def device(self) -> str:
+        """Where to compute."""
+        return choose_device(self.settings.device)
+
+    def streams(self) -> tuple[LayerStream, LayerStream]:
+        """The layers of the base and of the pruned model, in float32: changes are small."""
+        base = LayerStream(Checkpoint(self.base), self.plan.config, self.device, False, torch.float)
+        config = load_config(str(self.pruned))
+        pruned = LayerStream(Checkpoint(self.pruned), config, self.device, False, torch.float)
+        return base, pruned
+
+    def fill(
+        self, moved: list[Moved], config: Mapping[str, Any]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What `recover` asks: new bits by tensor name, and the record.
+
+        Raises:
+            LoRAMError: No row of B is free.
+        """
+        full = read_loras(moved, config, full_size=True, device=self.device)
+        narrow = read_loras(moved, config, full_size=False, device=self.device)
+        if all(lora.kept(0) is None for lora in full.values()):
+            raise LoRAMError(
+                "expected LoRA on a projection that lost outputs (such as up_proj or v_proj) to "
+                "fit, found none: recover this adapter with zeros"
+            )
+        base, pruned = self.streams()
+        calibration = self.calibration or load_calibration(self.settings, self.base)
+        identity = {
+            "adapter": _digest(narrow),
+            "plan": self.plan.digest,
+            "calibration": calibration.record(),
+            "device": self.device,
+        }
+        with unfinished(self.work, identity) as work:
+            stop = max(self.plan.counts) + 1
+            walk = Walk(base, work, calibration.tokens, "fitting", stop, self.progress)
+            layers = fit(walk, pruned, self.plan, full, narrow)
+        bits = {name: values for lora in full.values() for name, values in lora.bits().items()}
+        return bits, {"method": "fitted", "calibration": calibration.record(), "layers": layers}
+
+
+def _digest(adapter: Loras) -> str:
+    digest = hashlib.sha256()
+    for name, lora in sorted(adapter.items()):
+        digest.update(f"{name} {lora.scale}".encode())
+        for matrix in (lora.a, lora.b):
+            digest.update(matrix.float().numpy(force=True).tobytes())
+    return digest.hexdigest()
+
+
+def recover_fitted(
+    adapter: Path,
+    settings: FillArgs,
+    pruned_model: str | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """`recover`, with B fitted where features were pruned.
+
+    Args:
+        adapter: Folder of the adapter as trained.
+        settings: The text to fit on, and where to compute.
+        pruned_model: Folder or hub id of the pruned model; by default what the adapter names.
+        output: Folder to write, by default `recover.default_output(adapter)`.
+        overwrite: Replace what `output` holds.
+        progress: Shows how far it is.
+        calibration: Text to fit on, by default what `settings` names.
+
+    Returns:
+        What `recover` does; "fill" in it has the errors of each layer.
+
+    Raises:
+        LoRAMError: Base, pruned model and adapter do not belong together, or cannot be fitted.
+    """
+    opened = Adapter.open(adapter)
+    pruned = find_folder(pruned_model or opened.model)
+    plan = PruningPlan.load(pruned)
+    check_fillable(pruned, plan)
+    check_pair(pruned, plan, plan.base.id, plan.base.revision)
+    base = find_folder(plan.base.id, plan.base.revision)
+    work = default_output(adapter).with_name(f"fitting-{adapter.name}")
+    job = Job(settings, plan, base, pruned, work, progress, calibration)
+    return recover(opened, str(pruned), output, overwrite=overwrite, fill=job.fill)
+
+
+def check_fillable(pruned: Path, plan: PruningPlan) -> None:
+    """Refuse a pruned model that says nothing of the features that were pruned.
+
+    Raises:
+        LoRAMError: No units were removed from it, or its weights are in 4 bits.
+    """
+    if not plan.counts:
+        raise LoRAMError(
+            f"expected a model that units were removed from, found {pruned} with its layers whole: "
+            "its adapter has no pruned features to fill"
+        )
+    if "quantization_config" in read_json(pruned / "config.json"):
+        raise LoRAMError(
+            f"expected a pruned model in 16 or 32 bits to fill from, found {pruned} in 4 bits: "
+            "give the one it was made from with --pruned-model, or recover with zeros"
+        )

@@ -15,7 +15,8 @@ from torch import nn
 
 from axolotl_loram.architecture.lora_names import split_name
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.models.stream import TORCH_DTYPES, to_bits
+from axolotl_loram.files.tensors import StoredTensor
+from axolotl_loram.models.bits import TORCH_DTYPES, from_bits, to_bits
 from axolotl_loram.recovery.scatter import Moved
 
 
@@ -55,13 +56,13 @@ class LoRA:
         return {m.stored.name: to_bits(values, m.stored.dtype) for m, values in pairs}
 
 
-Adapter = dict[str, LoRA]
+Loras = dict[str, LoRA]
 """The LoRA of each module."""
 
 
 def read_loras(
     moved: Sequence[Moved], settings: Mapping[str, Any], full_size: bool, device: str = "cpu"
-) -> Adapter:
+) -> Loras:
     """The LoRA of all linear layers inside decoder layers and elsewhere; the rest is left out.
 
     Args:
@@ -86,30 +87,36 @@ def read_loras(
     for module, own in parts.items():
         if "lora_A.weight" in own and "lora_B.weight" in own:
             pair = own["lora_A.weight"], own["lora_B.weight"]
-            a, b = (_values(one, full_size).to(device) for one in pair)
+            a, b = (
+                as_torch(one.stored, one.scatter() if full_size else one.read()).float().to(device)
+                for one in pair
+            )
             found[module] = LoRA(module, scaling(settings, module, len(a)), a, b, pair)
     return found
 
 
-def _values(moved: Moved, full_size: bool) -> torch.Tensor:
-    if moved.stored.dtype not in TORCH_DTYPES:
+def as_torch(stored: StoredTensor, bits: np.ndarray) -> torch.Tensor:
+    """Bits of a stored tensor as torch's, sharing memory with them.
+
+    Raises:
+        LoRAMError: It holds no plain floats.
+    """
+    if stored.dtype not in TORCH_DTYPES:
         raise LoRAMError(
-            f"expected an adapter of {', '.join(TORCH_DTYPES)}, found {moved.stored.name} of "
-            f"{moved.stored.dtype}: recover it with zeros"
+            f"expected weights of {', '.join(TORCH_DTYPES)}, found {stored.name} of "
+            f"{stored.dtype}: use the unquantized model, and an adapter saved as PEFT saves it"
         )
-    bits = np.ascontiguousarray(moved.scatter() if full_size else moved.stored.read())
-    values = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
-    return values.view(TORCH_DTYPES[moved.stored.dtype]).float()
+    return from_bits(bits, stored.dtype)
 
 
-def below(adapter: Adapter, prefix: str) -> Adapter:
+def below(adapter: Loras, prefix: str) -> Loras:
     """The LoRA of one layer: path below ``prefix`` → its LoRA."""
     inside = (name for name in adapter if name.startswith(prefix))
     return {name.removeprefix(prefix): adapter[name] for name in inside}
 
 
 @contextmanager
-def added(layer: nn.Module, adapter: Adapter) -> Iterator[None]:
+def added(layer: nn.Module, adapter: Loras) -> Iterator[None]:
     """In the block, the layer runs with its LoRA (paths below the layer)."""
     with ExitStack() as stack:
         for path, lora in adapter.items():

@@ -8,34 +8,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from axolotl_loram.architecture.config_json import is_tied
-from axolotl_loram.architecture.lora_names import named_model, split_name
-from axolotl_loram.architecture.pairing import (
-    check_adapter_tokenizer,
-    check_pair,
-    check_trained_under,
-    read_record,
-)
-from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
-from axolotl_loram.errors import LoRAMError
+from axolotl_loram.architecture.config_json import family_of, is_tied, sizes_of
+from axolotl_loram.architecture.lora_names import ORIGINAL, split_name
+from axolotl_loram.architecture.model import changed, embedding_module
+from axolotl_loram.architecture.pairing import check_pair
+from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.record import Kind, Record
+from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.files.atomic import check_vacant, new_folder, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, StoredTensor, write_safetensors
-from axolotl_loram.files.untrusted import copy_files
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite, write_safetensors
+from axolotl_loram.files.untrusted import copy_files, read_json
+from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.masked import add_update, pack, read_support
-from axolotl_loram.models.stream import TORCH_DTYPES
-from axolotl_loram.recovery.lora import scaling
-from axolotl_loram.recovery.recover import read_adapter_config
-from axolotl_loram.recovery.scatter import match
-from axolotl_loram.recovery.whole import check_modules, check_trained
+from axolotl_loram.recovery.adapter import Adapter
+from axolotl_loram.recovery.lora import as_torch, scaling
+from axolotl_loram.recovery.scatter import Moved, vocabulary_of
+from axolotl_loram.recovery.whole import check_adapter
 
 LOG = logging.getLogger(__name__)
 COPIED = (
@@ -45,8 +42,7 @@ COPIED = (
     *TOKENIZER_PATTERNS,
 )
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "weight")
-Parts = Mapping[str, StoredTensor]
-"""What an adapter holds for one module, by the names in `PARTS`."""
+"""What can be merged of what an adapter holds for a module."""
 
 
 def merge_masked(
@@ -77,36 +73,36 @@ def merge_masked(
     """
     output = output or default_output(adapter)
     check_vacant(output, overwrite)
-    settings, recorded = read_adapter_config(adapter), read_record(adapter)
-    pruned = find_folder(pruned_model or named_model(adapter))
+    opened = Adapter.open(adapter)
+    pruned = find_folder(pruned_model or opened.model)
     plan = PruningPlan.load(pruned)
-    _check_masked(plan, recorded, adapter)
-    check_trained_under(adapter, plan)
+    _check_masked(plan, opened)
     base = base or plan.base
     folder = find_folder(base.id, base.revision)
     check_pair(pruned, plan, base.id, base.revision)
-    checkpoint = Checkpoint(adapter, ADAPTER_FILE)
-    parts = _parts_by_tensor(checkpoint, plan)
-    check_modules(checkpoint, settings, plan)
-    if not of_run:
-        check_trained(checkpoint)
-        check_adapter_tokenizer(adapter, pruned)
+    moved = check_adapter(opened, plan, pruned, of_run)
     LOG.info("adding the masked update of %s to %s, into %s", adapter, base.id, output)
-    merger = _Merger(Checkpoint(folder), Checkpoint(pruned), plan, settings, parts)
+    weights = Checkpoint(folder)
+    updates = _updates(moved, plan, weights)
+    merger = _Merger(weights, Checkpoint(pruned), plan, opened.settings, updates)
     with new_folder(output, overwrite) as scratch:
         files = merger.write(scratch, progress)
         copy_files(folder, scratch, COPIED)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "recovered-model",
-            "base": vars(base),
-            "plan": plan.digest,
-            "trained": recorded.get("training"),
-            "masked": True,
-            "files": files,
-        }
-        write_json(scratch / RECORD_FILE, record)
-    return {**record, "output": str(output)}
+        vocabulary = vocabulary_of(opened.tensors, plan.config)
+        if vocabulary != sizes_of(plan.config)["vocabulary"]:
+            grown = changed(read_json(scratch / "config.json"), {"vocab_size": vocabulary})
+            write_json(scratch / "config.json", grown)
+            copy_files(adapter, scratch, TOKENIZER_PATTERNS)
+        record = Record(
+            Kind.RECOVERED_MODEL,
+            base,
+            plan.digest,
+            trained=opened.record.training,
+            masked=True,
+            files=files,
+        )
+        record.save(scratch)
+    return {**record.as_json(), "output": str(output)}
 
 
 def default_output(adapter: Path) -> Path:
@@ -115,37 +111,75 @@ def default_output(adapter: Path) -> Path:
     return adapter.parent / f"merged-{adapter.name}"
 
 
-def _check_masked(plan: PruningPlan, recorded: Mapping[str, Any], adapter: Path) -> None:
+def _check_masked(plan: PruningPlan, adapter: Adapter) -> None:
     if not plan.masks:
         raise LoRAMError(
             "expected an adapter of a sparse pruned model for masked recovery, found one of a "
             "model that lost whole units, which has no mask: recover it plainly"
         )
-    if recorded.get("masked") is False:
+    if adapter.record.masked is False:
         raise LoRAMError(
-            f"expected an adapter trained with its update masked, found {adapter} trained without: "
-            "recover it plainly, or train with `masked: true`"
+            f"expected an adapter trained with its update masked, found {adapter.folder} trained "
+            "without: recover it plainly, or train with `masked: true`"
         )
 
 
-def _parts_by_tensor(adapter: Checkpoint, plan: PruningPlan) -> dict[str, dict[str, StoredTensor]]:
-    """Weight of the base → what the adapter holds for it.
+@dataclass(frozen=True)
+class _Update:
+    """What an adapter holds for the weight of one module, by the names in `PARTS`."""
+
+    module: str
+    parts: dict[str, Moved] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> Moved | None:
+        """The weight as trained, where it was saved whole; by PEFT also beside LoRA on it."""
+        return self.parts.get("weight")
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and B such that B A is the update; an embedding's is the transpose of its B A."""
+        if "lora_A.weight" in self.parts:
+            return _values(self.parts["lora_A.weight"]), _values(self.parts["lora_B.weight"])
+        if "lora_embedding_A" in self.parts:
+            B, A = self.parts["lora_embedding_B"], self.parts["lora_embedding_A"]
+            return _values(B).T, _values(A).T
+        return None
+
+
+def _updates(adapter: list[Moved], plan: PruningPlan, base: Checkpoint) -> dict[str, _Update]:
+    """Weight of the base, as it is stored → what the adapter holds for it.
 
     Raises:
-        LoRAMError: The adapter does not fit, or holds what cannot be added to a weight.
+        LoRAMError: It holds what cannot be added to a weight of the base.
     """
-    tied = is_tied(plan.config)
-    found: dict[str, dict[str, StoredTensor]] = {}
-    for moved in match(adapter, plan, full_size=False):
+    family, embedding = family_of(plan.config), embedding_module(plan.config)
+    tied = (embedding, "lm_head") if is_tied(plan.config) else ()
+    found: dict[str, _Update] = {}
+    for moved in adapter:
         module, part = split_name(moved.stored.name)
-        end = module.rpartition(".")[2]
-        if part not in PARTS or (tied and end in ("lm_head", "embed_tokens")):
-            raise LoRAMError(
-                f"expected LoRA on weights of their own, found {moved.stored.name}, which cannot "
-                "be merged: recover this adapter plainly"
-            )
-        found.setdefault(f"{module}.weight", {})[part] = moved.stored
+        if part == ORIGINAL:
+            continue
+        if part not in PARTS or (module in tied and part != "weight"):
+            raise _unmergeable(moved)
+        update = found.setdefault(family.stored_name(f"{module}.weight"), _Update(module))
+        update.parts[part] = moved
+    head = found.get("lm_head.weight")
+    if tied and head and "lm_head.weight" not in base.tensors:
+        other = found.get(f"{embedding}.weight", head).whole
+        if not (head.whole and other and np.array_equal(head.whole.read(), other.read())):
+            raise _unmergeable(next(iter(head.parts.values())))
+        del found["lm_head.weight"]
+    for name, update in found.items():
+        if name not in base.tensors:
+            raise _unmergeable(next(iter(update.parts.values())))
     return found
+
+
+def _unmergeable(part: Moved) -> LoRAMError:
+    return LoRAMError(
+        f"expected LoRA on weights of their own, found {part.stored.name}, which cannot be merged: "
+        "recover this adapter plainly"
+    )
 
 
 @dataclass(frozen=True)
@@ -156,33 +190,47 @@ class _Merger:
     pruned: Checkpoint
     plan: PruningPlan
     settings: Mapping[str, Any]
-    parts: Mapping[str, Parts]
+    updates: Mapping[str, _Update]
 
     def write(self, folder: Path, progress: Progress) -> dict[str, str]:
-        """Write all shards under the base's names; returns file → SHA-256."""
+        """Write all shards under the base's names; returns file → SHA-256.
+
+        Raises:
+            LoRAMError: A weight holds a NaN or an infinity.
+        """
         size = sum(tensor.nbytes for tensor in self.base.tensors.values())
         done = progress(size, "merging")
         files = {}
         for file, names in self.base.shards.items():
             stored = [self.base[name] for name in names]
-            described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in stored]
+            described = [(tensor.name, tensor.dtype, self.shape(tensor)) for tensor in stored]
             files[file] = write_safetensors(
                 folder / file, described, (self.merged(tensor, done) for tensor in stored)
             )
         return files
 
+    def shape(self, tensor: StoredTensor) -> tuple[int, ...]:
+        """The shape of a tensor with its update: another only where the vocabulary grew."""
+        update = self.updates.get(tensor.name)
+        return update.whole.shape if update and update.whole else tensor.shape
+
     def merged(self, tensor: StoredTensor, done: Callable[[int], Any]) -> np.ndarray:
         """The bits of one tensor with its update."""
-        parts, bits = self.parts.get(tensor.name), tensor.read()
+        update, bits = self.updates.get(tensor.name), tensor.read()
         done(tensor.nbytes)
-        if not parts:
+        if not finite(bits, tensor.dtype):
+            raise not_finite(tensor.name)
+        if not update:
             return bits
-        weight = as_torch(tensor, bits)
-        if "weight" in parts:  # saved whole; by PEFT also beside LoRA, of an adapted embedding
-            weight.copy_(as_torch(parts["weight"]))
-        if parts.keys() - {"weight"}:
-            A, B = _factors(parts)
-            add_update(weight, A, B, self.scale(tensor.name, len(A)), self.mask(tensor.name))
+        if update.whole and tensor.dtype in TORCH_DTYPES:
+            bits = to_bits(_values(update.whole), tensor.dtype)
+        weight, factors = as_torch(tensor, bits), update.factors()
+        if factors:
+            A, B = factors
+            if weight.shape != (len(B), A.shape[1]):  # a vocabulary that grew, not saved whole
+                raise _unmergeable(next(iter(update.parts.values())))
+            scale = scaling(self.settings, update.module, len(A))
+            add_update(weight, A, B, scale, self.mask(tensor.name))
         return bits
 
     def mask(self, name: str) -> torch.Tensor | None:
@@ -191,28 +239,6 @@ class _Merger:
             return None
         return pack(read_support(self.pruned, self.plan, name))
 
-    def scale(self, name: str, rank: int) -> float:
-        """LoRA's scaling s of the module that owns a weight."""
-        return scaling(self.settings, name.removesuffix(".weight"), rank)
 
-
-def _factors(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B such that B A is the update; an embedding's is the transpose of its B A."""
-    if "lora_A.weight" in parts:
-        return as_torch(parts["lora_A.weight"]), as_torch(parts["lora_B.weight"])
-    return as_torch(parts["lora_embedding_B"]).T, as_torch(parts["lora_embedding_A"]).T
-
-
-def as_torch(stored: StoredTensor, bits: np.ndarray | None = None) -> torch.Tensor:
-    """A stored tensor as torch's, sharing memory with `bits` if they are given.
-
-    Raises:
-        LoRAMError: It holds no plain floats.
-    """
-    if stored.dtype not in TORCH_DTYPES:
-        raise LoRAMError(
-            f"expected weights of {', '.join(TORCH_DTYPES)} to merge into, found {stored.name} of "
-            f"{stored.dtype}: use the unquantized base model"
-        )
-    bits = stored.read() if bits is None else bits
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(TORCH_DTYPES[stored.dtype])
+def _values(part: Moved) -> torch.Tensor:
+    return as_torch(part.stored, part.read())

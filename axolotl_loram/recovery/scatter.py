@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.config_json import family_of
-from axolotl_loram.architecture.lora_names import PARTNERS, depth_of, read_targets, split_name
+from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
+from axolotl_loram.architecture.lora_names import ORIGINAL, depth_of, split_name
 from axolotl_loram.architecture.model import Tensor, embedding_module, parameters
 from axolotl_loram.architecture.plan import PruningPlan, gather, scatter
 from axolotl_loram.architecture.spaces import EXPERTS, Dim
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.tensors import Checkpoint, StoredTensor
+from axolotl_loram.files.tensors import StoredTensor, finite
+from axolotl_loram.recovery.adapter import Adapter
 
 LORA_AXES: Mapping[str, tuple[tuple[int, int], ...]] = {
     "lora_A.weight": ((1, 1),),
     "lora_B.weight": ((0, 0),),
     "lora_B.bias": ((0, 0),),
-    "lora_embedding_A": (),
-    "lora_embedding_B": (),
+    "lora_embedding_A": ((1, 0),),
+    "lora_embedding_B": ((0, 1),),
 }
-"""Part of a LoRA → (its axis, the axis of the adapted weight that it lies along) for what prunes.
+"""Part of a LoRA → (its axis, the axis of the adapted weight that it lies along), but for rank.
 
-A is (r, input), B is (output, r), and a linear weight is (output, input). Embeddings never prune.
+A is (r, input), B is (output, r), and a linear weight is (output, input). Of an embedding, which is
+(vocabulary, hidden), A is (r, vocabulary) and B (hidden, r).
 """
+VOCABULARY_AXES = {
+    **{"weight": 0, ORIGINAL: 0, "lora_B.weight": 0, "lora_B.bias": 0},
+    "lora_embedding_A": 1,
+}
+"""Part of an embedding or lm_head → its axis along the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +90,39 @@ class Moved:
     features: tuple[np.ndarray | None, ...]
     stack: Stack | None = None
 
+    def read(self) -> np.ndarray:
+        """The tensor's bits.
+
+        Raises:
+            LoRAMError: They hold a NaN or an infinity.
+        """
+        bits = self.stored.read()
+        if not finite(bits, self.stored.dtype):
+            raise LoRAMError(
+                f"expected finite weights in the adapter, found NaN or infinity in "
+                f"{self.stored.name} of {self.stored.file}: training diverged, so give an earlier "
+                "checkpoint, or train with a lower learning rate"
+            )
+        return bits
+
     def scatter(self) -> np.ndarray:
         """The tensor with zeros at pruned features, bits unchanged at kept ones."""
-        bits = self.stored.read()
+        bits = self.read()
         if self.stack:
             return self.stack.scatter(bits, self.shape)
         return scatter(bits, self.features, self.shape)
 
     def gather(self) -> np.ndarray:
         """The tensor at kept features."""
-        bits = self.stored.read()
+        bits = self.read()
         return self.stack.gather(bits, self.shape) if self.stack else gather(bits, self.features)
 
 
-def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Moved]:
+def match(adapter: Adapter, plan: PruningPlan, full_size: bool) -> list[Moved]:
     """Find out, for each adapter tensor, along which features of the base it lies.
 
     Args:
-        checkpoint: The adapter.
+        adapter: The adapter.
         plan: The plan.
         full_size: Whether its tensors have the base's shapes (to gather) or the pruned model's
             (to scatter).
@@ -109,32 +131,55 @@ def match(checkpoint: Checkpoint, plan: PruningPlan, full_size: bool) -> list[Mo
         The tensors in stored order, each with the shape it will have.
 
     Raises:
-        LoRAMError: A tensor is none of LoRA's, has no partner of A and B, is empty, or its shape
-            does not fit the plan.
+        LoRAMError: A tensor is none of LoRA's, is empty, or its shape does not fit the plan.
     """
-    check_pairs(checkpoint)
     declared: dict[str, list[Tensor]] = {}
+    vocabulary = {"vocabulary": vocabulary_of(adapter.tensors, plan.config)}
     for tensor in parameters(plan.config):
         if not tensor.bias:
+            tensor = replace(tensor, sizes={**tensor.sizes, **vocabulary})
             declared.setdefault(tensor.module, []).append(tensor)
     tied = declared.get(embedding_module(plan.config) or "")
     if tied:  # a tied lm_head is not stored, but can be adapted
         declared.setdefault("lm_head", tied)
-    depths = _depths(checkpoint)
-    targets = read_targets(checkpoint.folder)
+    depths = _depths(adapter)
     moved = []
-    for stored in checkpoint.tensors.values():
+    for stored in adapter.tensors.values():
         module, part = split_name(stored.name)
         adapted = declared.get(module, [])
         _check_dimensions(stored, part)
         if part in LORA_AXES and adapted:
             if adapted[0].role == EXPERTS:
-                adapted = _targeted(adapted, module, targets, depths[module])
+                adapted = _targeted(adapted, module, adapter, depths[module])
                 adapted = adapted[depths[module] - depth_of(stored.name) :]
             moved.append(_match_lora(stored, part, adapted[0], plan, full_size))
         else:
             moved.append(_match_whole(stored, module, adapted[0] if adapted else None, plan))
     return moved
+
+
+def vocabulary_of(tensors: Mapping[str, StoredTensor], config: Config) -> int:
+    """How many tokens an adapter's embeddings have: the model's, or more where training added some.
+
+    PEFT then saves them whole, and takes them only for a model whose vocabulary was grown as well.
+
+    Raises:
+        LoRAMError: They have fewer, or not all as many.
+    """
+    size = sizes_of(config).get("vocabulary", 0)
+    modules, found = (embedding_module(config), "lm_head"), {}
+    for name, tensor in tensors.items():
+        module, part = split_name(name)
+        axis = VOCABULARY_AXES.get(part, 2)
+        if module in modules and axis < len(tensor.shape) and 0 not in tensor.shape:
+            found[tensor.shape[axis]] = name
+    wrong = sorted(found.keys() - {max([size, *found])})
+    if wrong:
+        raise LoRAMError(
+            f"expected embeddings for {max([size, *found])} tokens, found {wrong[0]} in "
+            f"{found[wrong[0]]}: this adapter was made for another model"
+        )
+    return max([size, *found])
 
 
 def _check_dimensions(stored: StoredTensor, part: str) -> None:
@@ -147,46 +192,21 @@ def _check_dimensions(stored: StoredTensor, part: str) -> None:
         )
 
 
-def unpaired_tensors(adapter: Checkpoint) -> list[str]:
-    """A without B, or B without A."""
-    parts = ((name, split_name(name)[1]) for name in adapter.tensors)
-    return [
-        name
-        for name, part in parts
-        if part in PARTNERS and name.removesuffix(part) + PARTNERS[part] not in adapter.tensors
-    ]
-
-
-def check_pairs(adapter: Checkpoint) -> None:
-    """Refuse an adapter in which an A or a B is alone.
-
-    Raises:
-        LoRAMError: The first that is.
-    """
-    lone = unpaired_tensors(adapter)
-    if lone:
-        raise LoRAMError(
-            f"expected A and B of every module in {adapter.folder}, found {lone[0]} without its "
-            f"partner ({len(lone)} such): the adapter was not saved whole, so save it again"
-        )
-
-
-def _depths(checkpoint: Checkpoint) -> dict[str, int]:
+def _depths(adapter: Adapter) -> dict[str, int]:
     depths: dict[str, int] = {}
-    for name in checkpoint.tensors:
+    for name in adapter.tensors:
         module, _ = split_name(name)
         depths[module] = max(depths.get(module, 0), depth_of(name))
     return depths
 
 
-def _targeted(
-    adapted: list[Tensor], module: str, targets: tuple[str, ...], deepest: int
-) -> list[Tensor]:
+def _targeted(adapted: list[Tensor], module: str, adapter: Adapter, deepest: int) -> list[Tensor]:
     """The parameters of a module that LoRA is on: PEFT wraps the first of them innermost.
 
     Raises:
         LoRAMError: The adapter's config names another number of them than it has tensors for.
     """
+    targets = adapter.target_parameters
     chosen = [t for t in adapted if any(t.name == x or t.name.endswith(f".{x}") for x in targets)]
     if len(chosen) != deepest + 1:
         raise LoRAMError(
@@ -264,5 +284,11 @@ def _match_whole(
         raise LoRAMError(
             f"expected only modules that pruning leaves whole to be saved whole, found "
             f"{stored.name}: put no {module.rpartition('.')[2]} into lora_modules_to_save"
+        )
+    saved_whole = split_name(stored.name)[1] in ("weight", ORIGINAL)
+    if tensor is not None and saved_whole and stored.shape != tensor.shape:
+        raise LoRAMError(
+            f"expected {stored.name} of shape {list(tensor.shape)}, found {list(stored.shape)}: "
+            "this adapter was made for another model"
         )
     return Moved(stored, stored.shape, (None,) * len(stored.shape))

@@ -1,40 +1,95 @@
-"""Whether an adapter is whole: all of its tensors there, of the modules it names, and trained."""
+"""Whether an adapter is whole: all of its tensors there, of the modules it names, and trained.
+
+What a run saved is held against what its model trained, too. Each way of sharding saves in its own
+manner (axolotl 0.19): ZeRO-3 leaves tensors of no elements where nothing was gathered, and FSDP's
+sharded saves leave no adapter at all.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from axolotl_loram.architecture.lora_names import PARTNERS, split_name
 from axolotl_loram.architecture.model import parameters
+from axolotl_loram.architecture.pairing import check_adapter_tokenizer, check_trained_under
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.spaces import EXPERTS
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite
-from axolotl_loram.recovery.scatter import LORA_AXES, check_pairs, unpaired_tensors
+from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, StoredTensor, finite
+from axolotl_loram.recovery.adapter import Adapter
+from axolotl_loram.recovery.scatter import LORA_AXES, Moved, match
 
+LOG = logging.getLogger(__name__)
 STARTS_AT_ZERO = ("lora_B.weight", "lora_embedding_A")
 """What PEFT begins with zeros: still zero, it was never trained."""
 MOST_REPETITIONS = 4
 """In an expression for names of modules."""
+Tensors = Mapping[str, StoredTensor]
+Shape = tuple[int, ...]
 
 
-def empty_tensors(adapter: Checkpoint) -> list[str]:
+def check_adapter(
+    adapter: Adapter, plan: PruningPlan, pruned: Path | None = None, of_run: bool = False
+) -> list[Moved]:
+    """All that is asked of an adapter before it is moved between the two models' shapes.
+
+    Args:
+        adapter: The adapter.
+        plan: Of whose pruned model it is; where `pruned` is None, of whose base.
+        pruned: Folder of the pruned model that it was trained on.
+        of_run: Whether the run that trained it is the caller: then it may be untrained, as before
+            the first step, and its tokenizer is not held against the pruned model's.
+
+    Returns:
+        Its tensors, each with the shape it will have.
+
+    Raises:
+        LoRAMError: It is not whole, not trained, or not for this plan.
+    """
+    if pruned is not None:
+        check_trained_under(adapter.record, plan, adapter.folder)
+    adapter = adapter.of_today(plan.config)
+    _check_pairs(adapter)
+    moved = match(adapter, plan, full_size=pruned is None)
+    check_modules(adapter, plan)
+    if pruned is not None and not of_run:
+        _check_trained(adapter)
+        check_adapter_tokenizer(adapter.folder, pruned)
+    return moved
+
+
+def empty_tensors(tensors: Tensors) -> list[str]:
     """Tensors without elements: what a rank saves of weights that ZeRO-3 keeps elsewhere."""
-    return [name for name, tensor in adapter.tensors.items() if 0 in tensor.shape]
+    return [name for name, tensor in tensors.items() if 0 in tensor.shape]
 
 
-def untrained_tensors(adapter: Checkpoint) -> list[str]:
+def unpaired_tensors(tensors: Tensors) -> list[str]:
+    """A without B, or B without A."""
+    return [
+        name
+        for name, part in ((name, split_name(name)[1]) for name in tensors)
+        if part in PARTNERS and name.removesuffix(part) + PARTNERS[part] not in tensors
+    ]
+
+
+def untrained_tensors(tensors: Tensors) -> list[str]:
     """Of each pair the one that starts at zero, where it still is zero: BA is no update."""
-    return [tensor.name for tensor in _start_at_zero(adapter) if _is_zero(tensor)]
+    return [name for name, tensor in _start_at_zero(tensors).items() if _is_zero(tensor)]
 
 
-def broken_tensors(adapter: Checkpoint) -> list[str]:
+def broken_tensors(tensors: Tensors) -> list[str]:
     """Tensors with an infinity or NaN."""
-    return [tensor.name for tensor in adapter.tensors.values() if not _finite(tensor)]
+    return [
+        name
+        for name, tensor in tensors.items()
+        if not all(finite(block, tensor.dtype) for block in tensor.blocks())
+    ]
 
 
 PROBLEMS = {
@@ -46,19 +101,14 @@ PROBLEMS = {
 """What can be wrong with tensors → finding those."""
 
 
-def is_untrained(adapter: Checkpoint) -> bool:
+def is_untrained(tensors: Tensors) -> bool:
     """Whether every B of an adapter is zero, as before its first step: it changes nothing."""
-    first = list(_start_at_zero(adapter))
-    return bool(first) and all(_is_zero(tensor) for tensor in first)
+    first = _start_at_zero(tensors)
+    return bool(first) and all(map(_is_zero, first.values()))
 
 
-def check_trained(adapter: Checkpoint) -> None:
-    """Refuse an adapter that changes nothing.
-
-    Raises:
-        LoRAMError: Every B of it is zero.
-    """
-    if is_untrained(adapter):
+def _check_trained(adapter: Adapter) -> None:
+    if is_untrained(adapter.tensors):
         raise LoRAMError(
             f"expected a trained adapter in {adapter.folder}, found every B of it zero, as before "
             "the first step: give a checkpoint of a later step, or train with a learning rate "
@@ -66,26 +116,35 @@ def check_trained(adapter: Checkpoint) -> None:
         )
 
 
-def check_modules(adapter: Checkpoint, settings: Mapping[str, Any], plan: PruningPlan) -> None:
+def _check_pairs(adapter: Adapter) -> None:
+    lone = unpaired_tensors(adapter.tensors)
+    if lone:
+        raise LoRAMError(
+            f"expected A and B of every module in {adapter.folder}, found {lone[0]} without its "
+            f"partner ({len(lone)} such): the adapter was not saved whole, so save it again"
+        )
+
+
+def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
     """Refuse an adapter whose tensors are not those of the modules that its config names.
 
     PEFT leaves out what is too many and begins anew with what is missing, both with a warning at
-    most.
+    most. Where the config names no modules, there is nothing to compare.
 
     Args:
-        adapter: Its tensors.
-        settings: Its config; where that names no modules, there is nothing to compare.
+        adapter: The adapter, with A and B of every module.
         plan: Of whose base, or pruned model, the modules are.
 
     Raises:
-        LoRAMError: A tensor has no partner or none of its rank, is of a module that is not named,
-            or a module has none.
+        LoRAMError: A tensor has none of its rank, is of a module that is not named, or a module
+            has none.
     """
-    check_pairs(adapter)
-    _check_ranks(adapter)
+    _check_ranks(adapter.tensors)
+    settings = adapter.settings
     if not names_modules(settings):
         return
-    having = {module for name in adapter.tensors for module in _adapted_module(name)}
+    split = map(split_name, adapter.tensors)
+    having = {module for module, part in split if part in LORA_AXES}
     stacked = {tensor.module for tensor in parameters(plan.config) if tensor.role == EXPERTS}
     extra = sorted(module for module in having - stacked if not is_named(module, settings))
     if extra:
@@ -143,38 +202,83 @@ def _matches(module: str, named: Any) -> bool:
     return any(isinstance(n, str) and f".{module}".endswith(f".{n}") for n in names)
 
 
-def _adapted_module(name: str) -> Iterator[str]:
-    module, part = split_name(name)
-    if part in LORA_AXES:
-        yield module
+def _check_ranks(tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        partner = tensors.get(name.replace(".lora_A.weight", ".lora_B.weight"), tensor)
+        if partner is tensor or len(tensor.shape) != 2 or len(partner.shape) != 2:
+            continue
+        if partner.shape[1] != tensor.shape[0]:
+            raise LoRAMError(
+                f"expected A and B of one rank, found {name} of shape {list(tensor.shape)} and "
+                f"its B of {list(partner.shape)}: they are of two adapters"
+            )
 
 
-def _check_ranks(adapter: Checkpoint) -> None:
-    for name, tensor in adapter.tensors.items():
-        if split_name(name)[1] == "lora_A.weight" and len(tensor.shape) == 2:
-            other = adapter.tensors[_partner(name)].shape
-            if len(other) == 2 and other[1] != tensor.shape[0]:
-                raise LoRAMError(
-                    f"expected A and B of one rank, found {name} of shape {list(tensor.shape)} and "
-                    f"its B of {list(other)}: they are of two adapters"
-                )
-
-
-def _start_at_zero(adapter: Checkpoint) -> Iterator[StoredTensor]:
-    for tensor in adapter.tensors.values():
-        if split_name(tensor.name)[1] in STARTS_AT_ZERO and 0 not in tensor.shape:
-            yield tensor
-
-
-def _partner(name: str) -> str:
-    part = split_name(name)[1]
-    return name.removesuffix(part) + PARTNERS[part]
-
-
-def _finite(tensor: StoredTensor) -> bool:
-    return all(finite(block, tensor.dtype) for block in tensor.blocks())
+def _start_at_zero(tensors: Tensors) -> dict[str, StoredTensor]:
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if split_name(name)[1] in STARTS_AT_ZERO and 0 not in tensor.shape
+    }
 
 
 def _is_zero(tensor: StoredTensor) -> bool:
     """Bits without the sign decide, so that −0 is a zero."""
     return not any(np.left_shift(block, 1).any() for block in tensor.blocks())
+
+
+def trained_shapes(model: Any, adapter: str = "default") -> dict[str, Shape]:
+    """Name, as PEFT saves it → shape of each tensor that a PEFT model is about to train.
+
+    Args:
+        model: The PEFT model, before the trainer shards it; ZeRO-3 may have done so already.
+        adapter: The name that the adapter has in it.
+    """
+    shapes = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            saved = name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "")
+            shapes[saved] = tuple(getattr(weight, "ds_shape", weight.shape))
+    return shapes
+
+
+def check_complete(folder: Path, trained: Mapping[str, Shape]) -> None:
+    """Refuse a saved adapter that is not all that was trained, or not finite.
+
+    Args:
+        folder: With adapter_model.safetensors.
+        trained: What `trained_shapes` said.
+
+    Raises:
+        LoRAMError: One sentence.
+    """
+    again = f"the run's checkpoints are in {folder}: go on from the last with other settings"
+    try:
+        saved = Checkpoint(folder, ADAPTER_FILE)
+    except LoRAMError as error:
+        raise LoRAMError(f"the adapter was not saved whole: {error}; {again}") from None
+    shapes = {name: tensor.shape for name, tensor in saved.tensors.items()}
+    lost = [name for name, shape in trained.items() if shapes.get(name) != shape]
+    if lost:
+        found = shapes.get(lost[0])
+        raise LoRAMError(
+            f"expected {lost[0]} of shape {list(trained[lost[0]])} in the saved adapter, found "
+            f"{'none' if found is None else f'shape {list(found)}'} ({len(lost)} of {len(trained)} "
+            f"tensors are not whole): it was not gathered when it was saved, and is not recovered; "
+            f"{again}"
+        )
+    broken = broken_tensors(saved.tensors)
+    if broken:
+        raise LoRAMError(
+            f"expected finite weights in the saved adapter, found {broken[0]} infinite or not a "
+            f"number ({len(broken)} of {len(shapes)}): training diverged; {again}"
+        )
+    idle = untrained_tensors(saved.tensors)
+    if is_untrained(saved.tensors):
+        LOG.warning(
+            "every B of the adapter in %s is zero: it changes nothing, as training did no step at "
+            "a learning rate above 0",
+            folder,
+        )
+    elif idle:
+        LOG.warning("%d tensors are still all zero, such as %s: not trained", len(idle), idle[0])

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from axolotl_loram.architecture.config_json import layer_count, sizes_of
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.model import layer_groups
-from axolotl_loram.architecture.pairing import read_record
-from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
+from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import is_folder
 from axolotl_loram.files.untrusted import read_json
@@ -29,7 +29,7 @@ EXPECTED = (
     "an output_dir of `axolotl train`, a pruned model, an evaluation.json, or what `axolotl-loram "
     "plan --json` prints"
 )
-Kind = Literal["loram", "lora", "pruned", "plan", "evaluation"]
+RunKind = Literal["loram", "lora", "pruned", "plan", "evaluation"]
 Units = tuple[int, int] | None
 """Of a layer: kept, of how many in the base; None where it has no such units."""
 
@@ -112,7 +112,7 @@ class Artefact:
 
     label: str
     path: Path
-    kind: Kind
+    kind: RunKind
     record: dict[str, Any] = field(default_factory=dict)
     pruned: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -164,22 +164,20 @@ def _read(path: Path, label: str) -> Artefact:
 
 
 def _read_folder(folder: Path, label: str) -> Artefact:
-    record = read_record(folder)
+    record = Record.load(folder)
     file, state = folder / EVALUATION_FILE, _trainer_state(folder)
     evaluation = _evaluation(read_json(file), file) if file.exists() else None
     settings = folder / ADAPTER_CONFIG
-    artefact = Artefact(label, folder, "lora", record, evaluation=evaluation)
+    artefact = Artefact(label, folder, "lora", evaluation=evaluation)
+    artefact.record = record.as_json() if record else {}
     artefact.settings = read_json(settings) if settings.exists() else {}
     artefact.history = _entries(read_json(state)) if state else []
-    if record.get("kind") == "pruned-model":
-        artefact.kind, artefact.pruned, artefact.widths = (
-            "pruned",
-            record,
-            kept_units(PruningPlan.load(folder)),
-        )
+    if record.kind == Kind.PRUNED_MODEL:
+        artefact.kind, artefact.pruned = "pruned", artefact.record
+        artefact.widths = kept_units(PruningPlan.load(folder))
     elif record:
         artefact.kind = "loram"
-        _add_training(artefact)
+        _add_training(artefact, record)
     elif artefact.settings or state:
         config = folder / "config.json"
         artefact.quantized = "quantization_config" in read_json(config) if config.exists() else None
@@ -201,16 +199,16 @@ def _entries(state: Mapping[str, Any], key: str = "log_history") -> list[dict[st
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
-def _add_training(artefact: Artefact) -> None:
+def _add_training(artefact: Artefact, record: Record) -> None:
     """What a LoRAM run's own record, and the pruned model it names, add."""
-    training = training_of(artefact.record)
+    training = record.run
     artefact.history = _entries(training, "history") or artefact.history
     named = str(training.get("pruned_model") or "")
     folder = Path(named)
     if named and is_folder(named) and (folder / PLAN_FILE).exists():
         plan = PruningPlan.load(folder)
-        if plan.digest == artefact.record.get("plan"):
-            artefact.pruned, artefact.widths = read_record(folder), kept_units(plan)
+        if plan.digest == record.plan:
+            artefact.pruned, artefact.widths = Record.load(folder).as_json(), kept_units(plan)
 
 
 def _trainer_state(folder: Path) -> Path | None:

@@ -15,20 +15,23 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 
 import axolotl_loram.models.per_layer  # noqa: F401  (to load pruned models)
-from axolotl_loram.architecture.config_json import family_of, load_config
-from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model
+from axolotl_loram.architecture.config_json import family_of, load_config, with_defaults
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model, split_name
 from axolotl_loram.architecture.pairing import (
     check_pair,
     check_plan,
     check_recorded_base,
-    read_record,
 )
 from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.record import Kind, Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
-from axolotl_loram.models.load import nf4
+from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.models.four_bit import qlora_config
 from axolotl_loram.models.masked import confine
+from axolotl_loram.recovery.adapter import names_of_today
+from axolotl_loram.recovery.scatter import vocabulary_of
 from axolotl_loram.results.artefacts import ALSO, BASE, MODELS, PRUNED, RECOVERED, TRAINED
 from axolotl_loram.text.axolotl_text import one_line
 
@@ -115,7 +118,7 @@ def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[st
     if pruned is not None:
         _check_pruned(pruned, base, record, output)
     check_recorded_base(record, base.id, base.revision)
-    confined = pruned if record.get("masked") else None
+    confined = pruned if record.masked else None
     exact = confined if section.get("recovery") == "masked" else None
     narrow = str(pruned)
     candidates = {
@@ -126,15 +129,15 @@ def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[st
     }
     chosen = [candidates[name] for name in MODELS if name in names]
     chosen += [_also(name, folder, base) for name, folder in also.items()]
-    plan = record.get("plan") or (PruningPlan.load(pruned).digest if pruned else None)
+    plan = record.plan or (PruningPlan.load(pruned).digest if pruned else None)
     return Trial(base, output, plan, tuple(chosen))
 
 
-def _record_of(output: Path, names: Sequence[str]) -> dict[str, Any]:
+def _record_of(output: Path, names: Sequence[str]) -> Record:
     """What the run's `loram.json` says; empty where no adapter is asked for and none is there."""
-    record = read_record(output)
+    record = Record.load(output)
     wanted = {TRAINED, RECOVERED} & set(names)
-    if wanted and record.get("kind") != "recovered-adapter":
+    if wanted and record.kind != Kind.RECOVERED_ADAPTER:
         raise LoRAMError(
             f"expected a recovered adapter in output_dir, found none in {output}: run `axolotl "
             "train` first, or evaluate --models base,pruned"
@@ -147,15 +150,13 @@ def _record_of(output: Path, names: Sequence[str]) -> dict[str, Any]:
     return record
 
 
-def _pruned_folder(
-    record: Mapping[str, Any], section: Mapping[str, Any], needed: bool
-) -> Path | None:
+def _pruned_folder(record: Record, section: Mapping[str, Any], needed: bool) -> Path | None:
     """The pruned model that the YAML names, or else the one that the run recorded.
 
     Raises:
         LoRAMError: It is needed, and there is none.
     """
-    recorded = (record.get("trained") or {}).get("pruned_model")
+    recorded = (record.trained or {}).get("pruned_model")
     named = section.get("pruned_model_path") or (recorded if isinstance(recorded, str) else None)
     if named and (needed or Path(named).is_dir()):
         return find_folder(named, section.get("pruned_model_revision"))
@@ -167,13 +168,13 @@ def _pruned_folder(
     return None
 
 
-def _check_pruned(pruned: Path, base: Base, record: Mapping[str, Any], output: Path) -> None:
+def _check_pruned(pruned: Path, base: Base, record: Record, output: Path) -> None:
     plan = PruningPlan.load(pruned)
     check_plan(pruned, plan)
-    if record.get("plan") not in (None, plan.digest):
+    if record.plan not in (None, plan.digest):
         raise LoRAMError(
             f"expected the adapter in {output} to be trained on {pruned}, found it trained under "
-            f"another plan ({record['plan'][:19]}…, not {plan.digest[:19]}…): name the pruned "
+            f"another plan ({str(record.plan)[:19]}…, not {plan.digest[:19]}…): name the pruned "
             "model that it was trained on"
         )
     check_pair(pruned, plan, base.id, base.revision)
@@ -182,12 +183,13 @@ def _check_pruned(pruned: Path, base: Base, record: Mapping[str, Any], output: P
 def _also(name: str, folder: Path, base: Base) -> Candidate:
     """An adapter for the base, or a whole model, such as a merged one."""
     if (folder / ADAPTER_CONFIG).is_file():
-        if read_record(folder).get("kind") == "trained-adapter":
+        record = Record.load(folder)
+        if record.kind == Kind.TRAINED_ADAPTER:
             raise LoRAMError(
                 f"expected an adapter for the original model, found {folder} trained on the pruned "
                 f"one: run `axolotl-loram recover {folder}` first"
             )
-        check_recorded_base(read_record(folder), base.id, base.revision)
+        check_recorded_base(record, base.id, base.revision)
         return Candidate(f"{ALSO}{name}", base.id, base.revision, folder)
     if not has_weights(folder):
         raise LoRAMError(
@@ -221,7 +223,7 @@ def load_model(
     options["dtype"] = dtype or ("float32" if device == "cpu" else "auto")
     if load_in_4bit:
         compute = torch.float32 if device == "cpu" else torch.bfloat16
-        options["quantization_config"] = nf4(getattr(torch, dtype) if dtype else compute)
+        options["quantization_config"] = qlora_config(getattr(torch, dtype) if dtype else compute)
     placed = device if device == "auto" else {"": device}
     try:
         loaded = auto.from_pretrained(model, revision=revision, device_map=placed, **options)
@@ -250,13 +252,37 @@ def with_adapter(
     if adapter is None:
         yield model
         return
-    adapted = put_on(model, adapter)
+    with _grown(model, adapter):
+        adapted = put_on(model, adapter)
+        try:
+            if confined_to is not None:
+                confine(adapted, PruningPlan.load(confined_to), confined_to)
+            yield adapted.eval()
+        finally:
+            _take_off(adapted)
+
+
+@contextmanager
+def _grown(model: Any, adapter: Path) -> Iterator[None]:
+    """In the block, the model has the tokens that training added to an adapter's vocabulary."""
+    tensors = Checkpoint(adapter, ADAPTER_FILE).tensors
+    rows = vocabulary_of(tensors, with_defaults(model.config.to_dict()))
+    before = [part.weight.data for part in _embeddings(model)]
+    if not before or rows == len(before[0]):
+        yield
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
     try:
-        if confined_to is not None:
-            confine(adapted, PruningPlan.load(confined_to), confined_to)
-        yield adapted.eval()
+        yield
     finally:
-        _take_off(adapted)
+        model.resize_token_embeddings(len(before[0]), mean_resizing=False)
+        for part, weight in zip(_embeddings(model), before, strict=True):
+            part.weight.data = weight  # the adapter's file has these, too
+
+
+def _embeddings(model: Any) -> list[Any]:
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [part for part in found if part is not None]
 
 
 def put_on(model: Any, adapter: Path) -> PeftModel:
@@ -265,18 +291,24 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
     Raises:
         LoRAMError: It is for another model.
     """
-    named, problem = named_model(adapter), ""
-    stored = Checkpoint(adapter, ADAPTER_FILE).tensors.keys()  # PEFT would take a pickle too
+    named, problem = named_model(read_json(adapter / ADAPTER_CONFIG), adapter), ""
+    stored = Checkpoint(adapter, ADAPTER_FILE).tensors  # PEFT would take a pickle too
+    names = set(names_of_today(stored, with_defaults(model.config.to_dict())).values())
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, KeyError) as error:
         problem = one_line(error)
     else:
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        homeless = stored - expected
+        modules = dict(adapted.get_base_model().named_modules())
+        whole = {name for name in names if ".lora_" not in name}
+        homeless = {name for name in whole if split_name(name)[0] not in modules}
+        homeless |= names - whole - expected
         problem = f"no place for {min(homeless)}" if homeless else ""
-        absent = expected - stored
+        absent = expected - names
         problem = problem or (f"it has no {min(absent)}" if absent else "")
+        if problem:
+            _take_off(adapted)
     if problem:
         raise LoRAMError(
             f"expected an adapter for {model.name_or_path}, found {adapter}, made for {named} "

@@ -1,22 +1,25 @@
 """What is checked of a folder with `loram.json`: files, and all that a model or adapter says.
 
-A check is a generator function of a `Subject`: it yields findings, an outcome with one sentence,
-and where it raises a `LoRAMError`, that is the sentence of a failure.
+A check is a function of a `Subject`. It returns one sentence where all is well (None if there is
+nothing of the kind), and raises `Unknown` where there is no telling, a `LoRAMError` for one failure
+and `Failed` for several.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from axolotl_loram.architecture.config_json import Config, load_config
+import numpy as np
+
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.counts import summary
-from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model, split_name
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, split_name
 from axolotl_loram.architecture.pairing import (
     check_adapter_tokenizer,
     check_base_shapes,
@@ -28,27 +31,34 @@ from axolotl_loram.architecture.pairing import (
     check_trained_under,
     shapes_of,
 )
-from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, Base, PruningPlan, mask_digest
+from axolotl_loram.architecture.plan import PLAN_FILE, Base, PruningPlan, mask_digest
+from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record
 from axolotl_loram.architecture.vocabulary import differ, vocabulary_digest
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, commit_of, find_local_file, find_local_weights
 from axolotl_loram.files.nf4 import logical_shapes
 from axolotl_loram.files.progress import Progress
 from axolotl_loram.files.tensors import ADAPTER_FILE, BLOCK_BYTES, Checkpoint
-from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.scatter import LORA_AXES, match
 from axolotl_loram.recovery.whole import PROBLEMS, check_modules, names_modules
 
-Outcome = Literal["ok", "failed", "not checked"]
-Finding = tuple[Outcome, str]
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_model*")
-STRAYS = {
-    "pruned-model": (*MODEL_PATTERNS, *WEIGHTS, "adapter_*", "*.py"),
-    "recovered-model": (*WEIGHTS, "adapter_*", "*.py"),
-    "trained-adapter": ("adapter_model.*.safetensors",),
-    "recovered-adapter": (*WEIGHTS, "config.json", "*.py"),
+STRAYS: Mapping[Kind, tuple[str, ...]] = {
+    Kind.PRUNED_MODEL: (*MODEL_PATTERNS, *WEIGHTS, "adapter_*", "*.py"),
+    Kind.RECOVERED_MODEL: (*WEIGHTS, "adapter_*", "*.py"),
+    Kind.TRAINED_ADAPTER: ("adapter_model.*.safetensors",),
+    Kind.RECOVERED_ADAPTER: (*WEIGHTS, "config.json", "*.py"),
 }
 """Files that loaders would take notice of: of these, only what is recorded may be there."""
+
+
+class Unknown(Exception):
+    """What a check needs is not on this machine, or not recorded."""
+
+
+class Failed(Exception):
+    """A check failed, for each of the sentences in `args`."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +68,16 @@ class Subject:
     Attributes:
         folder: The folder.
         record: Its `loram.json`.
-        base: Folder or hub id to hold it against, by default the base that it names.
+        kind: What that says it is.
+        origin: The base that it names.
+        base: Folder or hub id to hold it against, by default `origin`.
         progress: Shows the bytes hashed.
     """
 
     folder: Path
-    record: Mapping[str, Any]
+    record: Record
+    kind: Kind
+    origin: Base
     base: str | None
     progress: Progress
 
@@ -78,272 +92,240 @@ class Subject:
         return Checkpoint(self.folder)
 
     @cached_property
-    def adapter(self) -> Checkpoint:
-        """The adapter's tensors."""
-        return Checkpoint(self.folder, ADAPTER_FILE)
+    def adapter(self) -> Adapter:
+        """The adapter."""
+        return Adapter.open(self.folder)
 
     @property
     def base_model(self) -> tuple[str, str | None]:
         """Folder or hub id of the base to compare with, and its revision."""
-        named = self.record["base"]
-        if self.base in (None, named["id"]):
-            return named["id"], named.get("revision")
+        if self.base in (None, self.origin.id):
+            return self.origin.id, self.origin.revision
         return str(self.base), None
 
+    @property
+    def is_recovered(self) -> bool:
+        """Whether it is an adapter for the base."""
+        return self.kind == Kind.RECOVERED_ADAPTER
 
-def files(subject: Subject) -> Iterator[Finding]:
+    @property
+    def pruned_model(self) -> str | None:
+        """Folder or hub id of the model that an adapter was trained on, where that is known."""
+        named = self.record.run.get("pruned_model")
+        if named or self.is_recovered:
+            return named if isinstance(named, str) else None
+        return self.adapter.model if (self.folder / ADAPTER_CONFIG).exists() else None
+
+    def trained_on(self, file: str) -> Path:
+        """The folder of the pruned model that an adapter was trained on, by a file in it."""
+        model = self.pruned_model
+        if model is None:
+            raise Unknown("no pruned model is recorded")
+        found = find_local_file(model, file)
+        if found is None:
+            raise Unknown(f"no {file} of {model} on this machine")
+        return found.parent
+
+    @property
+    def fitting(self) -> tuple[str | None, PruningPlan]:
+        """The model that an adapter is for, the base or the pruned one, and a plan of its shapes.
+
+        Of the base, it keeps all.
+        """
+        if not self.is_recovered:
+            return self.pruned_model, PruningPlan.load(self.trained_on(PLAN_FILE))
+        model, revision = self.base_model
+        file = find_local_file(model, "config.json", revision)
+        if file is None and self.base is None:
+            raise Unknown(f"no config of {model} on this machine: pass --base MODEL")
+        return model, PruningPlan(load_config(*(str(file),) if file else (model, revision)), {})
+
+    def bits(self, name: str) -> np.ndarray:
+        """A weight of the model."""
+        if name not in self.weights.tensors:
+            raise LoRAMError(f"expected the sparse weight {name}, found none")
+        return self.weights[name].read()
+
+
+def refuse(wrong: Iterable[str]) -> None:
+    """Fail a check for every reason there is."""
+    reasons = list(wrong)
+    if reasons:
+        raise Failed(*reasons)
+
+
+def files(subject: Subject) -> str:
     """Every recorded file is there, with the recorded SHA-256."""
-    recorded: Mapping[str, str] = subject.record.get("files") or {}
+    recorded = subject.record.files or {}
     if not recorded:
-        yield "not checked", f"{RECORD_FILE} has no digests of files"
-        return
-    inside = {name: subject.folder / name for name in recorded if name == Path(name).name}
+        raise Unknown(f"{RECORD_FILE} has no digests of files")
+    inside = {name: subject.folder / name for name in recorded if is_inside(name)}
     there = {name: path for name, path in inside.items() if path.is_file()}
     size = sum(path.stat().st_size for path in there.values())
-    done, whole = subject.progress(size, "verifying"), 0
+    done, wrong = subject.progress(size, "verifying"), []
     for name, digest in recorded.items():
         if name not in inside:
-            yield "failed", f"{RECORD_FILE} lists {name!r}, which is outside of the folder"
+            wrong.append(f"{RECORD_FILE} lists {name!r}, which is outside of the folder")
         elif name not in there:
-            yield "failed", f"{name} is missing"
+            wrong.append(f"{name} is missing")
         elif (found := sha256_of(there[name], done)) != digest:
-            yield (
-                "failed",
+            wrong.append(
                 f"{name} has SHA-256 {found[:16]}…, recorded is {digest[:16]}…: it is damaged or "
-                "was changed",
+                "was changed"
             )
-        else:
-            whole += 1
-    if whole == len(recorded):
-        yield "ok", f"{whole} files, {size:,} bytes, have the recorded SHA-256"
+    refuse(wrong)
+    return f"{len(recorded)} files, {size:,} bytes, have the recorded SHA-256"
 
 
-def strays(subject: Subject) -> Iterator[Finding]:
+def strays(subject: Subject) -> str:
     """No file beside the recorded ones that a loader would take notice of."""
-    kind, recorded = subject.record["kind"], {RECORD_FILE, *(subject.record.get("files") or ())}
-    if "adapter" in kind:
+    recorded = {RECORD_FILE, *(subject.record.files or ())}
+    if subject.kind.is_adapter:
         recorded |= {ADAPTER_FILE, ADAPTER_CONFIG}
-    found = [
-        file.name
-        for file in sorted(subject.folder.iterdir())
-        if file.name not in recorded
-        and any(fnmatch.fnmatch(file.name, pattern) for pattern in STRAYS[kind])
-    ]
-    for name in found:
-        yield "failed", f"{name} is not in {RECORD_FILE}, but would be loaded: remove it"
-    if not found:
-        yield "ok", "no weights, settings or code beside the recorded ones"
+    names = sorted({file.name for file in subject.folder.iterdir()} - recorded)
+    patterns = STRAYS[subject.kind]
+    found = [name for name in names if any(fnmatch.fnmatch(name, each) for each in patterns)]
+    refuse(f"{name} is not in {RECORD_FILE}, but would be loaded: remove it" for name in found)
+    return "no weights, settings or code beside the recorded ones"
 
 
-def plan(subject: Subject) -> Iterator[Finding]:
+def plan(subject: Subject) -> str:
     """The plan is the recorded one, for the recorded base."""
     check_plan(subject.folder, subject.plan)
-    recorded, planned = subject.record["base"], vars(subject.plan.base)
-    differing = [name for name, value in planned.items() if recorded.get(name) != value]
-    for name in differing:
-        of_both = f"{planned[name]}, {RECORD_FILE} {recorded.get(name)}"
-        yield "failed", f"as {name} of the base, {PLAN_FILE} names {of_both}"
-    if not differing:
-        yield "ok", f"its digest is {subject.plan.digest[:23]}…, as recorded"
+    recorded, planned = vars(subject.origin), vars(subject.plan.base)
+    refuse(
+        f"as {name} of the base, {PLAN_FILE} names {value}, {RECORD_FILE} {recorded[name]}"
+        for name, value in planned.items()
+        if recorded[name] != value
+    )
+    return f"its digest is {subject.plan.digest[:23]}…, as recorded"
 
 
-def config(subject: Subject) -> Iterator[Finding]:
+def config(subject: Subject) -> str:
     """config.json gives the widths of the plan."""
     where = str(subject.folder / "config.json")
     check_tensors(subject.plan.pruned_config, shapes_of(load_config(str(subject.folder))), where)
-    yield "ok", "config.json gives every layer the width that the plan leaves"
+    return "config.json gives every layer the width that the plan leaves"
 
 
-def weights(subject: Subject) -> Iterator[Finding]:
+def weights(subject: Subject) -> str:
     """The tensors are those of the plan, or of the model's own config where there is no plan."""
     planned = (subject.folder / PLAN_FILE).exists()
     expected = subject.plan.pruned_config if planned else load_config(str(subject.folder))
     check_tensors(expected, logical_shapes(subject.weights.tensors), str(subject.folder))
     check_fingerprint(subject.weights, subject.record)
     source = "plan" if planned else "config"
-    yield "ok", f"{len(subject.weights.tensors)} tensors have the shapes of the {source}"
+    return f"{len(subject.weights.tensors)} tensors have the shapes of the {source}"
 
 
-def counts(subject: Subject) -> Iterator[Finding]:
+def counts(subject: Subject) -> str:
     """Recorded sizes and parameter counts are those of the files."""
     stored = sum(tensor.nbytes for tensor in subject.weights.tensors.values())
     found = {**summary(subject.plan.config, subject.plan.counts), "weight_bytes": stored}
-    recorded = {"weight_bytes": subject.record.get("weight_bytes")}
-    recorded |= subject.record.get("parameters") or {}
-    wrong = [
-        name
+    recorded = {"weight_bytes": subject.record.weight_bytes, **(subject.record.parameters or {})}
+    refuse(
+        f"{name} is {found[name]:,}, recorded is {recorded.get(name)}"
         for name in ("base_parameters", "pruned_parameters", "weight_bytes")
         if recorded.get(name) != found[name]
-    ]
-    for name in wrong:
-        yield "failed", f"{name} is {found[name]:,}, recorded is {recorded.get(name)}"
-    if not wrong:
-        yield "ok", f"{found['pruned_parameters']:,} parameters in {stored:,} bytes, as recorded"
+    )
+    return f"{found['pruned_parameters']:,} parameters in {stored:,} bytes, as recorded"
 
 
-def masks(subject: Subject) -> Iterator[Finding]:
+def masks(subject: Subject) -> str | None:
     """Of a sparse model: the zeros are still where pruning put them."""
     planned = subject.plan.masks
-    names = [name for name in planned if mask_digest(_bits(subject, name)) != planned[name]]
-    for name in names:
-        yield "failed", f"{name} has other zeros than it was pruned to"
-    if planned and not names:
-        yield "ok", f"{len(planned)} weights have the zeros they were pruned to"
-
-
-def base(subject: Subject) -> Iterator[Finding]:
-    """The base is the one that was pruned, where it is on this machine."""
-    (model, revision), recorded = (
-        subject.base_model,
-        Base.from_json(subject.record["base"], RECORD_FILE),
+    refuse(
+        f"{name} has other zeros than it was pruned to"
+        for name in planned
+        if mask_digest(subject.bits(name)) != planned[name]
     )
-    file = find_local_file(model, "config.json", revision)
-    if file is None and subject.base is None:
-        yield "not checked", f"no config of {model} on this machine: pass --base FOLDER"
-        return
+    return f"{len(planned)} weights have the zeros they were pruned to" if planned else None
+
+
+def base(subject: Subject) -> str:
+    """The base is the one that was pruned, where it is on this machine."""
+    (model, revision), recorded = subject.base_model, subject.origin
+    if find_local_file(model, "config.json", revision) is None and subject.base is None:
+        raise Unknown(f"no config of {model} on this machine: pass --base FOLDER")
     if (subject.folder / PLAN_FILE).exists():
         recorded = subject.plan.base
         check_base_shapes(subject.plan, model, revision)
     found = find_local_weights(model, revision)
-    if found is None or recorded.fingerprint is None:
-        why = "no fingerprint was recorded" if found else f"no weights of {model} on this machine"
-        yield "not checked", f"{why}: pass --base FOLDER" if recorded.fingerprint else why
-        return
-    commit = commit_of(found, revision)
-    fingerprint = check_base_weights(recorded, model, found, commit)
-    yield "ok", f"{model} has the recorded fingerprint {fingerprint[:23]}…"
+    if recorded.fingerprint is None:
+        raise Unknown("no fingerprint was recorded")
+    if found is None:
+        raise Unknown(f"no weights of {model} on this machine: pass --base FOLDER")
+    fingerprint = check_base_weights(recorded, model, found, commit_of(found, revision))
+    return f"{model} has the recorded fingerprint {fingerprint[:23]}…"
 
 
-def tokenizer(subject: Subject) -> Iterator[Finding]:
+def tokenizer(subject: Subject) -> str:
     """The tokenizer is the recorded one: of an adapter, its model's; of a model, its base's."""
-    adapter = "adapter" in subject.record["kind"]
-    yield from (_adapter_tokenizer if adapter else _model_tokenizer)(subject)
-
-
-def _model_tokenizer(subject: Subject) -> Iterator[Finding]:
-    """It is the one that was there when the model was pruned, and its base's."""
-    (model, revision), own = subject.base_model, vocabulary_digest(subject.folder)
-    recorded = subject.record.get("vocabulary")
+    own, recorded = vocabulary_digest(subject.folder), subject.record.vocabulary
+    if subject.kind.is_adapter:
+        if own is None:
+            raise Unknown("there is no tokenizer beside the adapter")
+        check_adapter_tokenizer(subject.folder, subject.trained_on(RECORD_FILE))
+        return f"its vocabulary is that of {subject.pruned_model}, as far as that tells"
+    if own is None and not recorded:
+        raise Unknown("there is no tokenizer")
     if own is None:
-        if recorded:
-            raise LoRAMError(f"expected the tokenizer that {RECORD_FILE} records, found none")
-        yield "not checked", "there is no tokenizer"
-        return
+        raise LoRAMError(f"expected the tokenizer that {RECORD_FILE} records, found none")
     if differ(own, recorded):
         raise LoRAMError(f"the vocabulary is another than the one that {RECORD_FILE} records")
-    check_base_tokenizer(subject.folder, model, revision)
-    yield "ok", f"its vocabulary is the recorded one, and that of {model} where it is here"
+    check_base_tokenizer(subject.folder, *subject.base_model)
+    named = subject.base_model[0]
+    return f"its vocabulary is the recorded one, and that of {named} where it is here"
 
 
-def _adapter_tokenizer(subject: Subject) -> Iterator[Finding]:
-    """It is the pruned model's."""
-    model, own = _pruned_model(subject), vocabulary_digest(subject.folder)
-    found = find_local_file(model, RECORD_FILE) if model else None
-    if own is None or found is None:
-        named = f"no pruned model {model or ''} on this machine".replace("  ", " ")
-        yield "not checked", named if own else "there is no tokenizer beside the adapter"
-        return
-    check_adapter_tokenizer(subject.folder, found.parent)
-    yield "ok", f"its vocabulary is that of {model}, as far as that tells"
-
-
-def settings(subject: Subject) -> Iterator[Finding]:
+def settings(subject: Subject) -> str:
     """adapter_config.json names the recorded base."""
-    found = named_model(subject.folder)
-    if found != subject.record["base"]["id"]:
-        named = subject.record["base"]["id"]
-        raise LoRAMError(f"{ADAPTER_CONFIG} is for {found}, {RECORD_FILE} for {named}")
-    yield "ok", f"{ADAPTER_CONFIG} names the recorded base, {found}"
+    found, recorded = subject.adapter.model, subject.origin.id
+    if found != recorded:
+        raise LoRAMError(f"{ADAPTER_CONFIG} is for {found}, {RECORD_FILE} for {recorded}")
+    return f"{ADAPTER_CONFIG} names the recorded base, {found}"
 
 
-def tensors(subject: Subject) -> Iterator[Finding]:
+def tensors(subject: Subject) -> str:
     """The adapter holds whole, finite, trained pairs of A and B."""
-    adapter = subject.adapter
-    found = {problem: names for problem, find in PROBLEMS.items() if (names := find(adapter))}
-    for problem, names in found.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield "failed", f"{names[0]}{more}: {problem}"
-    if not any(split_name(name)[1] in LORA_AXES for name in adapter.tensors):
-        yield "failed", f"there is no LoRA in {ADAPTER_FILE}"
-    elif not found:
-        yield "ok", f"{len(adapter.tensors)} tensors are whole, finite and trained"
+    stored, wrong = subject.adapter.tensors, []
+    for problem, find in PROBLEMS.items():
+        if names := find(stored):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            wrong.append(f"{names[0]}{more}: {problem}")
+    if not any(split_name(name)[1] in LORA_AXES for name in stored):
+        wrong.append(f"there is no LoRA in {ADAPTER_FILE}")
+    refuse(wrong)
+    return f"{len(stored)} tensors are whole, finite and trained"
 
 
-def trained_under(subject: Subject) -> Iterator[Finding]:
+def trained_under(subject: Subject) -> str:
     """The pruned model that the adapter was trained on has the recorded plan."""
-    model = _pruned_model(subject)
-    found = find_local_file(model, PLAN_FILE) if model else None
-    if found is None:
-        named = f"no plan of {model} on this machine" if model else "no pruned model is recorded"
-        yield "not checked", named
-        return
-    check_trained_under(subject.folder, PruningPlan.load(found.parent))
-    yield "ok", f"{model} has the plan that the adapter was trained under"
+    trained = PruningPlan.load(subject.trained_on(PLAN_FILE))
+    check_trained_under(subject.record, trained, subject.folder)
+    return f"{subject.pruned_model} has the plan that the adapter was trained under"
 
 
-def shapes(subject: Subject) -> Iterator[Finding]:
+def shapes(subject: Subject) -> str:
     """The adapter fits the model that it is for: the pruned one, once recovered the base."""
-    recovered, (model, fitting) = _is_recovered(subject), _plan_of_model(subject)
-    if fitting is None:
-        yield "not checked", f"no config of {model} on this machine: pass --base MODEL"
-        return
-    match(subject.adapter, fitting, full_size=recovered)
-    yield "ok", f"{len(subject.adapter.tensors)} tensors have the shapes of {model}"
+    model, fitting = subject.fitting
+    match(subject.adapter, fitting, full_size=subject.is_recovered)
+    return f"{len(subject.adapter.tensors)} tensors have the shapes of {model}"
 
 
-def modules(subject: Subject) -> Iterator[Finding]:
+def modules(subject: Subject) -> str:
     """The tensors are those of the modules that adapter_config.json names."""
-    file = subject.folder / ADAPTER_CONFIG
-    config, (model, fitting) = read_json(file), _plan_of_model(subject)
-    if fitting is None or not names_modules(config):
-        named = f"no config of {model} on this machine: pass --base MODEL"
-        yield "not checked", named if fitting is None else f"{ADAPTER_CONFIG} names no modules"
-        return
-    check_modules(subject.adapter, config, fitting)
-    yield "ok", f"A and B are there of every module that {ADAPTER_CONFIG} names, and of no other"
+    _, fitting = subject.fitting
+    if not names_modules(subject.adapter.settings):
+        raise Unknown(f"{ADAPTER_CONFIG} names no modules")
+    check_modules(subject.adapter, fitting)
+    return f"A and B are there of every module that {ADAPTER_CONFIG} names, and of no other"
 
 
-def _is_recovered(subject: Subject) -> bool:
-    return subject.record["kind"] == "recovered-adapter"
-
-
-def _plan_of_model(subject: Subject) -> tuple[str | None, PruningPlan | None]:
-    """The model that an adapter is for, the base or the pruned one, and a plan with its shapes."""
-    if _is_recovered(subject):
-        return subject.base_model[0], _plan_of_base(subject)
-    model = _pruned_model(subject)
-    return model, _plan_of_pruned(model)
-
-
-def _plan_of_base(subject: Subject) -> PruningPlan | None:
-    """A plan that keeps all of the base, if its config is on this machine, or is asked for."""
-    model, revision = subject.base_model
-    file = find_local_file(model, "config.json", revision)
-    if file is None and subject.base is None:
-        return None
-    config: Config = load_config(str(file)) if file else load_config(model, revision)
-    return PruningPlan(config, {})
-
-
-def _plan_of_pruned(model: str | None) -> PruningPlan | None:
-    file = find_local_file(model, PLAN_FILE) if model else None
-    return PruningPlan.load(file.parent) if file else None
-
-
-def _pruned_model(subject: Subject) -> str | None:
-    """Folder or hub id of the pruned model that an adapter was trained on, where it is recorded."""
-    trained = subject.record.get("trained") or subject.record.get("training") or {}
-    if trained.get("pruned_model") or _is_recovered(subject):
-        named = trained.get("pruned_model")
-        return named if isinstance(named, str) else None
-    has_config = (subject.folder / ADAPTER_CONFIG).exists()
-    return named_model(subject.folder) if has_config else None
-
-
-def _bits(subject: Subject, name: str) -> Any:
-    if name not in subject.weights.tensors:
-        raise LoRAMError(f"expected the sparse weight {name}, found none")
-    return subject.weights[name].read()
+def is_inside(name: str) -> bool:
+    """Whether a recorded name is of a file in the folder, or of one in a folder of it."""
+    path = Path(name)
+    return name == path.as_posix() and 0 < len(path.parts) < 3 and not {"..", "/"} & {*path.parts}
 
 
 def sha256_of(file: Path, done: Callable[[int], Any] = lambda count: None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from axolotl_loram.architecture.config_json import (
     Config,
@@ -20,9 +20,9 @@ from axolotl_loram.architecture.config_json import (
 from axolotl_loram.architecture.counts import keep_counts, protected_layers, summary
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.model import layer_groups, parameter_count
-from axolotl_loram.architecture.pairing import check_pruned, check_tensors, read_record
-from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
-from axolotl_loram.architecture.record import refit_summary
+from axolotl_loram.architecture.pairing import check_pruned, check_tensors
+from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
+from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record, refit_summary
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
@@ -31,16 +31,21 @@ from axolotl_loram.files.tensors import Checkpoint, has_weights
 from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.results import checks
 from axolotl_loram.results.artefacts import EVALUATION_FILE
-from axolotl_loram.results.checks import Finding, Outcome, Subject
+from axolotl_loram.results.checks import Failed, Subject, Unknown
 from axolotl_loram.tables import lines
 
 SMALL_PATTERNS = ("config.json", "loram*", ADAPTER_CONFIG, EVALUATION_FILE)
 ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.py")
 STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions")
 """Entries with parts of their own, which people see on lines of their own."""
+PRUNING = ("method", "ratio", "sparsity", "allocation", "quantize")
+TOLD = ("weight_bytes", "calibration", "alignments", "masked")
+TRAINING = ("pruned_model", "warm_start", "memory")
+"""What is told: of the pruning's settings, of the record itself, of the training."""
 RATIOS = (0.5, 0.75, 0.85)
 """Pruning ratios that people are shown first."""
-CheckFunction = Callable[[Subject], Iterator[Finding]]
+Outcome = Literal["ok", "failed", "not checked"]
+CheckFunction = Callable[[Subject], str | None]
 MODEL = (checks.files, checks.strays, checks.weights)
 PRUNED = (checks.plan, checks.config, checks.counts, checks.masks, checks.base, checks.tokenizer)
 ADAPTER = (
@@ -51,11 +56,11 @@ ADAPTER = (
     checks.modules,
     checks.tokenizer,
 )
-CHECKS: Mapping[str, tuple[CheckFunction, ...]] = {
-    "pruned-model": (*MODEL, *PRUNED),
-    "recovered-model": MODEL,
-    "trained-adapter": ADAPTER,
-    "recovered-adapter": (checks.files, checks.settings, *ADAPTER, checks.base),
+CHECKS: Mapping[Kind, tuple[CheckFunction, ...]] = {
+    Kind.PRUNED_MODEL: (*MODEL, *PRUNED),
+    Kind.RECOVERED_MODEL: MODEL,
+    Kind.TRAINED_ADAPTER: ADAPTER,
+    Kind.RECOVERED_ADAPTER: (checks.files, checks.settings, *ADAPTER, checks.base),
 }
 """Kind of folder → what can be checked of it."""
 
@@ -90,10 +95,12 @@ def verify(folder: Path, base: str | None = None, progress: Progress = no_progre
     Raises:
         LoRAMError: There is no record that could be held against the files.
     """
-    record = read_record(folder)
-    _require_record(record, folder)
-    subject = Subject(folder, record, base, progress)
-    return [found for check in CHECKS[record["kind"]] for found in _outcomes(check, subject)]
+    record = Record.load(folder)
+    kind, origin = record.require(folder)
+    if kind not in CHECKS:
+        raise LoRAMError(f"expected one of {', '.join(CHECKS)} to check, found {kind} in {folder}")
+    subject = Subject(folder, record, kind, origin, base, progress)
+    return [found for check in CHECKS[kind] for found in _outcomes(check, subject)]
 
 
 def failures(made: Iterable[Check]) -> list[Check]:
@@ -118,32 +125,17 @@ def require_whole(made: Iterable[Check], what: object) -> None:
 def _outcomes(check: CheckFunction, subject: Subject) -> Iterator[Check]:
     name = check.__name__.replace("_", " ")
     try:
-        for outcome, detail in check(subject):
-            yield Check(name, outcome, detail)
+        told = check(subject)
+        if told is not None:
+            yield Check(name, "ok", told)
+    except Unknown as why:
+        yield Check(name, "not checked", str(why))
+    except Failed as reasons:
+        yield from (Check(name, "failed", reason) for reason in reasons.args)
     except LoRAMError as error:
         yield Check(name, "failed", str(error))
     except OSError as error:
         yield Check(name, "failed", f"a file cannot be read: {error}")
-
-
-def _require_record(record: Mapping[str, Any], folder: Path) -> None:
-    if not record:
-        raise LoRAMError(f"expected a folder with {RECORD_FILE}, found none in {folder}")
-    base, files = record.get("base"), record.get("files") or {}
-    whole = (
-        record.get("kind") in CHECKS
-        and isinstance(record.get("plan"), str)
-        and isinstance(base, dict)
-        and isinstance(base.get("id"), str)
-        and isinstance(files, dict)
-        and all(isinstance(digest, str) for digest in files.values())
-        and isinstance(record.get("parameters") or {}, dict)
-    )
-    if not whole:
-        raise LoRAMError(
-            f"expected {folder / RECORD_FILE} to name a kind ({', '.join(CHECKS)}), a plan, a base "
-            "and the digests of files, found it without: it is damaged, so download it again"
-        )
 
 
 def inspect(
@@ -171,55 +163,37 @@ def inspect(
             not fit one another.
     """
     folder = find_folder(model, revision, ALL_PATTERNS if verifying else SMALL_PATTERNS)
-    record = read_record(folder)
+    record = Record.load(folder)
     if not record and not verifying:
         return describe_ordinary(folder, model)
     made = verify(folder, base, progress) if verifying else []
+    told = _told(folder, record)
     try:
-        told = describe(folder, record)
-        if not verifying and "model_type" in told and has_weights(folder):
-            check_pruned(folder, PruningPlan.load(folder))
+        if (folder / PLAN_FILE).exists():
+            plan = PruningPlan.load(folder)
+            told |= {**(record.parameters or {}), **summary(plan.config, plan.counts)}
+            told |= refit_summary(record.refit or {})
+            if not verifying and has_weights(folder):
+                check_pruned(folder, plan)
     except LoRAMError:
         if not failures(made):
-            raise
-        told = _told(record)  # what is wrong is among the checks
+            raise  # else what is wrong is among the checks
     counted = {"checks": list(map(asdict, made)), "failed": len(failures(made))}
     return told | (counted if made else {})
 
 
-def describe(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record and the plan beside it say.
-
-    Raises:
-        LoRAMError: The plan is damaged.
-    """
-    told = _told(record)
-    if (folder / PLAN_FILE).exists():
-        found = PruningPlan.load(folder)
-        told |= {**(record.get("parameters") or {}), **summary(found.config, found.counts)}
-        told |= refit_summary(record.get("refit") or {})
-    return told
-
-
-def _told(record: Mapping[str, Any]) -> dict[str, Any]:
-    base, pruning = record["base"], record.get("pruning") or {}
-    trained = record.get("trained") or record.get("training") or {}
+def _told(folder: Path, record: Record) -> dict[str, Any]:
+    """What a record says, as far as people ask for it."""
+    kind, base = record.require(folder)
+    pruning, said = record.pruning or {}, record.as_json()
     told = {
-        "kind": record["kind"],
-        "base": base["id"],
-        "base_revision": base.get("revision"),
-        "base_fingerprint": base.get("fingerprint"),
-        "plan": record["plan"],
-        **{name: pruning.get(name) for name in ("method", "ratio", "sparsity", "allocation")},
-        "quantize": pruning.get("quantize"),
-        "weight_bytes": record.get("weight_bytes"),
-        "calibration": record.get("calibration"),
-        "alignments": record.get("alignments"),
-        "masked": record.get("masked"),
-        "pruned_model": trained.get("pruned_model"),
-        "warm_start": trained.get("warm_start"),
-        "memory": trained.get("memory"),
-        "versions": record.get("versions"),
+        "kind": kind,
+        **{f"base_{name}".removesuffix("_id"): value for name, value in vars(base).items()},
+        "plan": record.plan,
+        **{name: pruning.get(name) for name in PRUNING},
+        **{name: said.get(name) for name in TOLD},
+        **{name: record.run.get(name) for name in TRAINING},
+        "versions": record.versions,
     }
     return {name: value for name, value in told.items() if value is not None}
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl_loram import __version__
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
-from axolotl_loram.architecture.pairing import read_record
-from axolotl_loram.architecture.plan import RECORD_FILE, Base, PruningPlan
+from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, new_folder, write_json
 from axolotl_loram.files.find import (
@@ -37,7 +37,7 @@ from axolotl_loram.files.tensors import ADAPTER_FILE
 from axolotl_loram.recovery.recover import model_card
 from axolotl_loram.results.artefacts import EVALUATION_FILE, kept_units
 from axolotl_loram.results.card import PLOT_FILE, Card, licence_of
-from axolotl_loram.results.checks import sha256_of
+from axolotl_loram.results.checks import is_inside, sha256_of
 from axolotl_loram.results.figures import Strips, save
 from axolotl_loram.results.inspect import require_whole, verify
 from axolotl_loram.results.secrets import refuse_tokens
@@ -50,14 +50,13 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 LIST_FILE = "upload.json"
 ALLOWED = {
-    "pruned-model": MODEL_PATTERNS,
-    "recovered-adapter": (ADAPTER_CONFIG, ADAPTER_FILE, *TOKENIZER_PATTERNS),
+    Kind.PRUNED_MODEL: MODEL_PATTERNS,
+    Kind.RECOVERED_ADAPTER: (ADAPTER_CONFIG, ADAPTER_FILE, *TOKENIZER_PATTERNS),
 }
 """Kind → what may be uploaded of its folder, beside record, card, plot and evaluation."""
 NOT_OURS = (".gitattributes", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.png", "*.svg")
 """Files that may differ or be there without making it another model."""
-WAITS = (1.0, 2.0, 4.0, None)
-"""Seconds before an upload is tried again."""
+WAITS = (1.0, 2.0, 4.0, None)  # seconds before an upload is tried again
 
 
 @dataclass(frozen=True)
@@ -117,19 +116,14 @@ class Publication:
         return told | sent
 
     @cached_property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """What `loram.json` says."""
-        return read_record(self.folder)
-
-    @property
-    def kind(self) -> str:
-        """What the folder is."""
-        return str(self.record.get("kind"))
+        return Record.load(self.folder)
 
     @property
     def digests(self) -> Mapping[str, str]:
         """SHA-256 of the recorded files."""
-        return self.record.get("files") or {}
+        return self.record.files or {}
 
     def _check_input(self) -> None:
         name = self.repository
@@ -140,9 +134,9 @@ class Publication:
                 f"expected a folder with {RECORD_FILE}, found none in {self.folder}: give what "
                 "`axolotl-loram prune` or training wrote"
             )
-        if self.kind not in ALLOWED:
+        if self.record.kind not in ALLOWED:
             raise LoRAMError(
-                f"expected a pruned model or a recovered adapter, found a {self.kind} in "
+                f"expected a pruned model or a recovered adapter, found a {self.record.kind} in "
                 f"{self.folder}: recover an adapter first"
             )
         if self.base is not None and not is_hub_id(self.base):
@@ -154,11 +148,13 @@ class Publication:
         Raises:
             LoRAMError: The record lists a file that no checkpoint needs.
         """
-        names, allowed = set(self.digests), ALLOWED[self.kind]
-        if self.kind == "recovered-adapter":
-            names |= {file.name for pattern in allowed for file in self.folder.glob(pattern)}
+        kind, _ = self.record.require(self.folder)
+        names, allowed = set(self.digests), ALLOWED[kind]
+        if kind == Kind.RECOVERED_ADAPTER:
+            there = (file for pattern in allowed for file in self.folder.glob(pattern))
+            names |= {file.relative_to(self.folder).as_posix() for file in there}
         for name in sorted(names):
-            if name != Path(name).name or not _matches(name, allowed):
+            if not is_inside(name) or not _matches(name, allowed):
                 raise LoRAMError(
                     f"expected only files of a checkpoint in {RECORD_FILE}, found {name!r}: make "
                     "the folder again"
@@ -179,7 +175,7 @@ class Publication:
             made = verify(self.folder, progress=progress)
         require_whole(made, self.folder)
         notices = [f"not checked: {c.name}: {c.detail}" for c in made if c.outcome != "ok"]
-        pruned, files = self.kind == "pruned-model", self._own_files()
+        pruned, files = self.record.kind == Kind.PRUNED_MODEL, self._own_files()
         files |= self._described(scratch, notices, online) if pruned else self._carded(scratch)
         if self.card is not None:
             files[CARD_FILE] = Path(shutil.copyfile(self.card, scratch / CARD_FILE))
@@ -188,8 +184,8 @@ class Publication:
         return files, {
             "repository": self.repository,
             "revision": self.revision,
-            "kind": self.kind,
-            "plan": self.record["plan"],
+            "kind": self.record.kind,
+            "plan": self.record.plan,
             "private": not self.public,
             "checks_passed": sum(check.outcome == "ok" for check in made),
             "files": sizes,
@@ -218,8 +214,9 @@ class Publication:
             except LoRAMError as error:
                 notices.append(f"the card has no plot: {error}")
                 plotted = False
+        record = self.record.as_json()
         card = Card(
-            self.folder, self.record, plan, self.repository, self.revision, base, licence, plotted
+            self.folder, record, plan, self.repository, self.revision, base, licence, plotted
         )
         (scratch / CARD_FILE).write_text(card.text(), encoding="utf-8")
         names = (CARD_FILE, PLOT_FILE) if plotted else (CARD_FILE,)
@@ -231,7 +228,7 @@ class Publication:
         if own.is_file():
             return {CARD_FILE: own}
         card = scratch / CARD_FILE
-        card.write_text(model_card(Base(**self.record["base"])), encoding="utf-8")
+        card.write_text(model_card(self.record.require(self.folder)[1]), encoding="utf-8")
         return {CARD_FILE: card}
 
     def _others(self, files: Mapping[str, Path]) -> list[str]:
@@ -320,7 +317,7 @@ class Publication:
                 done = _api().create_commit(
                     self.repository,
                     operations,
-                    commit_message=f"{self.kind} made with axolotl-loram {__version__}",
+                    commit_message=f"{self.record.kind} made with axolotl-loram {__version__}",
                     revision=self.revision,
                     num_threads=1,
                     parent_commit=parent,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.record import refit_summary
+from axolotl_loram.architecture.record import Kind, refit_summary
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.results.artefacts import Artefact, Evaluation, read, training_of
 from axolotl_loram.results.comparison import Outcome, outcomes, perplexity_parts, task_parts
@@ -282,7 +282,7 @@ KINDS = {
 
 
 def _kind(run: Artefact) -> str:
-    unrecovered = run.record.get("kind") == "trained-adapter"
+    unrecovered = run.record.get("kind") == Kind.TRAINED_ADAPTER
     return "LoRAM, not recovered yet" if unrecovered else KINDS[run.kind]
 
 

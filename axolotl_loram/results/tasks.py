@@ -19,6 +19,7 @@ from typing import Any
 
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import user_path
 from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.results.candidates import Candidate
 from axolotl_loram.results.perplexity import fitting
@@ -131,7 +132,7 @@ def _parse(name: str) -> Task:
     count = int(shots) if shots else None
     if not named.endswith((".yaml", ".yml")):
         return Task(named, count, OWN.get(named))
-    file = Path(named).expanduser()
+    file = user_path(named)
     task = _declaration(file).get("task")
     if not isinstance(task, str):
         raise LoRAMError(

@@ -156,6 +156,21 @@ def heldout_rows(cfg: Any) -> list[tuple[list[int], list[int]]]:
     return [(row["input_ids"], row["labels"]) for row in data]
 
 
+def prepared_rows(cfg: Any) -> Iterator[dict[str, Any]]:
+    """All rows of a run as Axolotl prepares them, those that it holds out at the end.
+
+    Args:
+        cfg: Validated, as from `load_yaml`; left as it is.
+
+    Raises:
+        LoRAMError: Axolotl cannot load the data.
+    """
+    with _loading():
+        data = _load(cfg)
+        yield from data.train_dataset
+        yield from data.eval_dataset or ()
+
+
 def _rows(cfg: Any, seed: int) -> Iterator[dict[str, Any]]:
     """The rows of the training split as Axolotl prepares them."""
     from datasets import IterableDataset

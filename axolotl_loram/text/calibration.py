@@ -17,6 +17,7 @@ from axolotl_loram.architecture.config_json import layer_fields, load_config
 from axolotl_loram.config import FillArgs, Pruning
 from axolotl_loram.config_layerwise import LayerwiseArgs
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import user_path
 from axolotl_loram.text.axolotl_text import (
     SHUFFLE_BUFFER,
     load_yaml,
@@ -72,7 +73,7 @@ def load_calibration(settings: Calibrated, model_folder: Path) -> Calibration:
     source = settings.calibration_path
     if not source:
         raise LoRAMError("expected calibration text, found none: name some with --calibration")
-    path = Path(source).expanduser()
+    path = user_path(source)
     suffix = suffix_of(path, source)
     tokenizer = load_tokenizer(model_folder)
     if suffix in YAML:
@@ -91,6 +92,7 @@ def load_calibration(settings: Calibrated, model_folder: Path) -> Calibration:
         texts = (text_of(row, tokenizer, where) for row, where in rows)
     else:
         texts = (text_of(row, tokenizer, source) for row in hub_rows(source, settings.seed))
+    texts = (unicode_of(text) for text in texts)
     ids = (tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts)
     return from_rows(ids, settings, model_folder, source, tokenizer.eos_token_id)
 
@@ -187,6 +189,11 @@ def pack(
     start = int(drawn.integers(len(joined) - found * length + 1))
     windows = joined[start : start + found * length].reshape(found, length)
     return Calibration(windows[drawn.permutation(found)[:samples]], source, seed)
+
+
+def unicode_of(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which JSON can hold and no tokenizer."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def suffix_of(path: Path, source: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import user_path
 from axolotl_loram.text.axolotl_text import heldout_rows, load_yaml, vocabulary
 from axolotl_loram.text.calibration import (
     CHARACTERS_PER_TOKEN,
@@ -109,7 +110,7 @@ def held_out(
     Raises:
         LoRAMError: It cannot be read, holds no token to predict, or tokens the model lacks.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     suffix = suffix_of(path, source)
     if suffix in YAML:
         limited = _drawn(_of_run(path, tokenizer), limit, seed)

@@ -14,13 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.pairing import check_pruned, read_record
-from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, SCHEMA_VERSION, PruningPlan
+from axolotl_loram.architecture.pairing import check_pruned, fingerprint_of
+from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
+from axolotl_loram.architecture.record import Kind, Record
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import new_file, write_json
 from axolotl_loram.files.find import find_folder, stored_config
-from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.training.aligned import assemble, remove_weights
 from axolotl_loram.training.checkpoints import is_first_rank
 from axolotl_loram.training.resuming import choose_checkpoint
@@ -62,16 +61,13 @@ class Alignment:
 
     def write_record(self, folder: Path, seconds: float) -> None:
         """Write down in a checkpoint of the trainer what it was trained from, and how long."""
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "alignment",
-            "pruned_model": self.model,
-            "fingerprint": self.fingerprint,
-            "plan": self.plan.digest,
-            "seconds": seconds,
-        }
-        with new_file(folder / RECORD_FILE) as file:
-            write_json(file, record)
+        Record(
+            Kind.ALIGNMENT,
+            plan=self.plan.digest,
+            fingerprint=self.fingerprint,
+            pruned_model=self.model,
+            seconds=seconds,
+        ).save(folder, in_use=True)
 
 
 def begin_alignment(cfg: Any) -> Alignment:
@@ -86,7 +82,7 @@ def begin_alignment(cfg: Any) -> Alignment:
     plan = load_plan(model, revision)
     pruned = find_folder(model, revision).resolve()
     check_pruned(pruned, plan)
-    fingerprint = Checkpoint(pruned).fingerprint()
+    fingerprint = fingerprint_of(pruned)
     run = Alignment(model, pruned, plan, Path(cfg.output_dir), section, fingerprint)
     _check_output(run)
     choose_checkpoint(cfg, run.trained, "fingerprint", fingerprint)
@@ -161,8 +157,8 @@ def _check_output(run: Alignment) -> None:
             f"expected output_dir to be another folder than base_model, found {run.output}: the "
             "pruned model would be overwritten while it is needed"
         )
-    kind = read_record(run.output).get("kind")
-    if kind not in (None, "pruned-model"):
+    kind = Record.load(run.output).kind
+    if kind not in (None, Kind.PRUNED_MODEL):
         raise LoRAMError(
             f"expected output_dir to be new or of an alignment, found {run.output} with a {kind}: "
             "choose another output_dir"
@@ -213,7 +209,7 @@ def label_tokens(rows: Iterable[Mapping[str, Any]]) -> int:
 
 def seconds_before(checkpoint: str | None) -> float:
     """Seconds that training took before it was interrupted."""
-    return float(read_record(Path(checkpoint)).get("seconds", 0)) if checkpoint else 0.0
+    return (Record.load(Path(checkpoint)).seconds or 0.0) if checkpoint else 0.0
 
 
 def heldout_losses(log: Iterable[Mapping[str, Any]], steps: int) -> dict[str, float] | None:

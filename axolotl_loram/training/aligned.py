@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,29 @@ from axolotl_loram.architecture.pairing import (
     check_plan,
     check_pruned,
     is_derived,
-    read_record,
     weights_fingerprint,
 )
-from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
+from axolotl_loram.architecture.record import Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import updated_folder, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS
 from axolotl_loram.files.tensors import (
     ELEMENT_BYTES,
+    FLOATS,
     MODEL_FILE,
     Checkpoint,
     StoredTensor,
     finite,
     write_safetensors,
 )
+from axolotl_loram.files.untrusted import copy_files
+from axolotl_loram.models.bits import from_bits, to_bits
 from axolotl_loram.results.checks import sha256_of
 
 LOG = logging.getLogger(__name__)
 CARRIED = ("config.json", "generation_config.json", PLAN_FILE, *TOKENIZER_PATTERNS)
 """What an aligned checkpoint takes over from the pruned one as it is."""
-FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def assemble(
@@ -70,22 +72,20 @@ def assemble(
     check_plan(pruned, plan)
     with updated_folder(output, "config.json", weight_files) as scratch:
         files = _write_weights(trained, pruned, scratch, set(frozen))
-        for pattern in CARRIED:
-            for file in pruned.glob(pattern):
-                shutil.copyfile(file, scratch / file.name)
+        copy_files(pruned, scratch, CARRIED)
         check_pruned(scratch, plan)
         record = aligned_record(pruned, scratch, files, alignment)
-        write_json(scratch / RECORD_FILE, record)
+        record.save(scratch)
     try:
         remove_weights(trained)
     except OSError as error:
         LOG.warning("%s is complete, but weights stay in %s: %s", output, trained, error)
-    return record
+    return record.as_json()
 
 
 def aligned_record(
     pruned: Path, folder: Path, files: Mapping[str, str], alignment: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> Record:
     """The record of an aligned checkpoint: the pruned one's, with one alignment more.
 
     Args:
@@ -94,19 +94,18 @@ def aligned_record(
         files: SHA-256 of its weights' files; those of the others are computed.
         alignment: What to say about this alignment.
     """
-    rest = {file.name: sha256_of(file) for file in folder.iterdir() if file.name not in files}
-    record = read_record(pruned)
-    before = record.get("alignments") or []
-    record.pop("alignment", None)  # what records had before there were any
+    there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+    rest = {name: sha256_of(file) for name, file in there.items() if name not in files}
+    record = Record.load(pruned)
     written = Checkpoint(folder)
     size = sum(tensor.nbytes for tensor in written.tensors.values())
-    return {
-        **record,
-        "alignments": [*before, dict(alignment)],
-        "weight_bytes": size,
-        "fingerprint": weights_fingerprint(written),
-        "files": dict(sorted({**rest, **files}.items())),
-    }
+    return replace(
+        record,
+        alignments=[*(record.alignments or []), dict(alignment)],
+        weight_bytes=size,
+        fingerprint=weights_fingerprint(written),
+        files=dict(sorted({**rest, **files}.items())),
+    )
 
 
 def remove_weights(folder: Path) -> None:
@@ -176,7 +175,7 @@ class Part:
         """
         for block in self.source.blocks():
             if self.converts:
-                block = _converted(block, FLOATS[self.source.dtype], FLOATS[self.dtype])
+                block = to_bits(from_bits(block, self.source.dtype), self.dtype)
             if not finite(block, self.dtype):
                 raise LoRAMError(
                     f"expected finite weights, found NaN or infinity in {self.source.name}: the "
@@ -188,19 +187,9 @@ class Part:
 def _part(tensor: StoredTensor, stored: StoredTensor | None, frozen: bool) -> Part:
     if stored is None or stored.dtype == tensor.dtype:
         return Part(tensor, tensor.dtype)
-    if frozen or not {stored.dtype, tensor.dtype} <= FLOATS.keys():
+    if frozen or not {stored.dtype, tensor.dtype} <= set(FLOATS):
         return Part(stored, stored.dtype)
     return Part(tensor, stored.dtype)
-
-
-def _converted(bits: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Values rounded to another dtype, as bits of it."""
-    import torch
-
-    values = torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(getattr(torch, source))
-    rounded = values.to(getattr(torch, target))
-    signed = getattr(torch, f"int{8 * rounded.itemsize}")
-    return rounded.view(signed).numpy().view(f"u{rounded.itemsize}")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,18 +28,18 @@ from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import sizes_of, with_defaults
 from axolotl_loram.architecture.model import layer_pieces
 from axolotl_loram.architecture.pairing import check_pair
-from axolotl_loram.architecture.plan import RECORD_FILE, PruningPlan
+from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.record import versions
 from axolotl_loram.config_layerwise import LayerwiseArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import write_json
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
-from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.files.untrusted import copy_files, read_json
+from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.device import choose_device
-from axolotl_loram.models.stream import TORCH_DTYPES, LayerStream, to_bits
+from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.gather import write_weights
 from axolotl_loram.pruning.refit import split
@@ -320,9 +319,7 @@ def _write_rest(
     pair: Pair, folder: Path, files: dict[str, str], alignment: dict[str, Any]
 ) -> dict[str, Any]:
     """Copy what is not weights, and add the alignment to the record."""
-    for pattern in CARRIED:
-        for file in pair.pruned.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    copy_files(pair.pruned, folder, CARRIED)
     record = aligned_record(pair.pruned, folder, files, alignment)
-    write_json(folder / RECORD_FILE, record)
-    return record
+    record.save(folder)
+    return record.as_json()

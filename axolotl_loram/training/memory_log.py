@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.layout import Layout
-from axolotl_loram.memory.predict import GIB, Prediction, compare, predict
+from axolotl_loram.memory.optimizers import optimizer_bytes
+from axolotl_loram.memory.predict import GIB, SLACK, Prediction, compare, predict
 from axolotl_loram.memory.settings import TrainingArgs, settings_of
 from axolotl_loram.models.formats import Formats
 
@@ -40,9 +43,51 @@ def predict_run(cfg: Mapping[str, Any], plan: PruningPlan, formats: Formats) -> 
         LOG.warning("the memory of this run is not predicted: %s", error)
         return {}
     LOG.info("memory predicted for %s on a GPU: %s", method, _said(prediction))
-    methods = {name: other.as_dict() for name, other in others.items()}
-    methods[method] = prediction.as_dict()
+    methods = {name: asdict(other) for name, other in others.items()}
+    methods[method] = asdict(prediction)
     return {"method": method, **methods[method], "methods": methods}
+
+
+def correct_prediction(found: dict[str, Any], model: Any, cfg: Mapping[str, Any]) -> None:
+    """Put what a model really trains into what `predict_run` returned, and say so if it differs.
+
+    Args:
+        found: What it returned; empty stays empty.
+        model: With its LoRA, before the first step; ZeRO-3 may have sharded it.
+        cfg: Axolotl's cfg.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    shapes = [(tuple(getattr(w, "ds_shape", w.shape)), w.element_size()) for w in trained]
+    parameters = sum(math.prod(shape) for shape, _ in shapes)
+    lora = sum(math.prod(shape) * size for shape, size in shapes)
+    if not found or (parameters, lora) == (found["lora_parameters"], found["lora_bytes"]):
+        return
+    LOG.warning(
+        "%s parameters are trained, not %s as predicted: the record has the true numbers",
+        f"{parameters:,}",
+        f"{found['lora_parameters']:,}",
+    )
+    name = settings_of(cfg).get("optimizer", TrainingArgs().optimizer)
+    states = sum(optimizer_bytes(name, shape, size) for shape, size in shapes)
+    more = 2 * (lora - found["lora_bytes"]) + states - found["optimizer_bytes"]
+    moments = {
+        moment: size if moment == "loading" else size + more
+        for moment, size in found["moments"].items()
+    }
+    allocated = max(moments.values())
+    slack = round(SLACK * (allocated - found["weights_device_bytes"]))
+    true = {
+        "lora_parameters": parameters,
+        "lora_bytes": lora,
+        "gradient_bytes": lora,
+        "optimizer_bytes": states,
+        "moments": moments,
+        "allocated_bytes": allocated,
+        "slack_bytes": slack,
+        "peak_bytes": allocated + slack + found["context_bytes"],
+    }
+    found |= true
+    found["methods"][found["method"]] |= true
 
 
 def _said(prediction: Prediction) -> str:

@@ -26,9 +26,10 @@ from axolotl_loram.architecture.config_json import layer_fields
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_local_weights
-from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
 from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.recovery.recover import recover
+from axolotl_loram.recovery.whole import broken_tensors
 from axolotl_loram.results.candidates import load_model, with_adapter
 from axolotl_loram.results.evaluate import BATCH_SIZE, GPU_BATCH_SIZE, LONGEST
 from axolotl_loram.results.perplexity import document_losses, fitting
@@ -157,6 +158,8 @@ class RecoveredEvaluation(TrainerCallback):
         with tempfile.TemporaryDirectory(prefix="axolotl-loram-") as scratch:
             trained, recovered = Path(scratch, "trained"), Path(scratch, "recovered")
             model.save_pretrained(trained)
+            if broken_tensors(Checkpoint(trained, ADAPTER_FILE).tensors):
+                return math.nan  # said here, not refused: training goes on
             recover(trained, str(run.pruned), recovered, base=run.base, of_run=True)
             with with_adapter(self.base, recovered, confined) as adapted:
                 losses, self.batch_size = fitting(

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from axolotl_loram.architecture.pairing import check_base, check_base_tokenizer
+from axolotl_loram.architecture.pairing import check_base, check_base_tokenizer, fingerprint_of
 from axolotl_loram.architecture.plan import SCHEMA_VERSION
 from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import progress_bar
-from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.pruning.cache import cache_folder
 from axolotl_loram.training.align import Alignment
@@ -105,7 +104,7 @@ def _outputs(run: Alignment, base: Path, trainer: Any) -> Path:
     sequences = distinct(seen(trainer))
     device = choose_device()
     digest, top_k = data_digest(sequences), section.teacher_top_k
-    identity = [SCHEMA_VERSION, Checkpoint(base).fingerprint(), digest, top_k, device]
+    identity = [SCHEMA_VERSION, fingerprint_of(base), digest, top_k, device]
 
     def make(folder: Path) -> None:
         LOG.info("computing what %s says of %d sequences", base, len(sequences))

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.pairing import read_record
+from axolotl_loram.architecture.record import Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
 from axolotl_loram.training.checkpoints import (
@@ -54,7 +54,7 @@ def choose_checkpoint(cfg: Any, folder: Path, key: str, value: str) -> None:
             f"expected a whole checkpoint to resume from, found {found} {problem}: name another in "
             f"{folder}"
         )
-    if read_record(Path(found)).get(key, value) != value:
+    if getattr(Record.load(Path(found)), key) not in (None, value):
         raise LoRAMError(
             f"expected a checkpoint that was trained from this pruned model, found {found} of "
             "another: choose another output_dir"

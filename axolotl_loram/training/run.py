@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from axolotl_loram.architecture.model import parameters
-from axolotl_loram.architecture.pairing import check_pair, check_recorded_base, read_record
-from axolotl_loram.architecture.plan import RECORD_FILE, SCHEMA_VERSION, Base, PruningPlan
-from axolotl_loram.architecture.record import losses_of, versions
+from axolotl_loram.architecture.pairing import check_pair, check_recorded_base
+from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record, losses_of, versions
 from axolotl_loram.architecture.vocabulary import differ
 from axolotl_loram.config import FillArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import made_once, new_file, write_json
+from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder
-from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
+from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.formats import Formats
 from axolotl_loram.models.small_head import decide_formats
 from axolotl_loram.pruning.cache import OWN_TEXT, own_text, prune_into_cache
-from axolotl_loram.recovery.fill import Job, check_fillable
-from axolotl_loram.recovery.recover import gather_adapter, read_adapter_config
+from axolotl_loram.recovery.adapter import Adapter
+from axolotl_loram.recovery.fitted import Job, check_fillable
+from axolotl_loram.recovery.recover import gather_adapter
 from axolotl_loram.text.axolotl_text import token_rows
 from axolotl_loram.training.checkpoints import is_first_rank
 from axolotl_loram.training.memory_log import predict_run
@@ -54,7 +55,8 @@ class Run:
         memory: What was predicted, and in the end measured.
         history: What the trainer has logged so far, of losses.
         steps: How many are "done" and "planned".
-        trained_shapes: Name → shape of what is trained (see `complete`).
+        anchor: What the loss is anchored at, if at anything.
+        trained_shapes: Name → shape of what is trained (see `recovery.whole`).
     """
 
     base: Base
@@ -71,6 +73,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     trained_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    anchor: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trained(self) -> Path:
@@ -91,17 +94,15 @@ class Run:
             "versions": versions(),
             "steps": self.steps,
             "history": self.history,
+            **({"anchor": self.anchor} if self.anchor else {}),
         }
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "trained-adapter",
-            "base": asdict(self.base),
-            "plan": self.plan.digest,
-            "masked": self.masked,
-            "training": training,
-        }
-        with new_file(folder / RECORD_FILE) as file:
-            write_json(file, record)
+        Record(
+            Kind.TRAINED_ADAPTER,
+            self.base,
+            self.plan.digest,
+            masked=self.masked,
+            training=training,
+        ).save(folder, in_use=True)
 
 
 def begin_training(cfg: Any) -> Run:
@@ -164,15 +165,11 @@ def _filling(section: LoRAMConfig, cfg: Any, pruned: Path, plan: PruningPlan) ->
     if not is_first_rank():
         return None
     length = min(512, int(cfg.sequence_len or 512))
-    text = OWN_TEXT if section.fill == "fitted" else None
-    settings = FillArgs(fill=section.fill, calibration_path=text, calibration_length=length)
-    base, calibration = None, None
-    if section.fill != "normal":
-        base = find_folder(str(cfg.base_model), cfg.revision_of_model)
-        Checkpoint(base)  # its weights are needed when training has ended: better said now
-        if text:
-            rows = functools.partial(token_rows, cfg, settings.seed)
-            calibration = own_text(settings, base, rows, shrink=True)
+    settings = FillArgs(fill=section.fill, calibration_path=OWN_TEXT, calibration_length=length)
+    base = find_folder(str(cfg.base_model), cfg.revision_of_model)
+    Checkpoint(base)  # its weights are needed when training has ended: better said now
+    rows = functools.partial(token_rows, cfg, settings.seed)
+    calibration = own_text(settings, base, rows, shrink=True)
     work = Path(cfg.output_dir, "fitting")
     return Job(settings, plan, base, pruned.resolve(), work, calibration=calibration)
 
@@ -180,18 +177,17 @@ def _filling(section: LoRAMConfig, cfg: Any, pruned: Path, plan: PruningPlan) ->
 def gather_warm_start(run: Run, adapter: str) -> Path:
     """The full-size adapter cut to the pruned model, by whichever rank comes first."""
     folder = find_folder(adapter, patterns=["adapter_*", RECORD_FILE])
-    made_for = (read_record(folder).get("base") or {}).get("fingerprint")
+    start = Adapter.open(folder)
+    made_for = start.record.base.fingerprint if start.record.base else None
     if differ(made_for, run.plan.base.fingerprint):
         raise LoRAMError(
             f"expected a warm start for {run.plan.base.id}, found {adapter}, recovered for another "
             "model of the same size: give an adapter of this base as lora_model_dir"
         )
-    fingerprint = Checkpoint(folder, ADAPTER_FILE).fingerprint()
-    settings = read_adapter_config(folder)
     return made_once(
         run.trained / "warm-start",
-        [fingerprint, settings, run.plan.digest],
-        lambda start: gather_adapter(folder, run.plan, str(run.pruned), start),
+        [start.weights.fingerprint(), start.settings, run.plan.digest],
+        lambda output: gather_adapter(start, run.plan, str(run.pruned), output),
     )
 
 
@@ -205,23 +201,24 @@ def use_recovered_adapter(cfg: Any) -> None:
         LoRAMError: output_dir holds no recovered adapter, or lora_model_dir an unrecovered one.
     """
     output = Path(str(cfg.output_dir or DEFAULT_OUTPUT))
-    started_from = (read_record(output).get("trained") or {}).get("warm_start")
+    recovered = Record.load(output)
+    started_from = (recovered.trained or {}).get("warm_start")
     if cfg.lora_model_dir and cfg.lora_model_dir != started_from:
-        record = read_record(Path(cfg.lora_model_dir))
-        if record.get("kind") == "trained-adapter":
+        record = Record.load(Path(cfg.lora_model_dir))
+        if record.kind == Kind.TRAINED_ADAPTER:
             raise LoRAMError(
                 f"expected an adapter for the original model, found {cfg.lora_model_dir} trained "
                 f"on the pruned one: run `axolotl-loram recover {cfg.lora_model_dir}` first"
             )
         check_recorded_base(record, str(cfg.base_model), cfg.revision_of_model)
         return
-    if read_record(output).get("kind") != "recovered-adapter":
+    if recovered.kind != Kind.RECOVERED_ADAPTER:
         raise LoRAMError(
             f"expected a recovered adapter in output_dir, found none in {output}: run `axolotl "
             f"train` first, or `axolotl-loram recover {output / PRUNED_FOLDER}/checkpoint-N` and "
             "pass --lora-model-dir"
         )
-    check_recorded_base(read_record(output), str(cfg.base_model), cfg.revision_of_model)
+    check_recorded_base(recovered, str(cfg.base_model), cfg.revision_of_model)
     LOG.info("using the recovered adapter in %s", output)
     cfg.lora_model_dir = str(output)
 
@@ -241,7 +238,7 @@ def _check_modules_to_save(cfg: Any, plan: PruningPlan) -> None:
 
 def _check_same_plan(run: Run) -> None:
     """Refuse an output_dir whose checkpoints were trained on another pruned model."""
-    recorded = read_record(run.trained).get("plan")
+    recorded = Record.load(run.trained).plan
     if recorded not in (None, run.plan.digest):
         raise LoRAMError(
             f"expected output_dir to be new or of a run on this pruned model, found {run.trained} "

@@ -10,7 +10,7 @@ from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.recovery.recover import unrecoverable
+from axolotl_loram.recovery.adapter import unrecoverable
 
 LOG = logging.getLogger(__name__)
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
@@ -55,6 +55,8 @@ def check_supported(cfg: Any) -> None:
             "expected tensor_parallel_size 1 with loram:, found "
             f"{cfg.tensor_parallel_size}: it splits every layer by the base's head counts"
         )
+    if cfg.loram.get("anchor") not in (None, "none"):
+        _check_anchored(cfg)
     loftq = cfg.peft and cfg.peft.loftq_config
     adapter = {
         "use_dora": cfg.peft_use_dora,
@@ -63,6 +65,28 @@ def check_supported(cfg: Any) -> None:
     refusal = unrecoverable(adapter)
     if refusal:
         raise LoRAMError(f"this adapter cannot be recovered: {refusal}")
+
+
+def _check_anchored(cfg: Any) -> None:
+    """Refuse what has no next-token loss over rows that are known before training."""
+    pairs = "with the pruned model as its reference the offset cancels, or there is no such loss"
+    streamed = "what the base says is computed before training; name `datasets` that are not"
+    refused = {
+        "rl": pairs,
+        "reward_model": pairs,
+        "process_reward_model": pairs,
+        "streaming": streamed,
+        "pretraining_dataset": streamed,
+        "kd_trainer": "it has a loss of its own",
+        "neftune_noise_alpha": "the pruned model would say another thing at each look",
+        "batch_flattening": "rows would not be found again; use sample_packing",
+    }
+    _refuse(cfg, refused, "`anchor` in loram:")
+    if (cfg.context_parallel_size or 1) > 1:
+        raise LoRAMError(
+            "expected context_parallel_size 1 with `anchor` in loram:, found "
+            f"{cfg.context_parallel_size}: what the base says is kept by whole sequences"
+        )
 
 
 def aligns(cfg: Any) -> bool:

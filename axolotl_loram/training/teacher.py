@@ -1,17 +1,20 @@
 """The original model's outputs on token sequences, computed once and kept on disk.
 
 Of each place the k most likely next tokens, their log-probabilities and the probability of all the
-others are kept: k = 32 are about 200 bytes a token. The original passes through memory one decoder
-layer at a time, some sequences at a time, so that neither it nor its hidden states need fit.
+others are kept: k = 32 are about 200 bytes a token. Where a sequence says which of its tokens are
+trained, only the places before those are kept, the trained token as the first of the k, in float32.
+The original passes through memory one decoder layer at a time, some sequences at a time, so that
+neither it nor its hidden states need fit.
 
-Sequences are found again by a digest of their tokens: whatever the order, the batches, the ranks or
-the padding, and also when a run is resumed.
+Sequences are found again by a digest of their tokens, and of which are trained: whatever the order,
+the batches, the ranks or the padding, and also when a run is resumed.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ from axolotl_loram.files.tensors import (
     write_safetensors,
 )
 from axolotl_loram.files.untrusted import read_json
-from axolotl_loram.models.stream import LayerStream, to_bits
+from axolotl_loram.models.bits import to_bits
+from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.training.distil import Targets
 
@@ -46,9 +50,42 @@ LONGEST_IN_PART = 2
 """A part's sequences are padded to its longest, at most so many times as long as its shortest."""
 
 
-def digest_of(tokens: np.ndarray) -> bytes:
-    """What a sequence of token ids is found again by."""
-    return hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=DIGEST_BYTES).digest()
+@dataclass(frozen=True)
+class Row:
+    """A sequence.
+
+    Attributes:
+        tokens: Its token ids, without padding, (tokens,).
+        trained: Which of them are trained, (tokens,); None where every place is kept. The first
+            never is: nothing comes before it.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def places(self) -> np.ndarray:
+        """Positions whose outputs are kept: those before the trained tokens, or all."""
+        if self.trained is None:
+            return np.arange(len(self))
+        return np.flatnonzero(self.trained[1:])
+
+    @property
+    def digest(self) -> bytes:
+        """What it is found again by."""
+        marks = b"" if self.trained is None else np.packbits(self.trained).tobytes()
+        data = self.tokens.astype("<i4").tobytes() + marks
+        return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+    def outputs(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, ...]:
+        """`most_likely` of the logits of its places, (places, vocabulary)."""
+        if self.trained is None:
+            return most_likely(logits, top_k)
+        labels = torch.from_numpy(self.tokens[self.places + 1].astype(np.int64))
+        return most_likely(logits, top_k, labels.to(logits.device))
 
 
 class Teacher:
@@ -97,22 +134,33 @@ class Teacher:
             torch.ones(ids.shape),
         )
         for row, (sequence, kept) in enumerate(zip(ids, real, strict=True)):
-            own, where = self._of_sequence(sequence[kept]), torch.from_numpy(kept)
+            own, where = self.of(Row(sequence[kept])), torch.from_numpy(kept)
             found.ids[row, where] = own.ids
             found.logprobs[row, where] = own.logprobs
             found.rest[row, where] = own.rest
         return found
 
-    def _of_sequence(self, tokens: np.ndarray) -> Targets:
-        place = self.places.get(digest_of(tokens))
+    def of(self, row: Row) -> Targets:
+        """What the teacher says at a sequence's places.
+
+        Raises:
+            LoRAMError: The outputs were not computed for it.
+        """
+        place = self.places.get(row.digest)
         if place is None:
             raise LoRAMError(
-                f"expected sequences that the teacher's outputs were computed for, found one of "
-                f"{len(tokens)} tokens, {tokens[:4].tolist()} …, that is none of them: the data "
-                "changed, or sequences are packed or cut after that"
+                f"expected sequences that the {self.record['kind']}'s outputs were computed for, "
+                f"found one of {len(row)} tokens, {row.tokens[:4].tolist()} …, that is none of "
+                "them: the data changed (or the chat template, or which tokens are trained), or "
+                "sequences are packed or cut after that"
             )
-        file, start, stop = place
+        return self._read(*place)
 
+    @property
+    def _dtype(self) -> type[np.floating]:
+        return np.float32 if self.record.get("trained_only") else np.float16
+
+    def _read(self, file: int, start: int, stop: int) -> Targets:
         def read(name: str) -> np.ndarray:
             tensor = self._files[file][name]
             row = int(np.prod(tensor.shape[1:], dtype=int))
@@ -122,14 +170,14 @@ class Teacher:
 
         return Targets(
             torch.from_numpy(read("ids").view(np.int32)).long(),
-            torch.from_numpy(read("logprobs").view(np.float16)).float(),
+            torch.from_numpy(read("logprobs").view(self._dtype)).float(),
             torch.from_numpy(read("rest").view(np.float32)),
         )
 
 
 def make_teacher(
     model: Path,
-    rows: Iterable[Sequence[int] | np.ndarray],
+    rows: Iterable[Row | Sequence[int] | np.ndarray],
     output: Path,
     top_k: int = 32,
     device: str = "cpu",
@@ -142,7 +190,8 @@ def make_teacher(
 
     Args:
         model: Folder of the teacher.
-        rows: Token ids of each sequence, without padding; equal ones are computed once.
+        rows: The sequences, or their token ids; equal ones are computed once. Either all say
+            which of their tokens are trained, or none.
         output: Folder to write.
         top_k: How many of the most likely tokens to keep.
         device: Where to compute: in float32 on a CPU, in bfloat16 on a GPU.
@@ -156,18 +205,21 @@ def make_teacher(
     """
     config, checkpoint = load_config(str(model)), Checkpoint(model)
     sequences = distinct(rows)
+    trained_only = any(row.trained is not None for row in sequences)
     parts = list(_parts(sequences))
     stream = LayerStream(checkpoint, config, device)
     vocabulary = stream.model.get_output_embeddings().weight.shape[0]
     _check_tokens(sequences, vocabulary)
     record = {
-        "kind": "teacher",
+        "kind": "anchor" if trained_only else "teacher",
         "version": __version__,
         "fingerprint": checkpoint.fingerprint(),
         "top_k": min(top_k, vocabulary),
+        "trained_only": trained_only,
         "computed_in": str(stream.dtype),
         "sequences": len(sequences),
         "tokens": sum(map(len, sequences)),
+        "places": sum(len(row.places) for row in sequences),
         "sha256": data_digest(sequences),
         "files": [f"teacher-{number:05}.safetensors" for number in range(len(parts))],
     }
@@ -181,22 +233,22 @@ def make_teacher(
     return record
 
 
-def data_digest(sequences: Sequence[np.ndarray]) -> str:
+def data_digest(sequences: Iterable[Row]) -> str:
     """SHA-256 of what `distinct` gives."""
-    return hashlib.sha256(b"".join(map(digest_of, sequences))).hexdigest()
+    return hashlib.sha256(b"".join(row.digest for row in sequences)).hexdigest()
 
 
-def distinct(rows: Iterable[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
-    """Each sequence once, the shortest first."""
-    arrays = (np.asarray(row, dtype=np.int32) for row in rows)
-    found = {digest_of(array): array for array in arrays if len(array)}
+def distinct(rows: Iterable[Row | Sequence[int] | np.ndarray]) -> list[Row]:
+    """Each sequence that has places to keep once, the shortest first."""
+    every = (row if isinstance(row, Row) else Row(np.asarray(row, dtype=np.int32)) for row in rows)
+    found = {row.digest: row for row in every if len(row.places)}
     return [found[key] for key in sorted(found, key=lambda key: (len(found[key]), key))]
 
 
-def _check_tokens(sequences: Sequence[np.ndarray], vocabulary: int) -> None:
+def _check_tokens(sequences: Sequence[Row], vocabulary: int) -> None:
     if not sequences:
         raise LoRAMError("expected token sequences for the teacher, found none: give some data")
-    largest = max(int(sequence.max()) for sequence in sequences)
+    largest = max(int(row.tokens.max()) for row in sequences)
     if largest >= vocabulary:
         raise LoRAMError(
             f"expected token ids below the teacher's vocabulary of {vocabulary}, found {largest}: "
@@ -204,8 +256,8 @@ def _check_tokens(sequences: Sequence[np.ndarray], vocabulary: int) -> None:
         )
 
 
-def _parts(sequences: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    part: list[np.ndarray] = []
+def _parts(sequences: Sequence[Row]) -> Iterator[list[Row]]:
+    part: list[Row] = []
     for sequence in sequences:
         padded = (len(part) + 1) * len(sequence)
         if part and (
@@ -219,33 +271,35 @@ def _parts(sequences: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def _needed_bytes(
-    record: Mapping[str, Any], parts: Sequence[list[np.ndarray]], stream: LayerStream
+    record: Mapping[str, Any], parts: Sequence[list[Row]], stream: LayerStream
 ) -> int:
     padded = max(len(part) * len(part[-1]) for part in parts)
     states = 2 * padded * stream.hidden_size * stream.dtype.itemsize
-    return states + record["tokens"] * (6 * record["top_k"] + 4)
+    size = 8 if record["trained_only"] else 6
+    return states + record["places"] * (size * record["top_k"] + 4)
 
 
 def _write_part(
     stream: LayerStream,
     work: Work,
-    part: list[np.ndarray],
+    part: list[Row],
     file: Path,
     top_k: int,
     progress: Progress,
 ) -> None:
     """Keep the outputs on a part's sequences in a file that is whole once it has its name."""
     padded = np.zeros((len(part), len(part[-1])), np.int64)  # what comes later is not looked at
-    for tokens, sequence in zip(padded, part, strict=True):
-        tokens[: len(sequence)] = sequence
+    for tokens, row in zip(padded, part, strict=True):
+        tokens[: len(row)] = row.tokens
     walk = Walk(stream, work, padded, file.stem, layer_count(stream.config), progress)
-    ids, logprobs, rest = _outputs_of(walk, list(map(len, part)), top_k)
+    ids, logprobs, rest = _outputs_of(walk, part, top_k)
+    dtype = "F16" if part[0].trained is None else "F32"
     arrays: dict[str, tuple[str, np.ndarray]] = {
         "ids": ("I32", ids.numpy()),
-        "logprobs": ("F16", to_bits(logprobs, "F16")),
+        "logprobs": (dtype, to_bits(logprobs, dtype)),
         "rest": ("F32", to_bits(rest, "F32")),
-        "digests": ("U8", np.stack([np.frombuffer(digest_of(row), np.uint8) for row in part])),
-        "starts": ("I64", np.cumsum([0, *map(len, part)], dtype=np.int64)),
+        "digests": ("U8", np.stack([np.frombuffer(row.digest, np.uint8) for row in part])),
+        "starts": ("I64", np.cumsum([0, *(len(row.places) for row in part)], dtype=np.int64)),
     }
     partial = file.with_suffix(".partial")
     described = [(name, dtype, bits.shape) for name, (dtype, bits) in arrays.items()]
@@ -256,33 +310,37 @@ def _write_part(
 
 
 @torch.no_grad()
-def _outputs_of(walk: Walk, lengths: Sequence[int], top_k: int) -> list[torch.Tensor]:
-    """Take sequences through the layers; `most_likely` of all their tokens, end to end."""
+def _outputs_of(walk: Walk, rows: Sequence[Row], top_k: int) -> list[torch.Tensor]:
+    """Take sequences through the layers; `most_likely` of all their places, end to end."""
     for index, layer in walk:
         with walk.advanced(index, layer):
             pass
     found: list[tuple[torch.Tensor, ...]] = []
     for batch in walk.batches():
-        logits = walk.stream.logits(walk.inputs(walk.stop).read(batch).to(walk.stream.device))
-        for row, own in zip(batch, logits, strict=True):
-            found.append(most_likely(own[: lengths[row]], top_k))
+        states = walk.inputs(walk.stop).read(batch).to(walk.stream.device)
+        for number, own in zip(batch, states, strict=True):
+            row = rows[number]
+            found.append(row.outputs(walk.stream.logits(own[None, row.places])[0], top_k))
     walk.stream.drop_head()
     return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
 def most_likely(
-    logits: torch.Tensor, top_k: int
+    logits: torch.Tensor, top_k: int, labels: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each place: the most likely tokens, their log-probabilities, the others' probability.
 
     Args:
         logits: (tokens, vocabulary).
         top_k: How many.
+        labels: Tokens that come first among them, however likely, (tokens,).
 
     Returns:
         int32 (tokens, k), float32 (tokens, k) and float32 (tokens,), on the CPU.
     """
     logprobs = logits.float().log_softmax(-1)
-    values, ids = logprobs.topk(top_k, dim=-1)
+    first = logprobs if labels is None else logprobs.scatter(-1, labels[:, None], torch.inf)
+    ids = first.topk(top_k, dim=-1).indices
+    values = logprobs.gather(-1, ids)
     rest = logprobs.scatter(-1, ids, -torch.inf).exp().sum(-1)
     return ids.int().cpu(), values.cpu(), rest.cpu()

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from axolotl_loram.architecture.pairing import read_record
 from axolotl_loram.architecture.plan import SCHEMA_VERSION, PruningPlan
+from axolotl_loram.architecture.record import Record
 from axolotl_loram.cli import main
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.recovery.recover import recover
@@ -68,6 +68,6 @@ def test_newer_versions_are_refused_by_number(golden, name):
     record = json.loads(file.read_text())
     file.write_text(json.dumps({**record, "schema_version": SCHEMA_VERSION + 1}))
     with pytest.raises(LoRAMError, match=f"found {SCHEMA_VERSION + 1}: upgrade"):
-        read_record(Path(name))
+        Record.load(Path(name))
     result = CliRunner().invoke(main, ["inspect", name, "--verify"])
     assert result.exit_code == 1

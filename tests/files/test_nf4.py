@@ -20,10 +20,11 @@ from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.cli import main
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files import nf4 as prequantized
-from axolotl_loram.files.nf4 import STATE, logical_shapes, packed_sizes
+from axolotl_loram.files.nf4 import logical_shapes, nf4_sizes
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.models import packing
 from axolotl_loram.models.packing import Packing, plan_packing
+from axolotl_loram.pruning.gather import needed_bytes
 from axolotl_loram.pruning.prune import prune
 
 TOKENS = torch.arange(3, 60)[None]
@@ -56,7 +57,7 @@ def logits_of(model):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "tied"])
 def test_it_is_the_model_that_load_in_4bit_makes(family, make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(prequantized, "PIECE", 512)  # so that weights come in several
+    monkeypatch.setattr(packing, "PIECE", 512)  # so that weights come in several
     sizes = {"tie_word_embeddings": True, "attention_bias": True} if family == "tied" else {}
     base = str(make_model(family.replace("tied", "llama"), **sizes))
     prune(base, tmp_path / "plain", PruningArgs(ratio=0.5))
@@ -95,11 +96,11 @@ def test_files_are_packed_one_at_a_time_and_kept_after_an_interruption(
     whole = prune(base, tmp_path / "whole", settings_of(128))
     calls, write = [], Packing._state
 
-    def interrupted(self, tensor, scales):
-        calls.append(tensor)
+    def interrupted(self, *weight):
+        calls.append(weight)
         if len(calls) == 12:
             raise KeyboardInterrupt
-        return write(self, tensor, scales)
+        return write(self, *weight)
 
     monkeypatch.setattr(Packing, "_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -115,15 +116,8 @@ def test_files_are_packed_one_at_a_time_and_kept_after_an_interruption(
     index = json.loads((tmp_path / "packed/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == record["weight_bytes"]
     packing = plan_packing(config, Checkpoint(Path(base)).tensors, 128, "cpu")
-    plain = packing.needed_bytes(config, Checkpoint(Path(base))) - record["weight_bytes"]
-    assert plain == max(
-        sum(
-            2 * math.prod(shape)
-            for name, shape in logical_shapes(Checkpoint(tmp_path / "packed").tensors).items()
-            if name in names
-        )
-        for names in Checkpoint(Path(base)).shards.values()
-    )
+    plan = PruningPlan.load(tmp_path / "packed")
+    assert needed_bytes(Checkpoint(Path(base)), plan, packing) == record["weight_bytes"]
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "packed"), "--json"])
     assert json.loads(shown.output)["quantize"] == "nf4"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
@@ -204,5 +198,5 @@ def test_the_papers_figures_in_bytes_on_the_device(size, vocabulary, neurons, gi
             if len(tensor.shape) == 1:
                 total += 2 * tensor.shape[0]
             elif tensor.module != "model.embed_tokens":
-                total += sum(n for part, n in packed_sizes(tensor.shape, block) if part != STATE)
+                total += sum(nf4_sizes(math.prod(tensor.shape), block).values())
         assert (total / 2**30 <= gib) == fits

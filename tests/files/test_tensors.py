@@ -21,14 +21,16 @@ from axolotl_loram.architecture.plan import PruningPlan, entries_of, gather
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files import tensors as checkpoint_module
+from axolotl_loram.files.atomic import updated_folder
 from axolotl_loram.files.tensors import (
     ELEMENT_BYTES,
+    INFINITY,
     Checkpoint,
     ahead,
     open_safetensors,
     write_safetensors,
 )
-from axolotl_loram.models.stream import to_torch
+from axolotl_loram.models.bits import to_torch
 from axolotl_loram.pruning.gather import FINISHED, Part, needed_bytes, write_weights
 from axolotl_loram.pruning.importance import magnitude_scores, random_scores, select
 from axolotl_loram.pruning.prune import prune
@@ -68,7 +70,8 @@ def test_gathering_in_blocks_is_gathering(case, block_bytes):
     dtype, shape, features = case
     width = ELEMENT_BYTES[dtype]
     bits = np.random.default_rng(0).bytes(int(np.prod(shape)) * width)
-    whole = np.frombuffer(bits, f"u{width}").reshape(shape)
+    lowest = INFINITY.get(dtype, 0) & -INFINITY.get(dtype, 0)  # without it, all are finite
+    whole = np.frombuffer(bits, f"u{width}").reshape(shape) & ~np.array(lowest, f"u{width}")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_module, "BLOCK_BYTES", block_bytes)
         stored = stored_as(Path(folder) / "t.safetensors", "t", dtype, whole)
@@ -92,6 +95,19 @@ def test_only_kept_rows_are_read(tmp_path, monkeypatch):
     ]
     with pytest.raises(LoRAMError, match=r"expected t in .* found that the file ends"):
         list(ahead(stored.blocks()))
+
+
+def test_a_folder_in_an_updated_folder_joins_the_one_that_is_there(tmp_path):
+    """As chat templates do beside those that a trainer saved; a second time too."""
+    (tmp_path / "out/templates").mkdir(parents=True)
+    (tmp_path / "out/templates/other").write_text("kept")
+    for text in ("one", "two"):
+        with updated_folder(tmp_path / "out", "last") as scratch:
+            (scratch / "templates").mkdir()
+            (scratch / "templates/tool").write_text(text)
+            (scratch / "last").write_text("")
+    held = {file.name: file.read_text() for file in (tmp_path / "out/templates").iterdir()}
+    assert held == {"other": "kept", "tool": "two"}
 
 
 def test_arrays_and_blocks_write_the_same_file(tmp_path):

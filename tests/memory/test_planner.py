@@ -8,20 +8,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from axolotl.utils.dict import DictDefault
 from conftest import write_yaml
 from families import pico_config
+from peft import LoraConfig, get_peft_model
 from test_cli import loram
 from test_model import LLAMA_31_70B
+from transformers import AutoModelForCausalLM
 
+from axolotl_loram.architecture.config_json import with_defaults
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.planner import plan, report
 from axolotl_loram.memory.request import parse_size, request
 from axolotl_loram.memory.settings import TrainingArgs, settings_of
 from axolotl_loram.models.formats import Formats
-from axolotl_loram.training.memory_log import measure_run, predict_run, start_measuring
+from axolotl_loram.training.memory_log import (
+    correct_prediction,
+    measure_run,
+    predict_run,
+    start_measuring,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTES = "weights_device_bytes", "weights_host_bytes", "gradient_bytes", "optimizer_bytes"
@@ -130,22 +139,6 @@ def test_settings_of_a_yaml(changes, name, value):
     assert getattr(TrainingArgs(**settings_of({**YAML, **changes})), name) == value
 
 
-@pytest.mark.parametrize(
-    ("names", "module", "expected"),
-    [
-        ("linear", "model.layers.3.mlp.up_proj", True),
-        ("linear", "lm_head", False),
-        ("linear,lm_head", "lm_head", True),
-        ("q_proj, v_proj", "model.layers.3.self_attn.v_proj", True),
-        ("proj", "model.layers.3.self_attn.v_proj", False),
-        (r"model\.layers\.[\d]+\.self_attn\.(q|k)_proj", "model.layers.3.self_attn.k_proj", True),
-        (r"model\.layers\.[\d]+\.self_attn\.(q|k)_proj", "model.layers.3.self_attn.v_proj", False),
-    ],
-)
-def test_targets_are_peft_s(names, module, expected):
-    assert TrainingArgs(lora_target_modules=names).targets(module) == expected
-
-
 SHIPPED = sorted((ROOT / "examples/llama-3.1-70b").glob("*.yml"))
 FIGURES = re.compile(r"^# +(\d+) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", re.MULTILINE)
 
@@ -242,9 +235,30 @@ def test_a_run_is_predicted(caplog):
     )
     assert found["method"] == "qloram" and found["peak_bytes"] > found["allocated_bytes"]
     assert "memory predicted for qloram on a GPU" in caplog.text
-    unknown = DictDefault({**YAML, "optimizer": "muon"})
+    unknown = DictDefault({**YAML, "optimizer": "sophia"})
     assert predict_run(unknown, PruningPlan(LLAMA_31_70B, {}, Base("base")), Formats()) == {}
     assert "is not predicted: expected an optimizer" in caplog.text
+
+
+def test_a_prediction_is_corrected_by_what_is_really_trained(caplog):
+    """As PEFT trains it; the rest of the record follows as if it had been predicted so."""
+    config, formats = with_defaults(pico_config("llama").to_dict()), Formats()
+    plan_of, cfg = PruningPlan(config, {}, Base("base")), {**YAML, "load_in_4bit": False}
+    wrong, right = (
+        predict_run(DictDefault({**cfg, "lora_r": rank}), plan_of, formats) for rank in (2, 16)
+    )
+    model = AutoModelForCausalLM.from_config(pico_config("llama"), dtype=torch.bfloat16)
+    lora = LoraConfig(r=16, target_modules=["q_proj", "lm_head"])
+    correct_prediction(wrong, get_peft_model(model, lora), DictDefault(cfg))
+    same = ("lora_parameters", "lora_bytes", "gradient_bytes", "optimizer_bytes")
+    assert {name: wrong[name] for name in same} == {name: right[name] for name in same}
+    assert wrong["methods"]["loram"]["lora_bytes"] == right["lora_bytes"]
+    assert wrong["allocated_bytes"] == max(wrong["moments"].values())
+    assert wrong["peak_bytes"] == pytest.approx(right["peak_bytes"], rel=0.01)
+    assert "are trained, not" in caplog.text
+    caplog.clear()
+    correct_prediction(right, model, DictDefault(cfg))
+    assert "are trained, not" not in caplog.text
 
 
 def test_a_run_is_measured(caplog):
@@ -283,7 +297,8 @@ def test_the_ratio_that_fits_is_found_for_the_units_that_go(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "said"), [("vit", "language models only"), ("gemma3", "model.vision_tower.* is not")]
+    ("family", "said"),
+    [("vit", "language models only"), ("gemma3", "not counted: model.vision_tower.*")],
 )
 def test_what_of_a_model_is_not_planned_is_said(family, said, tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps(pico_config(family).to_dict()))

@@ -34,6 +34,7 @@ from axolotl_loram.memory.predict import (
     smallest_ratio,
 )
 from axolotl_loram.memory.settings import TrainingArgs
+from axolotl_loram.memory.trained import Trained
 from axolotl_loram.memory.weights import Storage, nf4_bytes, weight_bytes
 
 PAPER = (4, 2)
@@ -240,8 +241,8 @@ def test_lora_and_optimizer_bytes_are_those_of_the_real_ones(optimizer):
 
 
 def test_8_bit_optimizers_keep_small_tensors_in_32_bits():
-    assert optimizer_bytes("adamw_8bit", 4095) == 2 * 4 * 4095
-    assert optimizer_bytes("adamw_8bit", 4097) == 2 * (4097 + 17 * 4)
+    assert optimizer_bytes("adamw_8bit", (4095,)) == 2 * 4 * 4095
+    assert optimizer_bytes("adamw_8bit", (4097,)) == 2 * (4097 + 17 * 4)
 
 
 def test_modules_to_save_are_trained_whole():
@@ -280,8 +281,9 @@ def kept_for_backward(model, autocast):
     return sum(found.values())
 
 
-def activations_of(run, four_bit=False):
-    return Activations(run, Storage("nf4" if four_bit else "native", native=run.compute_bytes))
+def activations_of(run, layout, four_bit=False):
+    storage = Storage("nf4" if four_bit else "native", native=run.compute_bytes)
+    return Activations(run, storage, Trained.of(run, layout).rank)
 
 
 def settings_for(precision="fp32", **changes):
@@ -291,7 +293,8 @@ def settings_for(precision="fp32", **changes):
 
 def predicted_kept(model, run, four_bit=False):
     """As predicted, but for 16-bit copies of A in the first layer, where nothing goes backward."""
-    layout, count = Layout.of(model.config.to_dict()), activations_of(run, four_bit)
+    layout = Layout.of(model.config.to_dict())
+    count = activations_of(run, layout, four_bit)
     lora = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     first = 3 * run.lora_r * model.config.hidden_size * 2 if run.precision == "bf16" else 0
     return count.moments(layout, lora)["loss"][0] - first
@@ -409,8 +412,46 @@ def test_peak_of_a_training_step(precision, checkpointing, vocabulary):
         update={"sequence_len": 64, "gradient_checkpointing": checkpointing}
     )
     lora = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    moments = activations_of(run).moments(Layout.of(model.config.to_dict()), lora)
+    layout = Layout.of(model.config.to_dict())
+    moments = activations_of(run, layout).moments(layout, lora)
     assert 0.99 < max(map(sum, moments.values())) / live.peak < 1.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", ["linear", "q_proj,v_proj"])
+def test_peak_of_a_training_step_in_8_bits(targets, checkpointing, tmp_path, autocast_as_on_a_gpu):
+    """Bitsandbytes' modules keep their inputs, whether they have LoRA or not."""
+    wide = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "head_dim": 16}
+    build_model("llama", **wide).to(torch.bfloat16).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        dtype=torch.bfloat16,
+        device_map="cpu",
+    )
+    named = "all-linear" if targets == "linear" else targets.split(",")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=named)).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    ids = torch.arange(2 * 64).reshape(2, 64)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+
+    step()
+    with LiveBytes() as live:
+        step()
+    run = settings_for("bf16", lora_target_modules=targets).model_copy(
+        update={"sequence_len": 64, "gradient_checkpointing": checkpointing}
+    )
+    layout = Layout.of(model.config.to_dict())
+    count = Activations(run, Storage("int8"), Trained.of(run, layout).rank)
+    lora = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    predicted = max(map(sum, count.moments(layout, lora).values()))
+    assert 0.99 < predicted / live.peak < 1.1
 
 
 def test_checkpointing_cut_cross_entropy_and_kernels_take_less():

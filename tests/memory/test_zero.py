@@ -17,7 +17,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.cluster import FullActivations, align_plan, align_request, without_lora
 from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.weights import Storage
-from axolotl_loram.memory.zero import Weight, held, read_zero
+from axolotl_loram.memory.zero import Weight, Zero, held, read_zero
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "deepspeed_configs"
@@ -228,3 +228,10 @@ def test_buffers_that_the_largest_share_does_not_fit_into(large, tmp_path):
     asked = align_request(str(large), None, {"ratio": 0.65}, str(tmp_path / "zero.json"))
     with pytest.raises(LoRAMError, match="buffer_size of at least 163,840,000"):
         align_plan(asked)
+
+
+def test_weights_on_nvme_are_on_disk_wherever_the_optimizer_is():
+    for optimizer in ("none", "cpu", "nvme"):
+        zero = Zero(3, optimizer=optimizer, parameters="nvme")
+        found = held([Weight(4096)], zero, 2, 64, 2, "adamw_torch")
+        assert found.disk["weights"] == 2 * 2048

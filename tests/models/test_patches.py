@@ -59,7 +59,7 @@ def test_every_patch_says_why_and_until_when():
 
 
 def test_no_other_module_changes_what_it_imports():
-    """Assignments to an imported name's attributes, and `setattr` on one, are of `patches` alone."""
+    """Assigning to an imported name's attributes, and `setattr` on one, are of `patches` alone."""
     for file in ROOT.rglob("*.py"):
         if file.name == "patches.py":
             continue

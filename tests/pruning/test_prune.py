@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import build_model, byte_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.architecture.pairing import check_base, check_pruned
 from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.cli import main
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import user_path
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.pruning.prune import prune
 
@@ -185,6 +188,21 @@ def plant_nan(folder):
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def plant_nan_in_the_head(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"][-1, -1] = float("inf")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def untie(folder):
+    """Tied by its config, and another lm_head is stored: transformers takes that one."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
 def widen_config(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
@@ -217,6 +235,40 @@ def test_bad_bases_are_refused_and_leave_nothing(damage, message, make_model, tm
     with pytest.raises(LoRAMError, match=message):
         prune(str(base), tmp_path / "out", PruningArgs(ratio=0.5, method="magnitude"))
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (plant_nan_in_the_head, "NaN or infinity in lm_head.weight"),
+        (untie, "another lm_head.weight .* set tie_word_embeddings to false"),
+    ],
+)
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_what_is_only_copied_is_looked_at_too(damage, message, method, make_model, tmp_path):
+    base = copied(make_model(), tmp_path / "base")
+    damage(base)
+    with pytest.raises(LoRAMError, match=message):
+        prune(str(base), tmp_path / "out", PruningArgs(ratio=0.5, method=method))
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_every_chat_template_goes_along(make_model, tmp_path):
+    base, templates = copied(make_model(), tmp_path / "base"), {"default": "A", "tool_use": "B"}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(base)
+    record = prune(str(base), tmp_path / "out", HALF)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
+    assert "additional_chat_templates/tool_use.jinja" in record["files"]
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--verify"])
+    assert shown.exit_code == 0, shown.output
+
+
+def test_a_home_that_is_not_known_is_said(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where HOME is unset
+    with pytest.raises(LoRAMError, match="expected a home folder for '~/text'"):
+        user_path("~/text")
 
 
 def test_an_existing_output_is_replaced_only_on_request(make_model, tmp_path):

@@ -15,8 +15,8 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.plugin import LoRAMPlugin
 from axolotl_loram.pruning.prune import prune
-from axolotl_loram.recovery.complete import check_complete, trained_shapes
 from axolotl_loram.recovery.recover import recover
+from axolotl_loram.recovery.whole import check_complete, trained_shapes
 from axolotl_loram.training.resuming import choose_checkpoint, whole_checkpoints
 from axolotl_loram.training.sharding import check_adapter_saves
 

@@ -6,6 +6,7 @@ from calibrated import load, text_tokens
 from click.testing import CliRunner
 from conftest import build_model, byte_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_recover import randomize
 from test_resume import Interruption
@@ -14,10 +15,11 @@ import axolotl_loram.recovery.fitted
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.cli import main
 from axolotl_loram.config import FillArgs, PruningArgs
+from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.pruning.refit import split
-from axolotl_loram.recovery.fill import correct, recover_filled
+from axolotl_loram.recovery.fitted import recover_fitted
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.text.calibration import Calibration
 
@@ -70,7 +72,7 @@ def adapter(tmp_path_factory):
     build(folder)
     found = train(folder)
     recover(found, output=folder / "zeros")
-    recover_filled(found, FITTED, output=folder / "fitted", calibration=TEXT)
+    recover_fitted(found, FITTED, output=folder / "fitted", calibration=TEXT)
     return found
 
 
@@ -79,7 +81,7 @@ def recorded(adapter):
 
 
 def filled(adapter, settings, name, **options):
-    record = recover_filled(adapter, settings, output=adapter.parent / name, **options)
+    record = recover_fitted(adapter, settings, output=adapter.parent / name, **options)
     return load_file(adapter.parent / name / "adapter_model.safetensors"), record["fill"]
 
 
@@ -230,57 +232,18 @@ def test_the_result_is_an_ordinary_adapter(adapter):
     zeros = PeftModel.from_pretrained(load(adapter.parent / "base"), adapter.parent / "zeros")
     tokens = torch.from_numpy(TOKENS[:2])
     plain = zeros(input_ids=tokens).logits
-    for fill in ("normal", "corrected", "fitted"):
-        if fill != "fitted":
-            filled(adapter, FillArgs(fill=fill, device="cpu"), fill)
-        model = PeftModel.from_pretrained(load(adapter.parent / "base"), adapter.parent / fill)
-        assert (model(input_ids=tokens).logits - plain).abs().max() > 1e-3
-        assert model.peft_config["default"].r == 4
+    model = PeftModel.from_pretrained(load(adapter.parent / "base"), adapter.parent / "fitted")
+    assert (model(input_ids=tokens).logits - plain).abs().max() > 1e-3
+    assert model.peft_config["default"].r == 4
 
 
-def test_normal_draws_the_pruned_columns_of_a(adapter):
-    drawn, record = filled(adapter, FillArgs(fill="normal", seed=5), "drawn")
-    again, _ = filled(adapter, FillArgs(fill="normal", seed=5), "again")
-    zeros = load_file(adapter.parent / "zeros/adapter_model.safetensors")
-    assert record == {"method": "normal", "seed": 5}
-    for name, before in zeros.items():
-        assert torch.equal(drawn[name], again[name])
-        same = drawn[name] == before
-        if name.endswith("down_proj.lora_A.weight") and ".layers.1." in name:
-            taken = pruned_rows(adapter, "1.mlp.up_proj")
-            assert same[:, ~taken].all() and not same[:, taken].any()
-            assert drawn[name][:, taken].std() == pytest.approx(1 / 4, rel=0.2)
-        elif "lora_B" in name or ".layers.0." in name:
-            assert same.all()
-
-
-def test_corrected_makes_the_models_agree_along_a():
-    torch.manual_seed(0)
-    a, b, base, pruned = (torch.randn(*s).double() for s in ((3, 8), (6, 3), (6, 8), (6, 8)))
-    new = correct(a, b, base - pruned, 2.0, limit=float("inf"))
-    torch.testing.assert_close((base + 2 * new @ a) @ a.T, (pruned + 2 * b @ a) @ a.T)
-    limited = correct(a, b, base - pruned, 2.0, limit=0.02)
-    left, values, _ = torch.linalg.svd(a, full_matrices=False)
-    along, moved = b @ left * values, (limited - b) @ left * values
-    torch.testing.assert_close(moved.abs().mean(0), 0.02 * along.abs().mean(0))
-
-
-def test_corrected_touches_pruned_layers_alone(adapter):
-    found, record = filled(adapter, FillArgs(fill="corrected"), "corrected-again")
-    zeros = load_file(adapter.parent / "zeros/adapter_model.safetensors")
-    assert record == {"method": "corrected", "limit": 3.0}
-    for name, before in zeros.items():
-        inner = ".layers.1." in name or ".layers.2." in name
-        assert torch.equal(found[name], before) != (inner and "lora_B" in name)
-    base, pruned = (
-        load_file(adapter.parent / kind / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
-        for kind in ("base", "pruned")
-    )
-    taken, whole = pruned_rows(adapter, "1.mlp.up_proj"), torch.zeros_like(base)
-    whole[~taken] = pruned
-    a, b = (zeros[f"{PREFIX}.1.mlp.up_proj.lora_{part}.weight"] for part in "AB")
-    dense = correct(a, b, base - whole, 2.0)
-    torch.testing.assert_close(found[f"{PREFIX}.1.mlp.up_proj.lora_B.weight"], dense)
+@pytest.mark.parametrize("fill", ["normal", "corrected"])
+def test_fills_that_are_gone_are_refused_by_name(fill, adapter):
+    gone = f"expected a fill out of zeros and fitted, found {fill}, which is gone"
+    done = CliRunner().invoke(main, ["recover", str(adapter), "--fill", fill])
+    assert done.exit_code == 2 and gone in done.output
+    with pytest.raises(ValidationError, match=gone):
+        LoRAMConfig(pruned_model_path="pruned", fill=fill)
 
 
 def test_what_cannot_be_filled_is_refused_in_one_sentence(adapter, tmp_path):
@@ -292,22 +255,22 @@ def test_what_cannot_be_filled_is_refused_in_one_sentence(adapter, tmp_path):
         (tmp_path / name).symlink_to(adapter.parent / name)
     readers = train(tmp_path, ["down_proj", "o_proj"])
     with pytest.raises(LoRAMError, match="expected LoRA on a projection that lost outputs"):
-        recover_filled(readers, FITTED, output=tmp_path / "none", calibration=TEXT)
+        recover_fitted(readers, FITTED, output=tmp_path / "none", calibration=TEXT)
     assert not (tmp_path / "none").exists() and not list(tmp_path.glob("*.fitting*"))
     sparse = PruningArgs(method="magnitude", sparsity=0.5)
     prune(str(tmp_path / "base"), tmp_path / "sparse", sparse)
     with pytest.raises(LoRAMError, match="expected a model that units were removed from"):
-        recover_filled(adapter, FITTED, str(tmp_path / "sparse"))
+        recover_fitted(adapter, FITTED, str(tmp_path / "sparse"))
 
 
 def test_the_command_fits_on_text(adapter, text_file):
     command = ["recover", str(adapter), "--fill", "fitted", "--json"]
     wrong = CliRunner().invoke(main, command)
     assert wrong.exit_code == 2 and "expected --calibration" in wrong.output
-    masked = CliRunner().invoke(main, ["recover", str(adapter), "--masked", "--fill", "normal"])
-    assert masked.exit_code == 2 and "expected fill zeros with masked" in masked.output
     text = ["--calibration", str(text_file), "--calibration-length", "32"]
     done = CliRunner().invoke(main, [*command, *text, "--calibration-samples", "8"])
     assert done.exit_code == 0, done.output
+    masked = CliRunner().invoke(main, [*command, *text, "--masked"])
+    assert masked.exit_code == 2 and "expected fill zeros with masked" in masked.output
     record = json.loads((adapter.parent / "recovered-adapter/loram.json").read_text())
     assert record["fill"]["calibration"]["samples"] == 8

@@ -28,7 +28,7 @@ def make(folder: Path) -> None:
 
     from axolotl_loram.config import FillArgs, PruningArgs
     from axolotl_loram.pruning.prune import prune
-    from axolotl_loram.recovery.fill import recover_filled
+    from axolotl_loram.recovery.fitted import recover_fitted
     from axolotl_loram.recovery.recover import recover
     from axolotl_loram.text.calibration import Calibration
 
@@ -46,7 +46,7 @@ def make(folder: Path) -> None:
     model.save_pretrained("adapter")
     recover(Path("adapter"), output=Path("recovered"))
     fitted = FillArgs(fill="fitted", calibration_path="a test", device="cpu")
-    recover_filled(Path("adapter"), fitted, output=Path("fitted"), calibration=text)
+    recover_fitted(Path("adapter"), fitted, output=Path("fitted"), calibration=text)
 
 
 if __name__ == "__main__":

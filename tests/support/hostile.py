@@ -28,9 +28,9 @@ from axolotl_loram.architecture.pairing import (
     check_adapter_tokenizer,
     check_base,
     check_pruned,
-    read_record,
 )
-from axolotl_loram.architecture.plan import PLAN_FILE, RECORD_FILE, PruningPlan
+from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
+from axolotl_loram.architecture.record import RECORD_FILE, Record
 from axolotl_loram.architecture.reference import read_indices
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.files.tensors import ADAPTER_FILE, MODEL_FILE, Checkpoint, write_safetensors
@@ -38,6 +38,7 @@ from axolotl_loram.memory import cluster
 from axolotl_loram.memory.request import request
 from axolotl_loram.memory.zero import read_zero
 from axolotl_loram.pruning.prune import prune
+from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.recovery.scatter import match
 from axolotl_loram.results.artefacts import EVALUATION_FILE, TRAINER_STATE
@@ -229,7 +230,7 @@ def _read_pruned(whole: Artefacts, suspect: Path) -> None:
 
 
 def _recover(whole: Artefacts, suspect: Path) -> None:
-    read_record(suspect)
+    Record.load(suspect)
     recover(suspect, str(whole.pruned), suspect.parent / "recovered", overwrite=True)
 
 
@@ -238,7 +239,7 @@ def _recover_under(whole: Artefacts, suspect: Path) -> None:
 
 
 def _match(whole: Artefacts, suspect: Path) -> None:
-    match(Checkpoint(suspect, ADAPTER_FILE), PruningPlan.load(whole.pruned), full_size=False)
+    match(Adapter.open(suspect), PruningPlan.load(whole.pruned), full_size=False)
 
 
 def _inspect(whole: Artefacts, suspect: Path) -> None:

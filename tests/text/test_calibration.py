@@ -509,3 +509,16 @@ def test_a_vision_language_model_is_calibrated_on_the_runs_own_text(tmp_path):
     settings = PruningArgs(ratio=0.5, method="taylor", calibration_samples=2, calibration_length=8)
     rows = lambda: iter([[5, 6, 263, 264, 7] * 20])  # noqa: E731
     assert set(own_text(settings, tmp_path, rows).tokens.flat) == {5, 6, 7, 263}
+
+
+def test_half_a_surrogate_pair_is_read_as_unknown(make_model, tmp_path):
+    """As cut-off emoji leave: JSON holds it, a tokenizer does not take it."""
+    row = json.dumps({"text": "an emoji cut in the middle \ud83d, and a whole one \U0001f600"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([row] * 20))
+    settings = PruningArgs(
+        ratio=0.5,
+        calibration_path=str(tmp_path / "rows.jsonl"),
+        calibration_samples=4,
+        calibration_length=32,
+    ).resolve()
+    assert load_calibration(settings, make_model()).tokens.shape == (4, 32)

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture.pairing import check_pruned, read_record
+from axolotl_loram.architecture.pairing import check_pruned
 from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.architecture.record import Record
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
@@ -306,7 +307,9 @@ def test_the_aligned_checkpoint_is_a_pruned_one(pruned, tmp_path):
 
     assert (output / "model-00001-of-00003.safetensors").stat().st_ino == inode
     assert not list(trained.glob("*.safetensors*")) and not (output / "model.safetensors").exists()
-    assert record == read_record(output) and [a["steps"] for a in record["alignments"]] == [1, 2]
+    assert record == Record.load(output).as_json() and [
+        a["steps"] for a in record["alignments"]
+    ] == [1, 2]
     plan = PruningPlan.load(output)
     check_pruned(output, plan)
     assert plan.digest == PruningPlan.load(pruned).digest == record["plan"]
@@ -430,14 +433,14 @@ def test_what_the_trainer_measures(run, pruned, tmp_path):
         resumed.train(resume_from_checkpoint=cfg.resume_from_checkpoint)
         for key in ("steps", "tokens", "heldout_loss"):
             assert again.outcome[key] == pytest.approx(whole[key]), (checkpoint, key)
-        before = read_record(Path(cfg.resume_from_checkpoint))["seconds"]
+        before = Record.load(Path(cfg.resume_from_checkpoint)).seconds
         assert again.outcome["seconds"] >= round(before, 1)
         for name, weight in trainer.model.state_dict().items():
             torch.testing.assert_close(resumed.model.state_dict()[name], weight)
 
     resumed.save_model(again.trained)
     finish_alignment(again)
-    assert read_record(tmp_path / "out")["alignments"][-1]["tokens"] == whole["tokens"]
+    assert Record.load(tmp_path / "out").alignments[-1]["tokens"] == whole["tokens"]
     assert Checkpoint(tmp_path / "out").fingerprint() != begun.fingerprint
 
 

@@ -1,0 +1,55 @@
+"""Opaque bits as torch's numbers, and back: what `files/tensors` does without torch, with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from axolotl_loram.errors import LoRAMError, not_finite
+from axolotl_loram.files.tensors import FLOATS, StoredTensor
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def from_bits(bits: np.ndarray, dtype: str) -> torch.Tensor:
+    """The numbers that bits stand for, on the CPU, in the same memory.
+
+    Args:
+        bits: As `StoredTensor.read` gives them, of any shape; also plain bytes, (bytes,).
+        dtype: One of `FLOATS`.
+    """
+    return torch.from_numpy(bits).view(TORCH_DTYPES[dtype])
+
+
+def to_bits(values: torch.Tensor, dtype: str) -> np.ndarray:
+    """Values rounded to one of `FLOATS`, as opaque bits."""
+    rounded = values.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
+    flat = rounded.reshape(-1).view(torch.uint8).numpy()
+    return flat.view(f"u{rounded.element_size()}").reshape(rounded.shape)
+
+
+def to_torch(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A stored tensor's values on the CPU.
+
+    Raises:
+        LoRAMError: It holds no plain floats, or a NaN or an infinity.
+    """
+    if stored.dtype not in FLOATS:
+        raise LoRAMError(
+            f"expected weights of {', '.join(FLOATS)} to calibrate, found {stored.name} of "
+            f"{stored.dtype}: prune the unquantized model, or use --method random without refit"
+        )
+    values = from_bits(stored.read(), stored.dtype).to(dtype)
+    check_finite_weight(values, stored.name)
+    return values
+
+
+def check_finite_weight(values: torch.Tensor, name: str) -> None:
+    """Refuse a NaN or an infinity, without a temporary as large as the weight."""
+    if not torch.isfinite(torch.stack(values.aminmax())).all():
+        raise not_finite(name)

@@ -1,0 +1,173 @@
+"""A PEFT LoRA adapter on disk, opened once: its config, its record and its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from axolotl_loram.architecture.config_json import Config, family_of
+from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, PREFIX, named_model
+from axolotl_loram.architecture.model import parameters
+from axolotl_loram.architecture.record import Record
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, StoredTensor
+from axolotl_loram.files.untrusted import read_json
+
+EXACT_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Those of PEFT's initializations that leave the base weights as they are, so that BA is all."""
+UNDERSTOOD = {
+    *("alpha_pattern", "auto_map", "auto_mapping", "ensure_weight_tying", "eva_config"),
+    *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
+    *("layers_pattern", "layers_to_transform", "lora_bias", "megatron_config", "modules_to_save"),
+    *("rank_pattern", "target_modules", "target_parameters", "trainable_token_indices"),
+    "use_rslora",
+}
+"""What PEFT's config of LoRA can switch on, or give settings of, and the update still is BA."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose update is BA on the adapted weights.
+
+    Attributes:
+        folder: Where it lies.
+        settings: Its adapter_config.json.
+        record: Its `loram.json`.
+        weights: Its file of tensors.
+        tensors: What is in it, by name.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    record: Record
+    weights: Checkpoint
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: Path | Adapter) -> Adapter:
+        """Read config, record and the header of the tensors; an open adapter stays as it is.
+
+        Raises:
+            LoRAMError: There is no adapter, or one whose recovery is not exact.
+        """
+        if isinstance(folder, Adapter):
+            return folder
+        if not (folder / ADAPTER_CONFIG).exists():
+            raise LoRAMError(
+                f"expected a PEFT adapter with {ADAPTER_CONFIG} in {folder}, found none: give the "
+                "folder that training wrote, such as output_dir/pruned or a checkpoint in it"
+            )
+        settings = read_json(folder / ADAPTER_CONFIG)
+        refusal = unrecoverable(settings)
+        if refusal:
+            raise LoRAMError(f"{folder} cannot be recovered: {refusal}")
+        weights = Checkpoint(folder, ADAPTER_FILE)
+        check_names(weights)
+        return cls(folder, settings, Record.load(folder), weights, weights.tensors)
+
+    def of_today(self, config: Config) -> Adapter:
+        """The adapter with its modules called as transformers calls them today, as PEFT loads it.
+
+        Args:
+            config: Of the model that it is for.
+
+        Raises:
+            LoRAMError: A tensor is there under both names.
+        """
+        names = names_of_today(self.tensors, config)
+        both = [old for old, new in names.items() if old != new and new in names]
+        if both:
+            raise LoRAMError(
+                f"expected each tensor of {self.folder} under one name, found {both[0]} and "
+                f"{names[both[0]]}, which are one today: save the adapter again"
+            )
+        tensors = {new: replace(self.tensors[old], name=new) for old, new in names.items()}
+        return replace(self, tensors=tensors)
+
+    @property
+    def model(self) -> str:
+        """The model that its config says it is for.
+
+        Raises:
+            LoRAMError: It names none.
+        """
+        return named_model(self.settings, self.folder)
+
+    @property
+    def target_parameters(self) -> tuple[str, ...]:
+        """The parameters that its config targets beside modules."""
+        return tuple(self.settings.get("target_parameters") or ())
+
+
+def unrecoverable(settings: Mapping[str, Any]) -> str | None:
+    """Why an adapter with this PEFT config cannot be recovered exactly; None if it can."""
+    init = settings.get("init_lora_weights", True)
+    if settings.get("peft_type", "LORA") != "LORA":
+        return f"expected peft_type LORA, found {settings['peft_type']}, whose update is not BA"
+    if settings.get("use_dora"):
+        return (
+            "DoRA rescales each row of W₀ + BA by its norm, which differs between pruned and "
+            "original rows: train without peft_use_dora"
+        )
+    if init not in EXACT_INITS:
+        return (
+            f"init_lora_weights {init!r} is none of {EXACT_INITS}, which leave the base weights as "
+            "they are, so BA alone may not be the update: use the default"
+        )
+    if settings.get("layer_replication"):
+        return "layer_replication makes layers that the base has not: train without it"
+    if settings.get("bias", "none") != "none":
+        return f"expected lora bias 'none', found {settings['bias']!r}: trained biases are not BA"
+    on = {name for name, said in settings.items() if said and isinstance(said, bool | dict | list)}
+    variants = sorted(on - UNDERSTOOD)
+    if variants:
+        return (
+            f"expected plain LoRA, found {variants[0]} in its config, which may make the update "
+            "another than BA: train without it"
+        )
+    return None
+
+
+def check_names(weights: Checkpoint) -> None:
+    """Refuse tensors under names that PEFT would pass over when it loads the adapter.
+
+    Raises:
+        LoRAMError: The first of them.
+    """
+    for name in weights.tensors:
+        if not name.startswith(PREFIX):
+            raise LoRAMError(
+                f"expected names of tensors that begin with {PREFIX}, as PEFT's save_pretrained "
+                f"writes them, found {name} in {weights.folder}, which PEFT would not load: save "
+                "the adapter again by that"
+            )
+        if re.search(r"\.lora_(A|B)\.(?!weight$|bias$)|\.lora_embedding_(A|B)\.", name):
+            raise LoRAMError(
+                f"expected names of tensors as PEFT's save_pretrained writes them, found {name} in "
+                f"{weights.folder}, with the adapter's own name in it as in model.state_dict(), "
+                "which PEFT would not load: save the adapter again by save_pretrained"
+            )
+
+
+def names_of_today(names: Iterable[str], config: Config) -> dict[str, str]:
+    """What an adapter calls its tensors → what PEFT takes that for today.
+
+    Before transformers 4.52 and 5, modules of some families were called as checkpoints still call
+    them, such as ``language_model.model.layers`` for ``model.language_model.layers``.
+
+    Args:
+        names: The adapter's names.
+        config: Of the model that it is for.
+    """
+    family = family_of(config)
+    running = {*(f"{tensor.module}." for tensor in parameters(config)), *family.whole}
+    older = {family.stored_name(today): today for today in running} if family.stored else {}
+    found = {}
+    for name in names:
+        path = name.removeprefix(PREFIX)
+        old = next((old for old in older if old not in running and path.startswith(old)), None)
+        found[name] = name if old is None else PREFIX + older[old] + path.removeprefix(old)
+    return found

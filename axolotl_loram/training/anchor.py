@@ -1,0 +1,257 @@
+"""The anchor of a run: what the base says of the places that are trained, and the loss made of it.
+
+The base's half is computed once, over the run's training and held-out rows, and kept on disk; the
+pruned model's half is a second forward pass without the adapter. Rows are found in a batch again
+whether they are padded or packed, in whatever order, on whatever rank. The trainer computes the
+loss by its own hook for that (`compute_loss_func`), so that whatever shards or wraps the model
+stays as it is. Held-out losses are anchored too: what counts is the base with the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from axolotl_loram.architecture.pairing import fingerprint_of
+from axolotl_loram.architecture.plan import SCHEMA_VERSION
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.atomic import made_once
+from axolotl_loram.files.find import find_folder
+from axolotl_loram.files.progress import progress_bar
+from axolotl_loram.models.device import choose_device
+from axolotl_loram.pruning.cache import cache_folder
+from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows
+from axolotl_loram.training.anchored import Offsets, anchored_loss, offsets
+from axolotl_loram.training.distil import IGNORED, Targets
+from axolotl_loram.training.run import Run
+from axolotl_loram.training.teacher import Row, Teacher, data_digest, distinct, make_teacher
+
+LOG = logging.getLogger(__name__)
+BASE, NONE = "base", "none"
+TOP_K = 32
+"""Tokens that are named at each place; 8, 32, 128 and all did the same (`benchmarks/real.csv`)."""
+
+
+def prepare_anchor(run: Run, anchor: str, cache_dir: str | None, trainer: Any) -> dict[str, Any]:
+    """Have the trainer minimize the anchored loss.
+
+    Args:
+        run: The run.
+        anchor: "base", to compute what the base says; or the folder that `axolotl-loram anchor`
+            wrote.
+        cache_dir: Where what is computed is kept, if not in the usual place.
+        trainer: Of an adapter.
+
+    Returns:
+        What to record.
+
+    Raises:
+        LoRAMError: The base's outputs cannot be computed or read, or are another model's.
+    """
+    folder = _computed(run, cache_dir, trainer) if anchor == BASE else find_folder(anchor)
+    teacher = Teacher(folder)
+    check_anchor(teacher, folder, run)
+    Anchor(trainer, teacher).attach()
+    found = {name: teacher.record[name] for name in ("top_k", "sequences", "places")}
+    LOG.info("anchored at what %s says of %d tokens", run.plan.base.id, found["places"])
+    return {"base": run.plan.base.id, **found}
+
+
+def check_anchor(teacher: Teacher, folder: Path, run: Run) -> None:
+    """Refuse outputs that are another model's, or of all places.
+
+    Raises:
+        LoRAMError: They are.
+    """
+    if not teacher.record.get("trained_only"):
+        raise LoRAMError(
+            f"expected what `axolotl-loram anchor` wrote in {folder}, found the outputs of a "
+            "teacher: give the anchor's folder, or `anchor: base`"
+        )
+    if run.plan.base.fingerprint not in (None, teacher.record["fingerprint"]):
+        raise LoRAMError(
+            f"expected an anchor of {run.plan.base.id}, found {folder} made of another model: make "
+            "it of the base that was pruned"
+        )
+
+
+def make_anchor(yaml: Path, output: Path, model: str | None = None) -> dict[str, Any]:
+    """Write what the base says of a run's rows, for a run on a machine that has no base.
+
+    Interrupted, it goes on when it is called again.
+
+    Args:
+        yaml: The run's Axolotl YAML.
+        output: Folder to write.
+        model: Folder or hub id of the base; by default what the YAML names.
+
+    Returns:
+        The record in it.
+
+    Raises:
+        LoRAMError: The data or the base cannot be read, or nothing is trained.
+    """
+    cfg = load_yaml(yaml)
+    base = find_folder(model or str(cfg.base_model), None if model else cfg.revision_of_model)
+    return _write(base, rows_of(prepared_rows(cfg)), output)
+
+
+def _write(base: Path, rows: Iterable[Row], output: Path) -> dict[str, Any]:
+    with progress_bar("anchor") as progress:
+        return make_teacher(base, rows, output, TOP_K, choose_device(), progress)
+
+
+def _computed(run: Run, cache_dir: str | None, trainer: Any) -> Path:
+    """The folder of the base's outputs on the run's rows, made by whichever rank comes first."""
+    base = find_folder(run.base.id, run.base.revision)
+    rows = distinct(rows_of_run(trainer))
+    identity = [SCHEMA_VERSION, fingerprint_of(base), data_digest(rows), TOP_K, choose_device()]
+
+    def make(folder: Path) -> None:
+        places = sum(len(row.places) for row in rows)
+        size = places * (8 * TOP_K + 4) / 2**20
+        LOG.info("computing what %s says of %d tokens, %.0f MiB on disk", base, places, size)
+        _write(base, rows, folder)
+
+    return made_once(cache_folder(cache_dir) / "anchor", identity, make)
+
+
+def rows_of_run(trainer: Any) -> Iterator[Row]:
+    """All rows that the run trains on, and those that it holds out."""
+    held_out = trainer.eval_dataset
+    splits = held_out.values() if isinstance(held_out, dict) else (held_out,)
+    for data in (trainer.train_dataset, *splits):
+        if data is not None:
+            yield from rows_of(data)
+
+
+def rows_of(data: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    """Rows as Axolotl prepares them: token ids, labels, and perhaps a mask.
+
+    Raises:
+        LoRAMError: They have no labels, or labels that are not the tokens.
+    """
+    for row in data:
+        if "input_ids" not in row or "labels" not in row:
+            raise LoRAMError(
+                f"expected rows of token ids and labels to anchor, found {', '.join(row)}: take "
+                "`anchor` out, or name data that Axolotl tokenizes"
+            )
+        ids, labels = (np.asarray(row[name]) for name in ("input_ids", "labels"))
+        mask = row.get("attention_mask")
+        real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) != 0
+        yield row_of(ids[real], labels[real])
+
+
+def row_of(tokens: np.ndarray, labels: np.ndarray) -> Row:
+    """A sequence, with what its labels train; its first token cannot be.
+
+    Raises:
+        LoRAMError: A label is not the token at its place.
+    """
+    trained = labels != IGNORED
+    trained[:1] = False
+    if (tokens[trained] != labels[trained]).any():
+        raise LoRAMError(
+            "expected labels that are the tokens themselves to anchor, found others: take `anchor` "
+            "out"
+        )
+    return Row(tokens.astype(np.int32), trained)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A row in a batch: where it is, and what it is.
+
+    Attributes:
+        number: Of the batch's row that it is in.
+        positions: Of its tokens there, (tokens,).
+        row: Itself.
+    """
+
+    number: int
+    positions: np.ndarray
+    row: Row
+
+
+def segments(inputs: Mapping[str, torch.Tensor]) -> Iterator[Segment]:
+    """The rows that a batch holds, padded or packed, as far as they have trained tokens.
+
+    Packed rows begin where positions begin anew, or where the mask has another number.
+    """
+    arrays = {
+        name: inputs[name].cpu().numpy()
+        for name in ("input_ids", "labels", "attention_mask", "position_ids")
+        if inputs.get(name) is not None
+    }
+    for number, ids in enumerate(arrays["input_ids"]):
+        own = {name: array[number] for name, array in arrays.items() if array.ndim == 2}
+        mask = own.get("attention_mask", np.ones_like(ids))
+        begins = np.flatnonzero(np.diff(mask)) + 1
+        if "position_ids" in own:
+            begins = np.union1d(begins, np.flatnonzero(own["position_ids"] == 0))
+        for positions in np.split(np.arange(len(ids)), begins):
+            if len(positions) and mask[positions[0]]:
+                row = row_of(ids[positions], own["labels"][positions])
+                if len(row.places):
+                    yield Segment(number, positions, row)
+
+
+class Anchor:
+    """Computes a trainer's loss from the base's outputs and the model without its adapter."""
+
+    def __init__(self, trainer: Any, teacher: Teacher) -> None:
+        self.trainer, self.teacher = trainer, teacher
+        self.places: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.offsets: Offsets | None = None
+
+    def attach(self) -> None:
+        """Take the place of the trainer's loss."""
+        compute_loss = self.trainer.compute_loss
+
+        def look_up_first(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self.look_up(model, inputs)
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        self.trainer.compute_loss = look_up_first
+        self.trainer.compute_loss_func = self.loss
+
+    @torch.no_grad()
+    def look_up(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        """Find the offsets of a batch's trained places."""
+        found = list(segments(inputs))
+        said = [self.teacher.of(segment.row) for segment in found]
+        self.places = self.offsets = None
+        if not found:
+            return
+        device = inputs["input_ids"].device
+        rows = [np.full(len(each.row.places), each.number) for each in found]
+        columns = [each.positions[each.row.places] for each in found]
+        row, column = (
+            torch.from_numpy(np.concatenate(each)).to(device) for each in (rows, columns)
+        )
+        self.places = row, column
+        targets = Targets(
+            *(torch.cat([getattr(one, name) for one in said]) for name in Targets.__annotations__)
+        ).to(device)
+        plain = self.trainer.accelerator.unwrap_model(model)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with plain.disable_adapter():
+            logits = plain(**given, use_cache=False).logits
+        self.offsets = offsets(targets, logits[self.places])
+
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The loss of a batch: the mean over the tokens of the whole batch, as the trainer's."""
+        logits = outputs["logits"]
+        if self.places is None or self.offsets is None:
+            return logits.sum() * 0.0  # nothing in it is trained
+        total = anchored_loss(logits[self.places], self.offsets)
+        return total / (len(self.places[0]) if num_items_in_batch is None else num_items_in_batch)
