@@ -50,12 +50,13 @@ from axolotl_loram.training.align import (
     check_one_step,
     finish_alignment,
 )
-from axolotl_loram.training.align_trainer import prepare_trainer
+from axolotl_loram.training.align_trainer import prepare_objective, prepare_trainer
 from axolotl_loram.training.anchor import NONE, prepare_anchor
 from axolotl_loram.training.checkpoints import NodeCallback, is_first_rank
+from axolotl_loram.training.labels import check_learnt, warn_of_masked_labels
 from axolotl_loram.training.memory_log import correct_prediction, measure_run, start_measuring
 from axolotl_loram.training.monitor import RecoveredEvaluation, check_can_evaluate
-from axolotl_loram.training.objective import prepare_objective
+from axolotl_loram.training.recoverable import check_recoverable
 from axolotl_loram.training.run import Run, begin_training, use_recovered_adapter
 from axolotl_loram.training.support import aligns, check_router_losses, check_supported
 
@@ -137,6 +138,8 @@ class LoRAMPlugin(BasePlugin):
             prepare_objective(self.alignment, trainer)
         if self.run is not None:
             self.run.trained_shapes.update(trained_shapes(trainer.model))
+            check_recoverable(self.run, trainer.model)
+            warn_of_masked_labels(trainer)
             correct_prediction(self.run.memory["predicted"], trainer.model, cfg)
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
@@ -165,6 +168,7 @@ class LoRAMPlugin(BasePlugin):
         if self.run is None or not is_first_rank():
             return
         check_complete(self.run.trained, self.run.trained_shapes)
+        check_learnt(self.run.history)
         recover_after_training(self.run, _yaml_details(cfg))
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:

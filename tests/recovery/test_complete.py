@@ -17,7 +17,7 @@ from axolotl_loram.plugin import LoRAMPlugin
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.recovery.whole import check_complete, trained_shapes
-from axolotl_loram.training.resuming import choose_checkpoint, whole_checkpoints
+from axolotl_loram.training.checkpoints import choose_checkpoint, whole_checkpoints
 from axolotl_loram.training.sharding import check_adapter_saves
 
 LORA = "base_model.model.model.layers.1.mlp.up_proj"
