@@ -35,6 +35,8 @@ from axolotl_loram.training.support import switch_off_kernels, trains_masked
 
 LOG = logging.getLogger(__name__)
 PRUNED_FOLDER = "pruned"
+STARTS_ANEW = ("dpo", "ipo", "kto")
+"""Trainers that Axolotl hands a new adapter's config, never an adapter."""
 DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
 
 
@@ -114,6 +116,12 @@ def begin_training(cfg: Any) -> Run:
     """
     section = LoRAMConfig.model_validate(dict(cfg.loram))
     check_adapter_saves(cfg)
+    if cfg.rl in STARTS_ANEW and cfg.lora_model_dir:
+        raise LoRAMError(
+            f"expected no lora_model_dir with rl: {cfg.rl}, found {cfg.lora_model_dir}: Axolotl "
+            "0.19 passes over it there, and would train a new adapter; merge it into the base "
+            "first, and prune that"
+        )
     model, revision = str(cfg.base_model), cfg.revision_of_model
     if section.pruned_model_path:
         pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)

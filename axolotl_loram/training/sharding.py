@@ -68,11 +68,13 @@ def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
             reason = "ZeRO-3, found {}: DeepSpeed 0.18 fails in the first step (its issue 7615)"
     elif str(_fsdp_version(cfg)) == "2":
         reason = "FSDP2, found {}: Axolotl 0.19 fails when it saves the adapter in the end"
-        if (cfg.get("fsdp_config") or {}).get("state_dict_type") == FULL:
+        full = (cfg.get("fsdp_config") or {}).get("state_dict_type") == FULL
+        if full and cfg.get("save_strategy") != "no":
             raise LoRAMError(
                 f"expected fsdp_config.state_dict_type: SHARDED_STATE_DICT, found {FULL}: "
                 "accelerate 1.13 restores such a checkpoint's adapter on rank 0 only, and a run "
-                "would go on from half of one (the adapter saved in the end is whole with either)"
+                "would go on from half of one (the adapter saved in the end is whole with either, "
+                "so that `save_strategy: no` does too)"
             )
     if whole and reason:
         raise LoRAMError(
