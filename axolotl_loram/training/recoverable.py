@@ -44,6 +44,9 @@ def check_recoverable(run: Run, model: Any) -> None:
         LoRAMError: Something is trained that PEFT will not save, or saved that is not recovered.
     """
     adapter = adapter_to_be(run, model)
+    refusal = unrecoverable(adapter.settings)
+    if refusal:
+        raise LoRAMError(f"this adapter cannot be recovered: {refusal}")
     unsaved = sorted(trained_shapes(model).keys() - adapter.tensors.keys())
     if unsaved:
         raise LoRAMError(
@@ -51,9 +54,6 @@ def check_recoverable(run: Run, model: Any) -> None:
             f"does not save ({len(unsaved)} such): take it out of unfrozen_parameters, or name its "
             "module in lora_modules_to_save"
         )
-    refusal = unrecoverable(adapter.settings)
-    if refusal:
-        raise LoRAMError(f"this adapter cannot be recovered: {refusal}")
     moved = check_adapter(adapter, run.plan, run.pruned, of_run=True)
     if run.fill is not None:
         check_free_rows(moved)
