@@ -30,10 +30,12 @@ from transformers import TrainerCallback
 
 import axolotl_loram.models.per_layer  # noqa: F401  (teaches transformers the pruned model's layers)
 from axolotl_loram.architecture.counts import summary
+from axolotl_loram.architecture.lora_names import ORIGINAL, split_name
 from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.progress import progress_bar
+from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
 from axolotl_loram.models import patches
 from axolotl_loram.models.masked import confine
 from axolotl_loram.models.per_layer import check_widths
@@ -62,6 +64,7 @@ from axolotl_loram.training.support import aligns, check_router_losses, check_su
 
 LOG = logging.getLogger(__name__)
 MERGED_FOLDER = "merged"
+MERGED_BY_SHARDS = ("lora_A.weight", "lora_B.weight", "weight", ORIGINAL)
 
 
 class LoRAMPlugin(BasePlugin):
@@ -86,6 +89,7 @@ class LoRAMPlugin(BasePlugin):
         cfg.adapter = ADAPTERS[cfg.adapter]
         if cfg.merge_lora:
             use_recovered_adapter(cfg)
+            _merge_all_of_it(cfg)
             from axolotl.cli import merge_lora
 
             patches.merge_without_nf4(merge_lora)
@@ -221,6 +225,17 @@ def _log_as_axolotl_does() -> None:
     """Let this package's log lines appear where, and as, Axolotl's do."""
     ours, axolotl = logging.getLogger("axolotl_loram"), logging.getLogger("axolotl")
     ours.handlers, ours.level, ours.propagate = axolotl.handlers, axolotl.level, False
+
+
+def _merge_all_of_it(cfg: Any) -> None:
+    """Have PEFT merge what Axolotl's merging by shards (0.19) leaves out without a word."""
+    if not Path(cfg.lora_model_dir, ADAPTER_FILE).is_file():
+        return
+    tensors = Checkpoint(Path(cfg.lora_model_dir), ADAPTER_FILE).tensors
+    left_out = [name for name in tensors if split_name(name)[1] not in MERGED_BY_SHARDS]
+    if left_out:
+        LOG.info("merging by `merge_method: legacy`: by shards, %s would be left out", left_out[0])
+        cfg.merge_method = "legacy"
 
 
 def _plain_projections(model: Any) -> None:
