@@ -29,6 +29,7 @@ from axolotl.telemetry.manager import FIELDS_TO_REDACT
 from transformers import TrainerCallback
 
 import axolotl_loram.models.per_layer  # noqa: F401  (teaches transformers the pruned model's layers)
+from axolotl_loram.architecture.config_json import family_of, load_config
 from axolotl_loram.architecture.counts import summary
 from axolotl_loram.architecture.lora_names import ORIGINAL, split_name
 from axolotl_loram.config import ADAPTERS
@@ -232,7 +233,13 @@ def _merge_all_of_it(cfg: Any) -> None:
     if not Path(cfg.lora_model_dir, ADAPTER_FILE).is_file():
         return
     tensors = Checkpoint(Path(cfg.lora_model_dir), ADAPTER_FILE).tensors
-    left_out = [name for name in tensors if split_name(name)[1] not in MERGED_BY_SHARDS]
+    family = family_of(load_config(str(cfg.base_model), cfg.revision_of_model))
+    renamed = family.stored_name("lm_head.weight") != "lm_head.weight"
+    left_out = [
+        name
+        for name, (module, part) in ((name, split_name(name)) for name in tensors)
+        if part not in MERGED_BY_SHARDS or (renamed and module == "lm_head")
+    ]
     if left_out:
         LOG.info("merging by `merge_method: legacy`: by shards, %s would be left out", left_out[0])
         cfg.merge_method = "legacy"
