@@ -29,7 +29,7 @@ from axolotl_loram.architecture.ties import HEAD_WEIGHT
 from axolotl_loram.errors import not_finite
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite
 from axolotl_loram.models.bits import from_bits, to_torch
-from axolotl_loram.models.four_bit import take_any_width
+from axolotl_loram.models.patches import not_partitioned, take_any_width
 
 TOKENS_PER_BATCH = 2048
 
@@ -234,7 +234,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, its computed buffers (rotary frequencies) on the CPU."""
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    with torch.device("meta"), _not_partitioned():
+    with torch.device("meta"), not_partitioned():
         auto_class = getattr(transformers, family_of(config).auto_class)
         model = auto_class.from_config(settings, dtype=dtype, trust_remote_code=False)
     for module in model.modules():
@@ -246,19 +246,6 @@ def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
         if names:
             model._init_weights(module)
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _not_partitioned() -> Iterator[None]:
-    """Inside a run under ZeRO-3, transformers would deal any model it builds out to the ranks."""
-    from transformers.integrations import deepspeed
-
-    before = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, device: torch.device) -> None:

@@ -273,18 +273,13 @@ def _language_model(
 
 
 def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """A model in memory as lm-eval takes it.
-
-    lm-eval ties weights anew, which they are already, and which transformers 5.16 cannot do where
-    LoRA is on a tied lm_head: kept from it.
-    """
+    """A model in memory as lm-eval takes it."""
     from lm_eval.models.huggingface import HFLM
 
-    model.tie_weights = lambda *_, **__: None
-    try:
+    from axolotl_loram.models.patches import tied_as_it_is
+
+    with tied_as_it_is(model):
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    finally:
-        del model.tie_weights
 
 
 def _summary(name: str, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture.config_json import layer_fields, load_config
-from axolotl_loram.config import FillArgs, Pruning
-from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config import FillArgs, LayerwiseArgs, Pruning
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import user_path
 from axolotl_loram.text.axolotl_text import (

@@ -333,19 +333,19 @@ def test_training_evaluates_the_recovered_adapter_and_is_not_disturbed(
 
 def test_a_base_beside_patched_attention_computes_as_before(make_model, monkeypatch):
     """`lora_qkv_kernel` patches the class: the base, which is not trained, must still run."""
-    from axolotl.monkeypatch.lora_kernels import patch_self_attn_lora
+    from axolotl.monkeypatch import lora_kernels
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-    from axolotl_loram.plugin import plain_projections
+    from axolotl_loram.models.patches import plain_projections
 
     model = load_model(str(make_model()))
     expected = model(TOKENS).logits
     monkeypatch.setattr(LlamaAttention, "forward", LlamaAttention.forward)  # put back afterwards
-    patch_self_attn_lora(DictDefault({"base_model": str(make_model())}))
+    lora_kernels.patch_self_attn_lora(DictDefault({"base_model": str(make_model())}))
     try:
         with pytest.raises(AttributeError, match="apply_qkv"):
             model(TOKENS)
-        plain_projections(model)
+        plain_projections(model, lora_kernels)
         assert torch.equal(model(TOKENS).logits, expected)
     finally:
         del LlamaAttention._original_forward
