@@ -274,8 +274,6 @@ def merge_without_nf4(merge_lora: ModuleType) -> None:
 
 
 @_until("Axolotl's merging by shards knowing what checkpoints call a language tower")
-    "Axolotl's merging by shards knowing what checkpoints call a language tower (0.19 does not)"
-)
 def find_language_tower(lora_merge: ModuleType, names: dict[str, str]) -> None:
     """Axolotl merges without a word what it finds: of Gemma 3, the vision tower alone.
 
