@@ -26,6 +26,7 @@ from axolotl_loram.api_results import (
     Published,
 )
 from axolotl_loram.config import FillArgs, PruningArgs, Section, first_problem
+from axolotl_loram.config_evaluate import Request
 from axolotl_loram.errors import LoRAMError, WrongUse
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.memory.settings import TrainingArgs
@@ -38,7 +39,6 @@ Name = str | PathLike[str]
 """A folder, or a hub id such as ``org/name``."""
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")
-EVALUATED = ("base", "pruned", "pruned+adapter", "base+recovered")
 
 
 def plan_memory(
@@ -246,18 +246,16 @@ def evaluate(config: Name, **settings: Any) -> Evaluation:
         settings: ``models`` (of "base", "pruned", "pruned+adapter", "base+recovered": all),
             ``also`` (name → folder), ``in_domain``, ``out_of_domain``, ``tasks``, ``suite``,
             ``limit``, ``length`` (tokens), ``batch_size``, ``output``, ``device``, ``dtype``,
-            ``load_in_4bit``, ``backend``, ``allow_code``, ``seed``: as `results.evaluate.Request`
-            describes them.
+            ``load_in_4bit``, ``backend``, ``allow_code``, ``seed``: as
+            `config_evaluate.Request` describes them.
 
     Raises:
         LoRAMError: A setting does not exist or is not allowed, or something that is asked for does
             not exist or does not belong together.
     """
-    for name in settings.get("models") or ():
-        _check_one_of("models", name, EVALUATED)
+    request = checked(Request, {"config": config, **settings})
     from axolotl_loram.results import evaluate as evaluation
 
-    request = checked(evaluation.Request, {"config": config, **settings})
     job = evaluation.Evaluation(request)
     with progress_bar("evaluating") as progress:
         return Evaluation(job.run(progress), job.output)

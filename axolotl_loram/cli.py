@@ -25,8 +25,7 @@ from axolotl_loram.cli_options import (
     training_options,
 )
 from axolotl_loram.cli_outcomes import evaluate, inspect, publish, report
-from axolotl_loram.config import FillArgs
-from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config import FillArgs, LayerwiseArgs
 from axolotl_loram.errors import LoRAMError, WrongUse
 
 fill_options = schema_options(FillArgs, {})

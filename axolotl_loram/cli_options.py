@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 import click
-from pydantic import BaseModel
 
 from axolotl_loram.api import option_of
 from axolotl_loram.api_results import Result
@@ -23,22 +22,28 @@ class _Choice(click.Choice):
         return value if value in GONE_FILLS else super().convert(value, param, ctx)
 
 
-def schema_options(schema: type[BaseModel], names: Mapping[str, str]) -> Callable:
+def schema_options(schema: Any, names: Mapping[str, str]) -> Callable:
     """A decorator that adds one option for each described field, with the description as help.
 
     Args:
-        schema: The settings.
+        schema: The settings, a model or a dataclass of pydantic; of a field that holds several
+            values the option may be given several times.
         names: Field → flag, where that is not the field's own name (without `_path`).
     """
 
     def add(command: Callable) -> Callable:
-        for name, field in reversed(schema.model_fields.items()):
+        for name, field in reversed(schema.__pydantic_fields__.items()):
             if field.description is None:
                 continue
             keyword = option_of(name)
             flag = names.get(name, f"--{keyword.replace('_', '-')}")
+            several = get_origin(field.annotation) in (tuple, dict)
             given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
             kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
+            kind = str if several else kind
+            shown = (
+                ",".join(field.get_default(call_default_factory=True)) if several else field.default
+            )
             if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
                 kind = _Choice(get_args(kind) or given)
             command = click.option(
@@ -47,7 +52,9 @@ def schema_options(schema: type[BaseModel], names: Mapping[str, str]) -> Callabl
                 is_flag=kind is bool,
                 type=kind,
                 default=None,  # the schema's own defaults hold, which depend on one another
-                show_default=str(field.default) if field.default not in (None, False) else False,
+                multiple=several,
+                metavar="NAME=FOLDER" if get_origin(field.annotation) is dict else None,
+                show_default=str(shown) if shown not in (None, False, "") else False,
                 help=field.description,
             )(command)
         return command

@@ -14,7 +14,14 @@ from typing import Any
 import click
 
 from axolotl_loram import api
-from axolotl_loram.cli_options import json_option, print_result, revision_option, show
+from axolotl_loram.cli_options import (
+    json_option,
+    print_result,
+    revision_option,
+    schema_options,
+    show,
+)
+from axolotl_loram.config_evaluate import Request
 
 
 @click.command()
@@ -105,64 +112,13 @@ def publish(folder: Path, repository: str, as_json: bool, **options: Any) -> Non
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--models",
-    default="base,pruned,pruned+adapter,base+recovered",
-    show_default=True,
-    help="What to evaluate, separated by commas.",
-)
-@click.option(
-    "--also",
-    multiple=True,
-    metavar="NAME=FOLDER",
-    help="A further adapter for the base, or a whole model. With one called lora, the share of its "
-    "gain that the recovered adapter keeps is shown.",
-)
-@click.option(
-    "--in-domain",
-    multiple=True,
-    metavar="TEXT",
-    help="Text like the training data: a .txt, .jsonl or Axolotl .yml file, or a data set on the "
-    "hub (name, name:subset, name:subset:split). By default what CONFIG holds out "
-    "(test_datasets, val_set_size).",
-)
-@click.option("--out-of-domain", multiple=True, metavar="TEXT", help="Other text, named alike.")
-@click.option(
-    "--tasks",
-    multiple=True,
-    metavar="TASK[:SHOTS]",
-    help="Tasks or groups of lm-eval, or YAML files that declare one; commas or several times.",
-)
-@click.option("--suite", type=click.Choice(["paper"]), help="The tasks of the LoRAM paper.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Most documents of a set, and questions of a task."
-)
-@click.option("--length", type=click.IntRange(min=2), help="Most tokens that are read at once.")
+@schema_options(Request, {"allow_code": "--allow-code-execution"})
 @click.option(
     "--batch-size",
     default="auto",
     show_default=True,
     help="To start with; halved where memory does not suffice.",
 )
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="The JSON to write; by default evaluation.json in output_dir.",
-)
-@click.option("--device", help="cpu, cuda, cuda:1 …, or auto (all GPUs, then CPU memory).")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]))
-@click.option("--load-in-4bit", is_flag=True, help="Hold the linear layers in 4 bits (NF4).")
-@click.option(
-    "--backend",
-    type=click.Choice(["peft", "vllm"]),
-    default="peft",
-    show_default=True,
-    help="What runs the tasks on the base and its adapters.",
-)
-@click.option(
-    "--allow-code-execution", "allow_code", is_flag=True, help="Run programs the model writes."
-)
-@click.option("--seed", default=1234, show_default=True, help="Of whatever is drawn.")
 @json_option
 def evaluate(config: Path, as_json: bool, **options: Any) -> None:
     """Measure what the run of the Axolotl YAML CONFIG gained: perplexities and task scores.
@@ -176,22 +132,21 @@ def evaluate(config: Path, as_json: bool, **options: Any) -> None:
 
 
 def parse_evaluation(
-    models: str, also: tuple[str, ...], tasks: tuple[str, ...], batch_size: str, **options: Any
+    models: tuple[str, ...], also: tuple[str, ...], tasks: tuple[str, ...], **options: Any
 ) -> dict[str, Any]:
-    """Options of `evaluate` as fields of `Request`; what is not allowed is wrong use."""
-    names = [name.strip() for name in models.split(",") if name.strip()]
+    """Options of `evaluate` that were given, as fields of `Request`."""
     folders = [each.rpartition("=")[::2] for each in also]
-    if len({name or Path(folder).name for name, folder in folders}) < len(folders):
+    named = {name or Path(folder).name: Path(folder) for name, folder in folders}
+    if len(named) < len(folders):
         raise click.UsageError(f"expected different names in --also, found {', '.join(also)}")
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
-        raise click.UsageError(f"expected --batch-size auto or a number, found {batch_size}")
-    return {
-        **options,
-        "models": names,
-        "also": {name or Path(folder).name: Path(folder) for name, folder in folders},
-        "tasks": [task for each in tasks for task in each.split(",")],
-        "batch_size": None if batch_size == "auto" else int(batch_size),
-    }
+    options |= {"models": _split(models) if models else None, "tasks": _split(tasks), "also": named}
+    if options["batch_size"] == "auto":
+        del options["batch_size"]
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def _split(given: tuple[str, ...]) -> list[str]:
+    return [name.strip() for each in given for name in each.split(",") if name.strip()]
 
 
 @click.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 
 
@@ -59,9 +60,6 @@ def first_problem(error: ValidationError) -> str:
     return str(cause) if cause else f"{where}: {problem['msg']}, found {problem['input']!r:.80}"
 
 
-STRUCTURED = ("random", "magnitude", "activation", "fluctuation", "taylor")
-SPARSE = ("magnitude", "wanda", "sparsegpt")
-CALIBRATED = ("activation", "fluctuation", "taylor", "wanda", "sparsegpt")
 BLOCK_SIZES = (64, 128, 256)
 NATIVE = "native"
 QLORAM = {"lm_head": "nf4", "embedding": "cpu"}
@@ -71,9 +69,13 @@ CALIBRATION_LENGTH = 512
 """Tokens of a calibration sequence by default, where the model reads so many."""
 PROTECTED = (4, 2)
 """Layers the paper leaves whole at the start and the end, in structured pruning."""
-
-
-Method = Literal["random", "magnitude", "activation", "fluctuation", "taylor", "wanda", "sparsegpt"]
+STRUCTURED = tuple(name for name, criterion in CRITERIA.items() if criterion.units)
+SPARSE = tuple(name for name, criterion in CRITERIA.items() if criterion.weights)
+UNCALIBRATED = tuple(name for name in STRUCTURED if not CRITERIA[name].calibrated)
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(CRITERIA)]
 
 
 class PruningArgs(Section):
@@ -87,11 +89,10 @@ class PruningArgs(Section):
     method: Method | None = Field(
         default=None,
         description="What to remove. Whole units (--pruning-ratio): random ones, or those of least "
-        "magnitude (group L2 norm), activation (Wanda: norm of the weights times norm of the "
-        "inputs), fluctuation (FLAP: variance of the inputs), taylor (LLM-Pruner: first-order "
-        "change of the loss). Single weights (--sparsity): magnitude, wanda, sparsegpt. By default "
-        "activation where there is calibration text (in a training YAML, its own data sets), "
-        "otherwise random; with a sparsity, magnitude.",
+        + ", ".join(f"{name} ({row.about})" for name, row in CRITERIA.items() if row.about)
+        + f". Single weights (--sparsity): {', '.join(SPARSE)}. By default activation where there "
+        "is calibration text (in a training YAML, its own data sets), otherwise random; with a "
+        "sparsity, magnitude.",
     )
     ratio: float | None = Field(
         default=None,
@@ -238,12 +239,12 @@ class PruningArgs(Section):
         # Stacked experts do not show what goes into each neuron, so text tells nothing of those.
         readable = "expert_neurons" not in (self.units or ())
         text = readable and (own_text or self.calibration_path is not None)
-        method: Method = "magnitude" if self.sparsity else "random"
+        method = "magnitude" if self.sparsity else "random"
         if whole_units and text:
             # The recovered adapter kept 96 % of LoRA's gain by this (benchmarks/ablation.py).
             method = "activation"
         method = self.method or method
-        reads = method in CALIBRATED and not self.indices_path
+        reads = CRITERIA[method].calibrated and not self.indices_path
         refit = not self.sparsity and (reads or self.calibration_path is not None)
         length = min(CALIBRATION_LENGTH, longest or CALIBRATION_LENGTH)
         first, last = (0, 0) if self.sparsity else PROTECTED
@@ -269,7 +270,7 @@ class Pruning(PruningArgs):
     @property
     def needs_calibration(self) -> bool:
         """Whether calibration text is read: by the method, or by the refit."""
-        return self.refit or (self.method in CALIBRATED and not self.indices_path)
+        return self.refit or (CRITERIA[self.method].calibrated and not self.indices_path)
 
     @property
     def protected(self) -> tuple[int, int]:
@@ -366,3 +367,25 @@ ADAPTERS = {"loram": "lora", "qloram": "qlora", "lora": "lora", "qlora": "qlora"
 The first two mean the same as the others, but Axolotl refuses them where this package is not
 installed, whereas it would train the original model under the others.
 """
+
+
+class LayerwiseArgs(Section):
+    """How to align layer by layer: options of `axolotl-loram align`."""
+
+    calibration_path: str = Field(
+        description="Text to align on: a .txt or .jsonl file, an Axolotl YAML (its datasets), or a "
+        "data set on the hub (org/name or org/name:subset). Best what the base was trained on.",
+    )
+    calibration_samples: int = Field(
+        default=512, ge=2, description="Sequences of it; an eighth is held out."
+    )
+    calibration_length: int = Field(default=512, ge=2, description="Tokens in each sequence.")
+    steps: int = Field(default=200, ge=1, description="Steps of AdamW for each pruned layer.")
+    batch_size: int = Field(default=8, ge=1, description="Sequences in each step.")
+    learning_rate: float = Field(
+        default=1e-4, gt=0, description="Its highest value; warmup and a cosine follow it."
+    )
+    device: Literal["cpu", "cuda"] | None = Field(
+        default=None, description="Where to compute; the GPU by default where there is one."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the samples and of their order.")

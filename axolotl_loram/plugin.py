@@ -19,12 +19,10 @@ The order of Axolotl's hooks decides where things happen (axolotl 0.19):
 from __future__ import annotations
 
 import logging
-import os
-import signal
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -32,11 +30,15 @@ from axolotl.telemetry.manager import FIELDS_TO_REDACT
 from transformers import TrainerCallback
 
 import axolotl_loram.models.per_layer  # noqa: F401  (teaches transformers the pruned model's layers)
+from axolotl_loram.architecture.config_json import family_of, load_config
 from axolotl_loram.architecture.counts import summary
+from axolotl_loram.architecture.lora_names import ORIGINAL, split_name
 from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.progress import progress_bar
+from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
+from axolotl_loram.models import patches
 from axolotl_loram.models.masked import confine
 from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
@@ -52,17 +54,19 @@ from axolotl_loram.training.align import (
     check_one_step,
     finish_alignment,
 )
-from axolotl_loram.training.align_trainer import prepare_trainer
+from axolotl_loram.training.align_trainer import prepare_objective, prepare_trainer
 from axolotl_loram.training.anchor import NONE, prepare_anchor
 from axolotl_loram.training.checkpoints import NodeCallback, is_first_rank
+from axolotl_loram.training.labels import check_learnt, warn_of_masked_labels
 from axolotl_loram.training.memory_log import correct_prediction, measure_run, start_measuring
 from axolotl_loram.training.monitor import RecoveredEvaluation, check_can_evaluate
-from axolotl_loram.training.objective import prepare_objective
+from axolotl_loram.training.recoverable import check_recoverable
 from axolotl_loram.training.run import Run, begin_training, use_recovered_adapter
 from axolotl_loram.training.support import aligns, check_router_losses, check_supported
 
 LOG = logging.getLogger(__name__)
 MERGED_FOLDER = "merged"
+MERGED_BY_SHARDS = ("lora_A.weight", "lora_B.weight", "weight", ORIGINAL)
 
 
 class LoRAMPlugin(BasePlugin):
@@ -80,14 +84,20 @@ class LoRAMPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Refuse what cannot work, and keep merge-lora from quantizing the original weights."""
         _log_as_axolotl_does()
-        _keep_errors_from_telemetry()
+        patches.keep_errors_from_telemetry(FIELDS_TO_REDACT)
         check_supported(cfg)
         if aligns(cfg):
             return
         cfg.adapter = ADAPTERS[cfg.adapter]
         if cfg.merge_lora:
             use_recovered_adapter(cfg)
-            _merge_into_unquantized_base(cfg)
+            _merge_all_of_it(cfg)
+            _patch_merge(cfg)
+            cfg.adapter, cfg.load_in_4bit, cfg.load_in_8bit = "lora", False, False
+
+    def on_config_validation_error(self, cfg: Any) -> None:
+        """Leave Axolotl as it was before `register`: another configuration may follow."""
+        patches.undo()
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Put the pruned model in the base's place: of all commands, only `train` comes here."""
@@ -132,6 +142,8 @@ class LoRAMPlugin(BasePlugin):
             prepare_objective(self.alignment, trainer)
         if self.run is not None:
             self.run.trained_shapes.update(trained_shapes(trainer.model))
+            check_recoverable(self.run, trainer.model)
+            warn_of_masked_labels(trainer)
             correct_prediction(self.run.memory["predicted"], trainer.model, cfg)
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
@@ -151,7 +163,7 @@ class LoRAMPlugin(BasePlugin):
         section = LoRAMConfig.model_validate(dict(cfg.loram))
         if self.run is None or not section.evaluate_recovered_every:
             return []
-        return [RecoveredEvaluation(trainer, self.run, section, plain_projections)]
+        return [RecoveredEvaluation(trainer, self.run, section, _plain_projections)]
 
     def post_train_unload(self, cfg: Any) -> None:
         """Recover the adapter, or make the aligned checkpoint, in output_dir: one rank of all."""
@@ -160,6 +172,7 @@ class LoRAMPlugin(BasePlugin):
         if self.run is None or not is_first_rank():
             return
         check_complete(self.run.trained, self.run.trained_shapes)
+        check_learnt(self.run.history)
         recover_after_training(self.run, _yaml_details(cfg))
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:
@@ -187,7 +200,7 @@ class LoRAMCallback(TrainerCallback):
         run.memory["measured"] = start_measuring()
         if state.is_world_process_zero:
             _record(run, state, Path(args.output_dir))
-            _record_on_interrupt(lambda: _record(run, state, Path(args.output_dir)))
+            patches.before_exit_on_interrupt(lambda: _record(run, state, Path(args.output_dir)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add to the record the losses, and what memory training took."""
@@ -208,55 +221,33 @@ def _record(run: Run, state: Any, folder: Path) -> None:
     run.write_record(folder)
 
 
-def _record_on_interrupt(write: Callable[[], None]) -> None:
-    """Have the record say how far the adapter is that Axolotl saves on SIGINT before it exits.
-
-    Ctrl-C reaches the data loader's workers too, which are forks: Axolotl (0.19) would have each
-    save the adapter over the other, as it was when they were forked.
-    """
-    save_and_exit, trainer = signal.getsignal(signal.SIGINT), os.getpid()
-
-    def interrupted(number: int, frame: Any) -> None:
-        if os.getpid() != trainer:
-            raise KeyboardInterrupt
-        write()
-        if callable(save_and_exit):
-            save_and_exit(number, frame)
-
-    signal.signal(signal.SIGINT, interrupted)
-
-
 def _log_as_axolotl_does() -> None:
     """Let this package's log lines appear where, and as, Axolotl's do."""
     ours, axolotl = logging.getLogger("axolotl_loram"), logging.getLogger("axolotl")
     ours.handlers, ours.level, ours.propagate = axolotl.handlers, axolotl.level, False
 
 
-def _keep_errors_from_telemetry() -> None:
-    """Take the texts of errors out of what Axolotl's telemetry sends, where that is on.
+def _merge_all_of_it(cfg: Any) -> None:
+    """Have PEFT merge what Axolotl's merging by shards (0.19) leaves out without a word."""
+    if not Path(cfg.lora_model_dir, ADAPTER_FILE).is_file():
+        return
+    tensors = Checkpoint(Path(cfg.lora_model_dir), ADAPTER_FILE).tensors
+    family = family_of(load_config(str(cfg.base_model), cfg.revision_of_model))
+    renamed = family.stored_name("lm_head.weight") != "lm_head.weight"
+    left_out = [
+        name
+        for name, (module, part) in ((name, split_name(name)) for name in tensors)
+        if part not in MERGED_BY_SHARDS or (renamed and module == "lm_head")
+    ]
+    if left_out:
+        LOG.info("merging by `merge_method: legacy`: by shards, %s would be left out", left_out[0])
+        cfg.merge_method = "legacy"
 
-    Our messages name the files that they are about. Of a YAML, Axolotl leaves out what keys named
-    after paths hold (see `Section`); of errors it sends message and traceback, for which it has
-    no hook, but this list.
-    """
-    FIELDS_TO_REDACT.update(("exception", "stack_trace"))
 
+def _plain_projections(model: Any) -> None:
+    from axolotl.monkeypatch import lora_kernels
 
-def plain_projections(model: Any) -> None:
-    """Give a model that is not trained the projections that Axolotl's patched attention calls.
-
-    `lora_qkv_kernel` and `lora_o_kernel` patch the class, but give only the trained model these.
-    """
-    from axolotl.monkeypatch.lora_kernels import (
-        find_self_attn_in_layer,
-        original_apply_o,
-        original_apply_qkv_optional_v,
-    )
-
-    for layer in model.modules():
-        for attention in find_self_attn_in_layer(layer):
-            attention.apply_qkv = MethodType(original_apply_qkv_optional_v, attention)
-            attention.apply_o = MethodType(original_apply_o, attention)
+    patches.plain_projections(model, lora_kernels)
 
 
 def recover_after_training(run: Run, card: str) -> None:
@@ -304,21 +295,15 @@ def merge_after_training(run: Run) -> None:
     LOG.info("%s is %s with the masked update", output, run.base.id)
 
 
-def _merge_into_unquantized_base(cfg: Any) -> None:
-    """Take the NF4 round trip out of `axolotl merge-lora`.
-
-    For plain QLoRA it makes the merged base equal to the one in training. In LoRAM the original was
-    never quantized in training: the round trip would only damage it.
-    """
+def _patch_merge(cfg: Any) -> None:
+    """Have `axolotl merge-lora` merge into plain weights, and find the parts of towers."""
     from axolotl.cli import merge_lora
+    from axolotl.cli.utils import lora_merge
 
-    original = merge_lora.merge_lora_sharded_efficient
-
-    def merge_without_nf4(**kwargs: Any) -> Any:
-        return original(**{**kwargs, "simulate_nf4": False, "simulate_nf4_experts": False})
-
-    merge_lora.merge_lora_sharded_efficient = merge_without_nf4
-    cfg.adapter, cfg.load_in_4bit, cfg.load_in_8bit = "lora", False, False
+    family = family_of(load_config(cfg.base_model, cfg.revision_of_model))
+    names = {f"^{re.escape(theirs)}": name for name, theirs in family.stored if family.section}
+    patches.merge_without_nf4(merge_lora)
+    patches.find_language_tower(lora_merge, names)
 
 
 def _yaml_details(cfg: Any) -> str:

@@ -35,8 +35,7 @@ from toy_evaluation import _batches, _encode
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from axolotl_loram.config import PruningArgs
-from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config import LayerwiseArgs, PruningArgs
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.text.calibration import Calibration, load_calibration

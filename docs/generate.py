@@ -17,8 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.counts import keep_counts, summary
-from axolotl_loram.config import PROTECTED, FillArgs, PruningArgs
-from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config import PROTECTED, FillArgs, LayerwiseArgs, PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.memory.gpus import that_hold
 from axolotl_loram.memory.predict import GIB, compare, pruned_config

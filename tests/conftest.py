@@ -11,6 +11,8 @@ import yaml
 from families import pico_config
 from warm import COMMANDS, Warm
 
+from axolotl_loram.architecture.families import FAMILIES
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
 
@@ -18,11 +20,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE":
 def build_model(family: str = "llama", seed: int = 0, **sizes):
     """A pico model with random weights, large enough for its outputs to tell layers apart."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
     config = pico_config(family, **{"initializer_range": 0.2, **sizes})
-    return AutoModelForCausalLM.from_config(config).float().eval()
+    auto_class = getattr(transformers, FAMILIES[family].auto_class)
+    return auto_class.from_config(config).float().eval()
 
 
 def byte_tokenizer():

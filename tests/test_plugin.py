@@ -45,6 +45,7 @@ def test_what_works_is_not_refused():
         ({"gptq": True}, "`gptq`"),
         ({"reinit_weights": True}, "`reinit_weights`"),
         ({"peft_layer_replication": [[0, 4]]}, "`peft_layer_replication`"),
+        ({"qat": {"weight_dtype": "int4"}}, "`qat`.*rounds the pruned weights"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
     ],
 )

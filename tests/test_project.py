@@ -23,7 +23,7 @@ MODULES = sorted(
     if file.stem not in ("__init__", "heterogeneous")
 )
 FLOORS = [
-    *("errors", "config", "tables"),
+    *("errors", "criteria", "config", "tables"),
     *("files", "architecture", "memory", "models", "text"),
     *("pruning", "recovery", "results", "training", "propose"),
     "api",

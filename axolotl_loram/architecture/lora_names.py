@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ def named_model(settings: Mapping[str, Any], adapter: Path) -> str:
             f"found {found!r}: give the pruned model (--pruned-model)"
         )
     return found
+
+
+def is_saved_whole(module: str, named: Iterable[str] | None) -> bool:
+    """Whether PEFT (0.20) trains a module whole under such `modules_to_save`: ends of its path."""
+    return any(f"{PREFIX}{module}".endswith(name) for name in named or ())
 
 
 def depth_of(name: str) -> int:

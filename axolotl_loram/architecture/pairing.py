@@ -181,7 +181,8 @@ def check_base_shapes(plan: PruningPlan, model: str, revision: str | None = None
     """Refuse a base model whose config is of another size than the plan's base."""
     expected, found = shapes_of(plan.config), shapes_of(load_config(model, revision))
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+        tied = is_derived(name) and name not in found  # by its config, and not by its weights
+        if expected.get(name) != found.get(name) and not tied:
             raise LoRAMError(
                 f"expected base_model to be {plan.base.id}, for which the pruned model was made, "
                 f"found {model} of another size: {name} is {found.get(name)}, not "

@@ -29,7 +29,7 @@ from axolotl_loram.files.untrusted import check_types, parse_json
 LOG = logging.getLogger(__name__)
 PLAN_FILE = "loram_plan.safetensors"
 SCHEMA_VERSION = 1
-MOST_BYTES = 2**26
+MOST_LIST_BYTES = 2**26
 """Of one list of a plan: 16 million units."""
 
 
@@ -210,7 +210,7 @@ class PruningPlan:
             if (
                 tensor.dtype != "I32"
                 or len(tensor.shape) not in (1, 2)
-                or tensor.nbytes > MOST_BYTES
+                or tensor.nbytes > MOST_LIST_BYTES
             ):
                 raise LoRAMError(
                     f"expected lists of I32 in {file}, found {tensor.name} of {tensor.dtype} "

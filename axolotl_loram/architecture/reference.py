@@ -22,7 +22,7 @@ from axolotl_loram.files.untrusted import own_file
 
 INDEX_OF = {"neurons": ("gate_proj", None), "kv_groups": ("k_proj", "head_dim")}
 """Kind → the projection whose rows a file lists, and the size that counts one unit's rows."""
-MOST_BYTES = 2**24
+MOST_FILE_BYTES = 2**24
 """Of one file: two million positions."""
 
 
@@ -97,8 +97,8 @@ def _load(file: Path) -> Any:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 size = max(size, sum(entry.file_size for entry in archive.infolist()))
-        if size > MOST_BYTES:
-            raise LoRAMError(f"expected at most {MOST_BYTES} bytes in {file}, found {size}")
+        if size > MOST_FILE_BYTES:
+            raise LoRAMError(f"expected at most {MOST_FILE_BYTES} bytes in {file}, found {size}")
         with warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except LoRAMError:

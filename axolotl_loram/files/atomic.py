@@ -86,16 +86,6 @@ def updated_folder(
         place.move_in()
 
 
-@contextmanager
-def scratch_folder(path: Path) -> Iterator[Path]:
-    """A folder for what is in the way afterwards; `path` itself is never made.
-
-    What a killed process left in one goes when the next is made for the same `path`.
-    """
-    with alone(real(path)) as place, place.scratch() as scratch:
-        yield scratch
-
-
 def check_vacant(target: Path, overwrite: bool = False) -> None:
     """Refuse a target that would be overwritten unasked; called before the long work.
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from axolotl_loram.errors import LoRAMError
+from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.files.untrusted import own_file, read_json
 
 MODEL_FILE = "model.safetensors"
@@ -73,6 +73,26 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         """The tensor's bits, read into memory of its own (a map would count as ours too)."""
         return self.read_bytes(0, self.nbytes).view(self.bits).reshape(self.shape)
+
+    def check_floats(self, purpose: str) -> None:
+        """Refuse what cannot be computed with, for a purpose such as "to score"."""
+        if self.dtype not in FLOATS:
+            raise LoRAMError(
+                f"expected weights of {', '.join(FLOATS)} {purpose}, found {self.name} of "
+                f"{self.dtype}: prune the unquantized model, or use --method random without refit"
+            )
+
+    def read_floats(self, purpose: str) -> np.ndarray:
+        """`read`, of what can be computed with.
+
+        Raises:
+            LoRAMError: It holds no plain floats, or a NaN or an infinity.
+        """
+        self.check_floats(purpose)
+        bits = self.read()
+        if not finite(bits, self.dtype):
+            raise not_finite(self.name)
+        return bits
 
     def read_bytes(self, offset: int, count: int) -> np.ndarray:
         """`count` bytes from `offset` within the tensor, as uint8."""
@@ -162,14 +182,12 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self.shards: dict[str, list[str]] = {}
-        self.metadata: dict[str, str] = {}
         listed = {} if (folder / file).exists() else _weight_map(folder, file)
         for name in shard_names(folder, file):
-            tensors, metadata = open_safetensors(folder / name)
+            tensors, _ = open_safetensors(folder / name)
             self._check_dealt(tensors, name, listed)
             self.shards[name] = list(tensors)
             self.tensors |= tensors
-            self.metadata |= metadata
 
     def _check_dealt(self, tensors: Iterable[str], shard: str, listed: Mapping[str, str]) -> None:
         """Refuse a shard with tensors that another has, or should have by the index."""

@@ -18,6 +18,7 @@ Frozen parameters take c and nothing else.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,13 +88,35 @@ class Zero:
         return {name: auto[name] if value is None else value for name, value in named.items()}
 
 
+def read_deepspeed(named: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration: of a file or a link to one, or as Axolotl has it in memory.
+
+    Raises:
+        LoRAMError: There is no such file, or it holds something else.
+    """
+    if isinstance(named, str | os.PathLike):
+        return read_json(Path(named), linked=True)
+    return dict(named.to_dict() if hasattr(named, "to_dict") else named or {})
+
+
+def zero_stage(named: Any) -> int:
+    """The stage of ZeRO that such a configuration (or None) asks for; 0 without one.
+
+    Raises:
+        LoRAMError: As `read_deepspeed`.
+    """
+    section = read_deepspeed(named).get("zero_optimization")
+    stage = section.get("stage") if isinstance(section, Mapping) else 0
+    return int(stage) if isinstance(stage, int) else 0
+
+
 def read_zero(file: Path) -> Zero:
     """What a DeepSpeed config file says of ZeRO.
 
     Raises:
         LoRAMError: There is no such file, it is no DeepSpeed config, or it partitions nothing.
     """
-    config = read_json(file, linked=True)
+    config = read_deepspeed(file)
     section = config.get("zero_optimization")
     if not isinstance(section, dict):
         raise LoRAMError(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from axolotl_loram.errors import LoRAMError, not_finite
-from axolotl_loram.files.tensors import FLOATS, StoredTensor
+from axolotl_loram.files.tensors import StoredTensor
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -39,17 +38,4 @@ def to_torch(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
     Raises:
         LoRAMError: It holds no plain floats, or a NaN or an infinity.
     """
-    if stored.dtype not in FLOATS:
-        raise LoRAMError(
-            f"expected weights of {', '.join(FLOATS)} to calibrate, found {stored.name} of "
-            f"{stored.dtype}: prune the unquantized model, or use --method random without refit"
-        )
-    values = from_bits(stored.read(), stored.dtype).to(dtype)
-    check_finite_weight(values, stored.name)
-    return values
-
-
-def check_finite_weight(values: torch.Tensor, name: str) -> None:
-    """Refuse a NaN or an infinity, without a temporary as large as the weight."""
-    if not torch.isfinite(torch.stack(values.aminmax())).all():
-        raise not_finite(name)
+    return from_bits(stored.read_floats("to calibrate"), stored.dtype).to(dtype)

@@ -9,19 +9,20 @@ reads a few rows, in the CPU's memory.
 from __future__ import annotations
 
 import logging
-import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+
 from axolotl_loram.architecture.config_json import Config, family_of, is_tied
+from axolotl_loram.architecture.lora_names import is_saved_whole
 from axolotl_loram.architecture.spaces import EMBEDDING, HEAD
 from axolotl_loram.config import NATIVE, QLORAM
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.memory.zero import zero_stage
 
 LOG = logging.getLogger(__name__)
 PARTS = {"lm_head": HEAD, "embedding": EMBEDDING}
@@ -110,8 +111,8 @@ def choose_formats(section: LoRAMConfig, cfg: Any, config: Config, packed_head: 
 
 
 def module_names(config: Config) -> dict[str, str]:
-    """Part → what its module is called, last part only, such as ``embed_tokens``."""
-    weights = {weight.role: weight.module.rpartition(".")[2] for weight in family_of(config).model}
+    """Part → what its module is called in the running model, such as ``model.embed_tokens``."""
+    weights = {weight.role: weight.module for weight in family_of(config).model}
     return {part: weights[role] for part, role in PARTS.items() if role in weights}
 
 
@@ -120,26 +121,27 @@ def hindrances_in(cfg: Any, modules: Mapping[str, str]) -> Iterator[tuple[str, s
 
     Args:
         cfg: Axolotl's config.
-        modules: What the parts are called.
+        modules: Part → its module in the running model, as `module_names` has it.
     """
     for part, module in modules.items():
-        if module in (cfg.lora_modules_to_save or []):
+        if is_saved_whole(module, cfg.lora_modules_to_save):
             yield part, "lora_modules_to_save trains it whole"
         if cfg.peft_trainable_token_indices or cfg.fix_untrained_tokens:
             yield part, "single tokens are trained"
         if is_sharded(cfg):
             yield part, "FSDP and ZeRO-3 shard plain weights"
-    if is_targeted(modules.get("embedding", ""), cfg.lora_target_modules):
+    if is_targeted(modules.get("embedding", ""), cfg):
         yield "embedding", "lora_target_modules names it"
     for name in fused_losses(cfg):
         yield "lm_head", f"{name} multiplies by its weight itself"
 
 
-def is_targeted(module: str, targets: Any) -> bool:
-    """Whether PEFT would adapt a module of this name: a list of names, or a regular expression."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, f"model.{module}") is not None or targets == module
-    return any(name.split(".")[-1] == module for name in targets or [])
+def is_targeted(module: str, cfg: Any) -> bool:
+    """Whether PEFT would adapt a module of this path, by names or by a regular expression."""
+    chosen = LoraConfig(
+        target_modules=cfg.lora_target_modules or [], exclude_modules=cfg.lora_exclude_modules
+    )
+    return bool(module) and bool(check_target_module_exists(chosen, module))
 
 
 def fused_losses(cfg: Any) -> list[str]:
@@ -150,19 +152,7 @@ def fused_losses(cfg: Any) -> list[str]:
 
 def is_sharded(cfg: Any) -> bool:
     """Whether parameters are dealt out to ranks: FSDP, or DeepSpeed at stage 3."""
-    return bool(cfg.fsdp or cfg.fsdp_config) or zero_stage(cfg) == 3
-
-
-def zero_stage(cfg: Any) -> int:
-    """Stage of DeepSpeed's ZeRO, 0 without it."""
-    settings = cfg.deepspeed
-    if isinstance(settings, (str, os.PathLike)):
-        try:
-            settings = read_json(Path(settings), linked=True)
-        except LoRAMError:
-            return 0  # Axolotl says what is wrong with it
-    stage = ((settings or {}).get("zero_optimization") or {}).get("stage", 0)
-    return stage if isinstance(stage, int) else 0
+    return bool(cfg.fsdp or cfg.fsdp_config) or zero_stage(cfg.deepspeed) == 3
 
 
 def _check_packed_head(formats: Formats, hindrances: Mapping[str, str]) -> None:

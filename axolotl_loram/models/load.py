@@ -67,7 +67,8 @@ def load_pruned(
     defaults = {"lm_head": NATIVE, "embedding": QLORAM["embedding"] if four_bit else NATIVE}
     chosen = {part: wish or defaults[part] for part, wish in wishes.items()}
     asked = frozenset(part for part, wish in wishes.items() if wish)
-    store_small(loaded, Formats(**chosen, asked=asked), _vocabulary(loaded))
+    vocabulary = getattr(loaded.get_input_embeddings(), "num_embeddings", 0)
+    store_small(loaded, Formats(**chosen, asked=asked), vocabulary)
     return loaded
 
 
@@ -79,7 +80,3 @@ def _compute_dtype(dtype: torch.dtype | str | None, plan: PruningPlan) -> torch.
     if not isinstance(found, torch.dtype):
         raise LoRAMError(f"expected a dtype such as bfloat16, found {named!r:.80}")
     return found
-
-
-def _vocabulary(model: Any) -> int:
-    return getattr(model.get_input_embeddings(), "num_embeddings", 0)

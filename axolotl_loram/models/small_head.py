@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from axolotl_loram.files.nf4 import packed_weights
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.formats import Formats, check_trains_packed, choose_formats
+from axolotl_loram.models.patches import once_sized
 from axolotl_loram.models.stream import replace_linear
 
 LOG = logging.getLogger(__name__)
@@ -98,26 +98,10 @@ def head_name(config: Config) -> str | None:
 
 
 def store_small_once_sized(model: Any, formats: Formats) -> None:
-    """`store_small`, as soon as Axolotl has settled the vocabulary's size.
-
-    It does so by one call of `resize_token_embeddings` or `tie_weights`, and right after that turns
-    what is not quantized to float32: of LLaMA-3.1-70B's embedding and lm_head, 8.4 GB on the device
-    that are spared here.
-    """
+    """`store_small`, as soon as Axolotl has settled the vocabulary's size."""
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    names = ("resize_token_embeddings", "tie_weights")
-    own = {name: model.__dict__.get(name) for name in names}
-
-    def then_store(name: str, *args: Any, **kwargs: Any) -> Any:
-        for other, method in own.items():  # as they were, also for calls from one to the other
-            model.__dict__.pop(other)
-            model.__dict__.update({other: method} if method else {})
-        result = getattr(model, name)(*args, **kwargs)
-        store_small(model, formats, vocabulary)
-        return result
-
     if formats.small:
-        model.__dict__.update({name: partial(then_store, name) for name in names})
+        once_sized(model, lambda: store_small(model, formats, vocabulary))
 
 
 def store_small(model: Any, formats: Formats, vocabulary: int) -> None:

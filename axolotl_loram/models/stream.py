@@ -25,9 +25,11 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
 from axolotl_loram.architecture.model import Tensor, layer_pieces
-from axolotl_loram.files.tensors import Checkpoint, StoredTensor
-from axolotl_loram.models.bits import check_finite_weight, from_bits, to_torch
-from axolotl_loram.models.four_bit import take_any_width
+from axolotl_loram.architecture.ties import HEAD_WEIGHT
+from axolotl_loram.errors import not_finite
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite
+from axolotl_loram.models.bits import from_bits, to_torch
+from axolotl_loram.models.patches import not_partitioned, take_any_width
 
 TOKENS_PER_BATCH = 2048
 
@@ -135,7 +137,8 @@ class LayerStream:
     def _stored_embedding(self) -> StoredTensor:
         embedding = self.model.get_input_embeddings()
         name = next(n for n, module in self.model.named_modules() if module is embedding)
-        return self.checkpoint[self.family.stored_name(f"{name}.weight")]
+        stored = self.checkpoint.tensors.get(self.family.stored_name(f"{name}.weight"))
+        return stored or self.checkpoint[HEAD_WEIGHT]  # of tied ones either may be stored
 
     def _load_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         """Load the rows that are looked up, and no others; returns where each token's row is."""
@@ -143,8 +146,10 @@ class LayerStream:
         stored, (used, places) = self._stored_embedding, tokens.unique(return_inverse=True)
         row_bytes = stored.shape[1] * stored.bits.itemsize
         rows = [stored.read_bytes(row * row_bytes, row_bytes) for row in used.tolist()]
-        values = from_bits(np.concatenate(rows), stored.dtype).view(len(used), -1).to(self.dtype)
-        check_finite_weight(values, stored.name)
+        bits = np.concatenate(rows).view(stored.bits)
+        if not finite(bits, stored.dtype):
+            raise not_finite(stored.name)
+        values = from_bits(bits, stored.dtype).view(len(used), -1).to(self.dtype)
         embedding.padding_idx = None  # it is a row of the whole
         embedding.weight = nn.Parameter(values, requires_grad=False)
         return places
@@ -229,7 +234,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, its computed buffers (rotary frequencies) on the CPU."""
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    with torch.device("meta"), _not_partitioned():
+    with torch.device("meta"), not_partitioned():
         auto_class = getattr(transformers, family_of(config).auto_class)
         model = auto_class.from_config(settings, dtype=dtype, trust_remote_code=False)
     for module in model.modules():
@@ -241,19 +246,6 @@ def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
         if names:
             model._init_weights(module)
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _not_partitioned() -> Iterator[None]:
-    """Inside a run under ZeRO-3, transformers would deal any model it builds out to the ranks."""
-    from transformers.integrations import deepspeed
-
-    before = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, device: torch.device) -> None:

@@ -51,18 +51,16 @@ class Walk:
 
     def inputs(self, index: int) -> States:
         """Hidden states before layer `index` (after the last one, where index is `stop`)."""
-        shape = (*self.tokens.shape, self._width)
+        shape = (*self.tokens.shape, self.stream.hidden_size)
         return States(self.work.folder / f"{self.stage}-{index}.states", shape, self.stream.dtype)
-
-    @property
-    def _width(self) -> int:
-        return self.stream.hidden_size
 
     def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield each layer that is still to be done."""
         newest = max((i for i in range(self.stop + 1) if self.inputs(i).exists), default=None)
         if newest is None:
-            self._embed()
+            with self.inputs(0).written() as append:
+                for batch in self.batches():
+                    append(self.stream.embed(self.tokens[batch]))
         first = newest or 0
         self.done = self.progress(self.stop, self.stage, "layer")
         self.done(first)
@@ -101,11 +99,6 @@ class Walk:
                 append(output)
                 self.done(len(output) / len(self.tokens))
             yield
-
-    def _embed(self) -> None:
-        with self.inputs(0).written() as append:
-            for batch in self.batches():
-                append(self.stream.embed(self.tokens[batch]))
 
 
 def check_finite(values: torch.Tensor, where: str) -> None:

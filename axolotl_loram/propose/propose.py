@@ -35,7 +35,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.propose.source import row_source
 from axolotl_loram.propose.survey import NUMBERS, Survey, layers_path, survey
 from axolotl_loram.propose.tracing import HIDDEN_STREAM, Labels, Unit, build_random, trace
-from axolotl_loram.propose.trial import Check, evaluate, quiet, stored_names, try_out
+from axolotl_loram.propose.trial import Trial, evaluate, quiet, stored_names, try_out
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Proposal:
 
     source: str
     family: Family
-    checks: list[Check] = field(default_factory=list)
+    checks: list[Trial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -110,7 +110,7 @@ def propose(raw: Mapping[str, Any]) -> Proposal:
 
 
 @dataclass
-class Kind:
+class UnitKind:
     """A kind of unit that tracing found.
 
     Attributes:
@@ -146,14 +146,14 @@ class Draft:
             self.notes.append(f"any units: the model cannot be traced ({error})")
             return {}
 
-    def _kinds(self) -> dict[int, Kind]:
+    def _kinds(self) -> dict[int, UnitKind]:
         """Kinds with both rows that make their features and columns that read them."""
-        kinds: dict[int, Kind] = {}
+        kinds: dict[int, UnitKind] = {}
         sides: dict[int, set[int]] = {}
         for (name, dim), labels in self.labels.items():
             module = name.rpartition(".")[0].removeprefix(f"{self.first}.")
             for unit in {label for label in labels if label and label.kind != HIDDEN_STREAM}:
-                kind = kinds.setdefault(unit.kind, Kind(0, []))
+                kind = kinds.setdefault(unit.kind, UnitKind(0, []))
                 kind.units = max(kind.units, unit.number + 1)
                 if f"{self.first}.{module}" in self.linears:
                     sides.setdefault(unit.kind, set()).add(dim)

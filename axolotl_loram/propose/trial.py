@@ -30,7 +30,7 @@ EXACT = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class Trial:
     """Something tried.
 
     Attributes:
@@ -80,7 +80,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def try_out(family: Family, found: Survey) -> list[Check]:
+def try_out(family: Family, found: Survey) -> list[Trial]:
     """Check the row's lists of parameters and stored tensors, then prune by it, and run."""
     install()
     with declared(family):
@@ -92,12 +92,12 @@ def try_out(family: Family, found: Survey) -> list[Check]:
     return checks
 
 
-def _try(what: str, check: Any) -> Check:
+def _try(what: str, check: Any) -> Trial:
     try:
         outcome, measured = check()
     except Exception as error:  # the row is wrong in a way that no check foresaw
-        return Check(what, "failed", f"{type(error).__name__}: {error}")
-    return Check(what, outcome, measured)
+        return Trial(what, "failed", f"{type(error).__name__}: {error}")
+    return Trial(what, outcome, measured)
 
 
 def _same_tensors(found: Survey) -> tuple[str, str]:

@@ -63,10 +63,13 @@ class Evidence:
         """The kinds of unit of a layer that are to be scored."""
         return tuple(g for g in layer_groups(self.config, layer) if g.kind in self.kinds)
 
-    def scores_shape(self, layer: int, group: Group) -> tuple[int, ...]:
-        """(units,), or (experts, units) of units inside experts."""
+    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Kind → shape of a layer's scores: (units,), or (experts, units) of units in experts."""
         sizes = self.sizes(layer)
-        return tuple(sizes[kind] for kind in (group.inside, group.kind) if kind)
+        return {
+            group.kind: tuple(sizes[kind] for kind in (group.inside, group.kind) if kind)
+            for group in self.groups(layer)
+        }
 
     def has(self, layer: int) -> bool:
         """Whether a layer is scored already."""

@@ -6,10 +6,45 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from axolotl_loram.architecture.model import Tensor
+from axolotl_loram.architecture.model import Tensor, tensors
 from axolotl_loram.architecture.spaces import Dim, Sizes, per_unit
-from axolotl_loram.errors import LoRAMError, not_finite
-from axolotl_loram.files.tensors import FLOATS, StoredTensor, ahead, as_floats
+from axolotl_loram.errors import not_finite
+from axolotl_loram.files.tensors import StoredTensor, ahead, as_floats
+from axolotl_loram.pruning.evidence import Evidence
+
+
+def random(evidence: Evidence) -> None:
+    """Any unit is as good as another."""
+    for layer in evidence.layers:
+        shapes, seed = evidence.shapes(layer), evidence.seed
+        scores = {kind: random_scores(shape, seed, layer, kind) for kind, shape in shapes.items()}
+        evidence.save(layer, scores)
+
+
+def magnitude(evidence: Evidence) -> None:
+    """Σ w² over all weights that go with the unit (group L2, LLM-Pruner's `l2`)."""
+    members: dict[int | None, list[tuple[Tensor, StoredTensor]]] = {}
+    for tensor in tensors(evidence.config):
+        members.setdefault(tensor.layer, []).append((tensor, evidence.checkpoint[tensor.name]))
+    jobs = {
+        layer: {
+            kind: [pair for pair in members[layer] if kind in pair[0].kinds]
+            for kind in evidence.shapes(layer)
+        }
+        for layer in evidence.layers
+    }
+    sizes = {
+        layer: sum(stored.nbytes for pairs in job.values() for _, stored in pairs)
+        for layer, job in jobs.items()
+    }
+    done = evidence.progress(sum(sizes.values()), "scoring", "B")
+    for layer, job in jobs.items():
+        if evidence.has(layer):
+            done(sizes[layer])
+            continue
+        shapes = evidence.shapes(layer)
+        scores = {kind: magnitude_scores(job[kind], kind, done, shapes[kind]) for kind in job}
+        evidence.save(layer, scores)
 
 
 def random_scores(shape: Sequence[int], seed: int, layer: int, kind: str) -> np.ndarray:
@@ -18,7 +53,7 @@ def random_scores(shape: Sequence[int], seed: int, layer: int, kind: str) -> np.
 
 
 def magnitude_scores(
-    tensors: list[tuple[Tensor, StoredTensor]],
+    members: list[tuple[Tensor, StoredTensor]],
     kind: str,
     done: Callable[[int], object] | None = None,
     shape: tuple[int, ...] | None = None,
@@ -26,7 +61,7 @@ def magnitude_scores(
     """Σ w² over everything that goes when a unit goes (group L2, as in LLM-Pruner's `l2`).
 
     Args:
-        tensors: The layer's tensors, and where their values are; read block by block.
+        members: The layer's tensors, and where their values are; read block by block.
         kind: The kind of unit.
         done: Called with the bytes read since the last call.
         shape: Of the scores: (units,) by default, or (experts, units) of units inside experts.
@@ -37,8 +72,8 @@ def magnitude_scores(
     Raises:
         LoRAMError: A tensor holds no plain floats, or a NaN or an infinity.
     """
-    total = np.zeros(shape or tensors[0][0].sizes[kind])
-    for tensor, stored in tensors:
+    total = np.zeros(shape or members[0][0].sizes[kind])
+    for tensor, stored in members:
         if tensor.expert is not None:
             total[tensor.expert] += _energy(stored, tensor.dims, tensor.sizes, kind, done)
         elif total.ndim == 2:  # experts stacked in one tensor
@@ -69,11 +104,7 @@ def _energies(
     stored: StoredTensor, axes: list[int], done: Callable[[int], object] | None
 ) -> list[np.ndarray]:
     """Along each of `axes`, the sum of squares over all others, in float64."""
-    if stored.dtype not in FLOATS:
-        raise LoRAMError(
-            f"expected weights of {', '.join(FLOATS)} to score, found {stored.name} of "
-            f"{stored.dtype}: prune the unquantized model, or use --method random"
-        )
+    stored.check_floats("to score")
     energies, first = [np.zeros(stored.shape[axis]) for axis in axes], 0
     for bits in ahead(stored.blocks()):
         values = as_floats(bits, stored.dtype)

@@ -39,6 +39,19 @@ class Moments:
         return self.squares / self.count - (self.sums / self.count).square()
 
 
+def activation(evidence: Evidence) -> None:
+    """Wanda's (arXiv 2306.11695) per unit: √Σ_c ‖W_:c‖² ‖x_c‖² over inputs c of its reader."""
+    score_by_moments(evidence, lambda norms, moments: norms * moments.squares)
+
+
+def fluctuation(evidence: Evidence) -> None:
+    """FLAP's (arXiv 2312.11983): √Σ_c ‖W_:c‖² Var(x_c). What hardly varies is easily replaced.
+
+    FLAP adds the mean of what it removes to a bias; here the refit takes that part.
+    """
+    score_by_moments(evidence, lambda norms, moments: norms * moments.variance)
+
+
 @torch.no_grad()
 def score_by_moments(
     evidence: Evidence, energy: Callable[[torch.Tensor, Moments], torch.Tensor]

@@ -12,22 +12,23 @@ import numpy as np
 
 from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import (
-    TIED,
     Config,
     family_of,
+    is_tied,
     layer_count,
     layer_fields,
     load_config,
     sizes_of,
 )
 from axolotl_loram.architecture.counts import plan_of_size, sparse_layers, sparse_summary, summary
-from axolotl_loram.architecture.model import changed, tensors
+from axolotl_loram.architecture.model import changed
 from axolotl_loram.architecture.pairing import check_tensors, fingerprint_of, weights_fingerprint
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.record import Kind, Record, versions
-from axolotl_loram.architecture.spaces import EMBEDDING, HEAD
+from axolotl_loram.architecture.ties import by_weights, untied
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
-from axolotl_loram.config import CALIBRATED, Pruning, PruningArgs
+from axolotl_loram.config import UNCALIBRATED, Pruning, PruningArgs
+from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, commit_of, find_folder
@@ -36,11 +37,10 @@ from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import copy_files, read_json
 from axolotl_loram.models.packing import Packing, plan_packing
-from axolotl_loram.pruning.criteria import CRITERIA
 from axolotl_loram.pruning.evidence import Evidence
 from axolotl_loram.pruning.gather import needed_bytes, write_weights
 from axolotl_loram.pruning.importance import choose
-from axolotl_loram.pruning.sparse import by_magnitude, load_sparse
+from axolotl_loram.pruning.sparse import load_sparse
 
 if TYPE_CHECKING:
     from axolotl_loram.models.stream import LayerStream
@@ -122,7 +122,7 @@ class Job:
             work,
             self.settings.seed,
             self.calibration.tokens if self.calibration else None,
-            lambda: self.stream(self.settings.load_in_4bit),
+            lambda: self.stream(self.settings.load_in_4bit and not self.settings.sparsity),
             self.progress,
             frozenset(kind for count in self.sketch.counts.values() for kind in count),
         )
@@ -167,8 +167,8 @@ def prune(
     resolved = resolve(settings, config, own_text=calibration is not None)
     folder = find_folder(model, revision)
     checkpoint = Checkpoint(folder)
+    config = by_weights(config, checkpoint)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
-    check_tied(config, checkpoint)
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), fingerprint_of(folder))
     sketch = plan_of_size(config, base, resolved)
@@ -184,25 +184,6 @@ def prune(
         return _write_rest(folder, job, outcome, work.result, files)
 
 
-def check_tied(config: Config, checkpoint: Checkpoint) -> None:
-    """Refuse a base whose config ties the embeddings and whose weights do not.
-
-    transformers (5.16) takes the stored lm_head then; pruning by the config would drop it.
-    """
-    held = {t.role: checkpoint[t.name] for t in tensors(config) if t.role in (EMBEDDING, HEAD)}
-    head, embedding = checkpoint.tensors.get("lm_head.weight"), held.get(EMBEDDING)
-    if HEAD in held or head is None or embedding is None:
-        return
-    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
-    pairs = zip(head.blocks(), embedding.blocks(), strict=True) if same else ()
-    if not same or any((one != other).any() for one, other in pairs):
-        raise LoRAMError(
-            f"expected the lm_head to be the embedding, as {TIED} in the config says, found "
-            f"another lm_head.weight in {checkpoint.folder}, which transformers would use: set "
-            f"{TIED} to false in its config.json"
-        )
-
-
 def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pruning:
     """`PruningArgs.resolve` for the model with this config."""
     return settings.resolve(own_text, layer_fields(config, None).get("max_position_embeddings"))
@@ -211,18 +192,26 @@ def resolve(settings: PruningArgs, config: Config, own_text: bool = False) -> Pr
 def _plan_packing(settings: Pruning, checkpoint: Checkpoint, sketch: PruningPlan) -> Packing | None:
     if settings.quantize is None:
         return None
-    config = changed(read_json(checkpoint.folder / "config.json"), sketch.changes)
+    config = _pruned_config(checkpoint.folder, sketch)
     from axolotl_loram.models.device import choose_device
 
     block, device = settings.quantize_block_size, choose_device(settings.device)
     return plan_packing(config, checkpoint.tensors, block, device)
 
 
+def _pruned_config(base: Path, plan: PruningPlan) -> dict[str, Any]:
+    """The base's own config.json with what the plan changes."""
+    raw = read_json(base / "config.json")
+    if is_tied(raw) and not is_tied(plan.config):
+        raw = untied(raw)
+    return changed(raw, plan.changes)
+
+
 def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
     if not settings.needs_calibration:
         return None
     if settings.calibration_path is None:
-        why = f"method {settings.method}" if settings.method in CALIBRATED else "refit"
+        why = f"method {settings.method}" if CRITERIA[settings.method].calibrated else "refit"
         raise LoRAMError(
             f"expected calibration text for {why}, found none: give --calibration FILE (.txt, "
             ".jsonl, an Axolotl YAML) or a data set on the hub"
@@ -241,14 +230,14 @@ def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
     family, method = family_of(sketch.config), settings.method
     if settings.needs_calibration and family.auto_class == "AutoModelForImageClassification":
         raise LoRAMError(
-            f"expected method random or magnitude without refit for {family.model_type}, found "
-            f"{method}: calibration text goes through language models only"
+            f"expected method {' or '.join(UNCALIBRATED)} without refit for {family.model_type}, "
+            f"found {method}: calibration text goes through language models only"
         )
     kinds = {kind for count in sketch.counts.values() for kind in count}
-    if "expert_neurons" in kinds and method in CALIBRATED:
+    if "expert_neurons" in kinds and CRITERIA[method].calibrated:
         raise LoRAMError(
-            f"expected method random or magnitude for expert_neurons, found {method}: stacked "
-            "experts do not show what goes into each neuron"
+            f"expected method {' or '.join(UNCALIBRATED)} for expert_neurons, found {method}: "
+            "stacked experts do not show what goes into each neuron"
         )
 
 
@@ -263,8 +252,8 @@ def check_room(job: Job, output: Path) -> None:
         needed += needed_bytes(job.checkpoint, job.sketch)
     if job.calibration is not None:
         states = job.calibration.tokens.size * sizes_of(job.config)["hidden"] * 4
-        kept = layer_count(job.config) + 2 if job.settings.method == "taylor" else 2
-        needed += states * kept
+        all_kept = CRITERIA[job.settings.method].keeps_states
+        needed += states * (layer_count(job.config) + 2 if all_kept else 2)
     check_free(output, job.identity, needed, "make room or choose another disk")
 
 
@@ -313,16 +302,7 @@ def choose_units(job: Job, work: Work) -> PruningPlan:
 
 def _make_sparse(job: Job, work: Work, sparsity: float | str) -> Outcome:
     layers = sparse_layers(job.config, sparsity, *job.settings.protected)
-    if job.settings.method == "magnitude":
-        by_magnitude(job.checkpoint, job.config, layers, sparsity, work, job.progress)
-    elif not all(work.has(f"sparse-{layer}") for layer in layers):
-        from axolotl_loram.models.walk import Walk
-        from axolotl_loram.pruning.sparsegpt import by_calibration
-
-        assert job.calibration is not None  # `_calibrate` saw to it
-        tokens, stop = job.calibration.tokens, max(layers) + 1
-        walk = Walk(job.stream(), work, tokens, "sparsifying", stop, job.progress)
-        by_calibration(walk, job.config, layers, job.settings.method, sparsity)
+    CRITERIA[job.settings.method].zero(job.evidence(work, layers), sparsity)
     made = list(load_sparse(work, layers))
     masks = {name: facts["mask"] for name, _, facts in made}
     counted = {name: facts["nonzero"] for name, _, facts in made}
@@ -338,10 +318,10 @@ def _write_rest(
 ) -> dict[str, Any]:
     """Write config, tokenizer, plan and record beside the weights."""
     plan, calibration = outcome.plan, job.calibration
-    raw = read_json(base_folder / "config.json")
-    raw.pop("auto_map", None)  # names code of the base's repository, which is not copied
+    config = _pruned_config(base_folder, plan)
+    config.pop("auto_map", None)  # names code of the base's repository, which is not copied
     quantized = {"quantization_config": job.packing.settings} if job.packing else {}
-    write_json(folder / "config.json", {**changed(raw, plan.changes), **quantized})
+    write_json(folder / "config.json", {**config, **quantized})
     copy_files(base_folder, folder, (*TOKENIZER_PATTERNS, "generation_config.json"))
     plan.save(folder)
     for file in (file for file in sorted(folder.rglob("*")) if file.is_file()):

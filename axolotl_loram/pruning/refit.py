@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,10 @@ def _refit_one(
     parameter = layer.get_submodule(weight.module).get_parameter("weight")
     kept, whole = kept.to(walk.stream.device), parameter.float()
     fitted, held_out = split(len(walk.tokens))
-    gram = _gram(walk, index, layer, weight.module, fitted, kept)
+    inputs = partial(inputs_of, walk, index, layer, weight.module)
+    gram = _gram(inputs(fitted), kept, name)
     candidates = {0.0: whole[:, kept]} | solve(whole, gram, kept, name)
-    errors = _errors(walk, index, layer, weight.module, held_out, kept, whole, candidates)
+    errors = _errors(inputs(held_out), kept, whole, candidates)
     best = min(errors, key=lambda ridge: (errors[ridge], ridge))
     dtype = walk.stream.checkpoint[name].dtype
     chosen = candidates[best].to(TORCH_DTYPES[dtype])
@@ -145,39 +147,30 @@ def solve(
     return solved
 
 
-def _gram(
-    walk: Walk, index: int, layer: nn.Module, module: str, samples: list[int], kept: torch.Tensor
-) -> torch.Tensor:
-    """G_S: = Σ x_S xᵀ / N over all tokens of the samples, (kept, inputs), float32."""
-    gram, count = torch.zeros((), device=walk.stream.device), 0
-    for inputs in inputs_of(walk, index, layer, module, samples):
+def _gram(batches: Iterator[torch.Tensor], kept: torch.Tensor, name: str) -> torch.Tensor:
+    """G_S: = Σ x_S xᵀ / N over all tokens of the inputs, (kept, inputs), float32."""
+    gram, count = torch.zeros((), device=kept.device), 0
+    for inputs in batches:
         gram = gram + inputs[:, kept].T @ inputs
         count += len(inputs)
     if count < len(kept):
         LOG.warning(
-            "the Gram matrix of layer %d's %s is singular: %d calibration tokens for %d kept "
-            "inputs; the ridge carries it, more --calibration-samples would fit better",
-            index,
-            module,
-            count,
-            len(kept),
+            "the Gram matrix of %s is singular: %d calibration tokens for %d kept inputs; the "
+            "ridge carries it, more --calibration-samples would fit better",
+            *(name, count, len(kept)),
         )
     return gram / count
 
 
 def _errors(
-    walk: Walk,
-    index: int,
-    layer: nn.Module,
-    module: str,
-    samples: list[int],
+    batches: Iterator[torch.Tensor],
     kept: torch.Tensor,
     whole: torch.Tensor,
     candidates: dict[float, torch.Tensor],
 ) -> dict[float, float]:
-    """Σ ‖W x − W' x_S‖² / Σ ‖W x‖² of each candidate on the samples."""
+    """Σ ‖W x − W' x_S‖² / Σ ‖W x‖² of each candidate on the inputs."""
     errors, energy = dict.fromkeys(candidates, 0.0), 0.0
-    for inputs in inputs_of(walk, index, layer, module, samples):
+    for inputs in batches:
         wanted, narrow = inputs @ whole.T, inputs[:, kept]
         energy += wanted.square().sum().item()
         for ridge, candidate in candidates.items():

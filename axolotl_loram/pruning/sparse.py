@@ -11,40 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.config_json import Config, family_of
 from axolotl_loram.architecture.counts import Sparsity, pattern_of, removed_of
 from axolotl_loram.architecture.plan import mask_digest
-from axolotl_loram.architecture.spaces import LINEAR, Weight
-from axolotl_loram.errors import LoRAMError, not_finite
-from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.architecture.spaces import LINEAR
 from axolotl_loram.files.resumable import Work
-from axolotl_loram.files.tensors import FLOATS, Checkpoint, StoredTensor, finite
+from axolotl_loram.files.tensors import StoredTensor
+from axolotl_loram.pruning.evidence import Evidence
 
 
-def linear_weights(config: Config) -> tuple[Weight, ...]:
-    """A layer's linear weights, in the order of the declaration."""
-    return tuple(weight for weight in family_of(config).layer if weight.role == LINEAR)
+def linear_weights(evidence: Evidence, layer: int) -> dict[str, str]:
+    """Module of a layer → its linear weight in the checkpoint, in the order of the declaration."""
+    family = evidence.family
+    modules = (weight.module for weight in family.layer if weight.role == LINEAR)
+    return {module: f"{family.layers}.{layer}.{module}.weight" for module in modules}
 
 
-def by_magnitude(
-    checkpoint: Checkpoint,
-    config: Config,
-    layers: list[int],
-    sparsity: Sparsity,
-    work: Work,
-    progress: Progress = no_progress,
-) -> None:
+def magnitude(evidence: Evidence, sparsity: Sparsity) -> None:
     """Zero the smallest weights of each tensor (of each group of M inputs, with a pattern)."""
-    prefix = family_of(config).layers
-    done = progress(len(layers), "sparsifying", "layer")
-    for layer in layers:
-        arrays = {}
-        if not work.has(f"sparse-{layer}"):
-            for weight in linear_weights(config):
-                name = f"{prefix}.{layer}.{weight.module}.weight"
-                bits = smallest_zeroed(checkpoint[name], sparsity)
-                arrays[name] = (checkpoint[name].dtype, bits)
-            save_sparse(work, layer, arrays)
+    done = evidence.progress(len(evidence.layers), "sparsifying", "layer")
+    for layer in evidence.layers:
+        if not evidence.work.has(f"sparse-{layer}"):
+            stored = [evidence.checkpoint[n] for n in linear_weights(evidence, layer).values()]
+            arrays = {one.name: (one.dtype, smallest_zeroed(one, sparsity)) for one in stored}
+            save_sparse(evidence.work, layer, arrays)
         done(1)
 
 
@@ -53,14 +42,7 @@ def smallest_zeroed(stored: StoredTensor, sparsity: Sparsity) -> np.ndarray:
 
     Without its sign bit, a float's bits order as its magnitude does: nothing is converted.
     """
-    bits = stored.read()
-    if stored.dtype not in FLOATS:
-        raise LoRAMError(
-            f"expected weights of {', '.join(FLOATS)}, found {stored.name} of {stored.dtype}: "
-            "prune the unquantized model"
-        )
-    if not finite(bits, stored.dtype):
-        raise not_finite(stored.name)
+    bits = stored.read_floats("to compare")
     magnitudes = np.left_shift(bits, 1)
     pattern = pattern_of(sparsity)
     if pattern:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from axolotl_loram.architecture.config_json import Config
 from axolotl_loram.architecture.counts import Sparsity, pattern_of, removed_of
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.stream import seen_inputs
 from axolotl_loram.models.walk import Walk
+from axolotl_loram.pruning.evidence import Evidence
 from axolotl_loram.pruning.sparse import linear_weights, save_sparse
 
 LOG = logging.getLogger(__name__)
@@ -22,41 +23,46 @@ DAMPINGS = (0.01, 0.1, 1.0)
 """Added to the Gram matrix's diagonal, in units of its mean; the first that can be inverted."""
 
 
+def by_wanda(evidence: Evidence, sparsity: Sparsity) -> None:
+    """`wanda` of every linear weight."""
+    _by_inputs(evidence, sparsity, lambda *given: wanda(*given[:3]), full=False)
+
+
+def by_sparsegpt(evidence: Evidence, sparsity: Sparsity) -> None:
+    """`sparsegpt` of every linear weight."""
+    _by_inputs(evidence, sparsity, sparsegpt, full=True)
+
+
 @torch.no_grad()
-def by_calibration(
-    walk: Walk, config: Config, layers: list[int], method: str, sparsity: Sparsity
-) -> None:
-    """Wanda or SparseGPT, layer by layer, on inputs from the model as sparse so far."""
-    prefix, weights = walk.stream.family.layers, linear_weights(config)
+def _by_inputs(evidence: Evidence, sparsity: Sparsity, prune: Callable, full: bool) -> None:
+    """Layer by layer, on inputs from the model as sparse so far; `full` as `input_statistics`'."""
+    if all(evidence.work.has(f"sparse-{layer}") for layer in evidence.layers):
+        return
+    walk = evidence.walk("sparsifying", max(evidence.layers) + 1)
     for index, layer in walk:
         arrays = {}
-        if index in layers:
-            modules = [weight.module for weight in weights]
-            statistics = input_statistics(walk, index, layer, modules, full=method == "sparsegpt")
-            for module in modules:
-                name = f"{prefix}.{index}.{module}.weight"
+        if index in evidence.layers:
+            names = linear_weights(evidence, index)
+            statistics = input_statistics(walk, index, layer, list(names), full)
+            for module, name in names.items():
                 parameter = layer.get_submodule(module).get_parameter("weight")
-                prune = sparsegpt if method == "sparsegpt" else wanda
-                dtype = walk.stream.checkpoint[name].dtype
+                dtype = evidence.checkpoint[name].dtype
                 pruned = prune(parameter.float(), statistics[module], sparsity, name)
                 rounded = pruned.to(TORCH_DTYPES[dtype])
                 arrays[name] = (dtype, to_bits(rounded, dtype))
                 parameter.data.copy_(rounded)
         with walk.advanced(index, layer):
             if arrays:
-                save_sparse(walk.work, index, arrays)
+                save_sparse(evidence.work, index, arrays)
 
 
-def wanda(
-    weight: torch.Tensor, squares: torch.Tensor, sparsity: Sparsity, name: str = ""
-) -> torch.Tensor:
+def wanda(weight: torch.Tensor, squares: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
     """Zero the least |W_ij| ‖x_j‖ of each output row (arXiv 2306.11695).
 
     Args:
         weight: W (outputs, inputs), float32.
         squares: ‖x_j‖² of each input, (inputs,).
         sparsity: Share or pattern.
-        name: Unused; for messages of other methods.
     """
     scores = weight.abs() * squares.sqrt()
     return weight.masked_fill(lowest(scores, sparsity), 0.0)

@@ -18,7 +18,7 @@ from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.evidence import Evidence
 
 
-def score_by_gradients(evidence: Evidence) -> None:
+def taylor(evidence: Evidence) -> None:
     """LLM-Pruner's first order (arXiv 2305.11627): Σ_s |∂L_s/∂m| for a mask m = 1 on each unit.
 
     The masks lie on the inputs of the projections that read the units; L_s is the next-token loss

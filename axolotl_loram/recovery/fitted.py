@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from axolotl_loram.models.stream import LayerStream, States, seen_inputs
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.refit import split
 from axolotl_loram.recovery.adapter import Adapter
-from axolotl_loram.recovery.lora import Loras, added, below, read_loras
+from axolotl_loram.recovery.lora import Loras, added, below, pairs_of, read_loras
 from axolotl_loram.recovery.recover import default_output, recover
 from axolotl_loram.recovery.scatter import Moved
 from axolotl_loram.text.calibration import Calibration, load_calibration
@@ -267,15 +267,11 @@ class Job:
         """What `recover` asks: new bits by tensor name, and the record.
 
         Raises:
-            LoRAMError: No row of B is free.
+            LoRAMError: As `check_free_rows`.
         """
+        check_free_rows(moved)
         full = read_loras(moved, config, full_size=True, device=self.device)
         narrow = read_loras(moved, config, full_size=False, device=self.device)
-        if all(lora.kept(0) is None for lora in full.values()):
-            raise LoRAMError(
-                "expected LoRA on a projection that lost outputs (such as up_proj or v_proj) to "
-                "fit, found none: recover this adapter with zeros"
-            )
         base, pruned = self.streams()
         calibration = self.calibration or load_calibration(self.settings, self.base)
         identity = {
@@ -336,6 +332,19 @@ def recover_fitted(
     work = default_output(adapter).with_name(f"fitting-{adapter.name}")
     job = Job(settings, plan, base, pruned, work, progress, calibration)
     return recover(opened, str(pruned), output, overwrite=overwrite, fill=job.fill)
+
+
+def check_free_rows(moved: Sequence[Moved]) -> None:
+    """Refuse an adapter in which nothing can be filled.
+
+    Raises:
+        LoRAMError: No row of B is free, or it has LoRA that is not filled.
+    """
+    if all(b.features[0] is None for _, b in pairs_of(moved).values()):
+        raise LoRAMError(
+            "expected LoRA on a projection that lost outputs (such as up_proj or v_proj) to fit, "
+            "found none: recover this adapter with zeros"
+        )
 
 
 def check_fillable(pruned: Path, plan: PruningPlan) -> None:

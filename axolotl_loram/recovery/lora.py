@@ -72,6 +72,22 @@ def read_loras(
         device: Where to put the matrices.
 
     Raises:
+        LoRAMError: As `pairs_of`.
+    """
+    found = {}
+    for module, pair in pairs_of(moved).items():
+        a, b = (
+            as_torch(one.stored, one.scatter() if full_size else one.read()).float().to(device)
+            for one in pair
+        )
+        found[module] = LoRA(module, scaling(settings, module, len(a)), a, b, pair)
+    return found
+
+
+def pairs_of(moved: Sequence[Moved]) -> dict[str, tuple[Moved, Moved]]:
+    """Linear layer → its A and B, of an adapter's tensors.
+
+    Raises:
         LoRAMError: There is LoRA on stacked experts, or B has biases, which are not filled.
     """
     parts: dict[str, dict[str, Moved]] = {}
@@ -83,16 +99,11 @@ def read_loras(
                 "adapter with zeros"
             )
         parts.setdefault(module, {})[part] = one
-    found = {}
-    for module, own in parts.items():
-        if "lora_A.weight" in own and "lora_B.weight" in own:
-            pair = own["lora_A.weight"], own["lora_B.weight"]
-            a, b = (
-                as_torch(one.stored, one.scatter() if full_size else one.read()).float().to(device)
-                for one in pair
-            )
-            found[module] = LoRA(module, scaling(settings, module, len(a)), a, b, pair)
-    return found
+    return {
+        module: (own["lora_A.weight"], own["lora_B.weight"])
+        for module, own in parts.items()
+        if {"lora_A.weight", "lora_B.weight"} <= own.keys()
+    }
 
 
 def as_torch(stored: StoredTensor, bits: np.ndarray) -> torch.Tensor:

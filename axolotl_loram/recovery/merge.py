@@ -76,14 +76,13 @@ def merge_masked(
     opened = Adapter.open(adapter)
     pruned = find_folder(pruned_model or opened.model)
     plan = PruningPlan.load(pruned)
-    _check_masked(plan, opened)
     base = base or plan.base
     folder = find_folder(base.id, base.revision)
     check_pair(pruned, plan, base.id, base.revision)
     moved = check_adapter(opened, plan, pruned, of_run)
     LOG.info("adding the masked update of %s to %s, into %s", adapter, base.id, output)
     weights = Checkpoint(folder)
-    updates = _updates(moved, plan, weights)
+    updates = check_mergeable(opened, moved, plan, weights)
     merger = _Merger(weights, Checkpoint(pruned), plan, opened.settings, updates)
     with new_folder(output, overwrite) as scratch:
         files = merger.write(scratch, progress)
@@ -111,6 +110,32 @@ def default_output(adapter: Path) -> Path:
     return adapter.parent / f"merged-{adapter.name}"
 
 
+def check_mergeable(
+    adapter: Adapter, moved: list[Moved], plan: PruningPlan, base: Checkpoint
+) -> dict[str, _Update]:
+    """Refuse an adapter whose masked update cannot be added to the base's weights.
+
+    Args:
+        adapter: The adapter.
+        moved: Its tensors, as `check_adapter` returns them.
+        plan: The plan.
+        base: The base's weights.
+
+    Returns:
+        Weight of the base, as it is stored → what the adapter holds for it.
+
+    Raises:
+        LoRAMError: Nothing is masked, or it holds what cannot be added to a weight.
+    """
+    _check_masked(plan, adapter)
+    updates = _updates(moved, plan, base)
+    for name, update in updates.items():
+        shape = update.whole.shape if update.whole else base[name].shape
+        if update.factors_shape not in (None, shape):  # a vocabulary that grew, not saved whole
+            raise _unmergeable(next(iter(update.parts.values())))
+    return updates
+
+
 def _check_masked(plan: PruningPlan, adapter: Adapter) -> None:
     if not plan.masks:
         raise LoRAMError(
@@ -135,6 +160,16 @@ class _Update:
     def whole(self) -> Moved | None:
         """The weight as trained, where it was saved whole; by PEFT also beside LoRA on it."""
         return self.parts.get("weight")
+
+    @property
+    def factors_shape(self) -> tuple[int, int] | None:
+        """The shape of what `factors` multiply to."""
+        if "lora_A.weight" in self.parts:
+            return self.parts["lora_B.weight"].shape[0], self.parts["lora_A.weight"].shape[1]
+        if "lora_embedding_A" in self.parts:
+            A, B = self.parts["lora_embedding_A"], self.parts["lora_embedding_B"]
+            return A.shape[1], B.shape[0]
+        return None
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A and B such that B A is the update; an embedding's is the transpose of its B A."""
@@ -215,20 +250,30 @@ class _Merger:
         return update.whole.shape if update and update.whole else tensor.shape
 
     def merged(self, tensor: StoredTensor, done: Callable[[int], Any]) -> np.ndarray:
-        """The bits of one tensor with its update."""
+        """The bits of one tensor with its update.
+
+        Raises:
+            LoRAMError: They hold a NaN or an infinity, before or with the update.
+        """
         update, bits = self.updates.get(tensor.name), tensor.read()
         done(tensor.nbytes)
         if not finite(bits, tensor.dtype):
             raise not_finite(tensor.name)
-        if not update:
-            return bits
+        if update:
+            bits = self._updated(tensor, bits, update)
+            if not finite(bits, tensor.dtype):
+                raise LoRAMError(
+                    f"expected finite weights, found that {tensor.name} with its update is more "
+                    f"than {tensor.dtype} holds: take an earlier checkpoint of the adapter"
+                )
+        return bits
+
+    def _updated(self, tensor: StoredTensor, bits: np.ndarray, update: _Update) -> np.ndarray:
         if update.whole and tensor.dtype in TORCH_DTYPES:
             bits = to_bits(_values(update.whole), tensor.dtype)
         weight, factors = as_torch(tensor, bits), update.factors()
         if factors:
             A, B = factors
-            if weight.shape != (len(B), A.shape[1]):  # a vocabulary that grew, not saved whole
-                raise _unmergeable(next(iter(update.parts.values())))
             scale = scaling(self.settings, update.module, len(A))
             add_update(weight, A, B, scale, self.mask(tensor.name))
         return bits

@@ -15,12 +15,12 @@ from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.model import layer_groups
 from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
 from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record
+from axolotl_loram.config_evaluate import MODELS
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import is_folder
 from axolotl_loram.files.untrusted import read_json
 
-BASE, PRUNED, TRAINED, RECOVERED = "base", "pruned", "pruned+adapter", "base+recovered"
-MODELS = (BASE, PRUNED, TRAINED, RECOVERED)
+BASE, PRUNED, TRAINED, RECOVERED = MODELS
 ALSO = "also:"
 EVALUATION_FILE = "evaluation.json"
 EVALUATION_VERSION = 1

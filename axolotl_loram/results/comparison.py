@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from axolotl_loram.results import statistics
 from axolotl_loram.results.artefacts import ALSO, BASE, RECOVERED, Evaluation, Paired, Task, TextSet
@@ -31,9 +32,9 @@ class Outcome:
         label: Which evaluation.
         set_name: Which text.
         kind: "in domain" or "out of domain".
-        before: Loss of the base model.
-        after: Loss of the base with the recovered adapter.
-        difference: after − before.
+        before: Perplexity of the base model, as text.
+        after: That of the base with the recovered adapter.
+        difference: Of their losses, after − before.
         shares: Other adapter → share of its gain in loss that the recovered one has; None where
             the other gained nothing.
     """
@@ -41,28 +42,27 @@ class Outcome:
     label: str
     set_name: str
     kind: str
-    before: Interval
-    after: Interval
+    before: str
+    after: str
     difference: Interval
     shares: Mapping[str, float | None]
 
 
 def outcomes(label: str, evaluation: Evaluation) -> list[Outcome]:
     """What LoRAM came to on each set that both models were measured on; in-domain ones first."""
-    found = []
-    for name, text in evaluation.perplexity.items():
-        if {BASE, RECOVERED} <= text.models.keys():
-            found.append(
-                Outcome(
-                    label,
-                    name,
-                    KINDS.get(text.kind, text.kind),
-                    _loss(text, BASE),
-                    _loss(text, RECOVERED),
-                    _difference(text, RECOVERED, BASE)[0],
-                    _shares(text),
-                )
-            )
+    found = [
+        Outcome(
+            label,
+            name,
+            KINDS.get(text.kind, text.kind),
+            number(_measured(text, BASE).exp().value),
+            number(_measured(text, RECOVERED).exp().value),
+            _difference(text, RECOVERED, BASE)[0],
+            _shares(text),
+        )
+        for name, text in evaluation.perplexity.items()
+        if {BASE, RECOVERED} <= text.models.keys()
+    ]
     return sorted(found, key=lambda outcome: outcome.kind != "in domain")
 
 
@@ -98,8 +98,8 @@ def perplexity_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
         if not text.models:  # not measured yet
             continue
         title = f"{name} ({KINDS.get(text.kind, text.kind)})" + f", {label}" * bool(label)
-        measured = {key: _loss(text, key).exp() for key in text.models}
-        dots = [_dot(k, v, _perplexity_text(v), evaluation) for k, v in measured.items()]
+        measured = {key: _measured(text, key).exp() for key in text.models}
+        dots = [_dot(k, v, _with_bounds(v), evaluation) for k, v in measured.items()]
         axis = "perplexity, lower is better (logarithmic)"
         name = f"perplexity-{label}-{name}"
         parts.append(Dots(name, f"Perplexity, {title}", {"": dots}, axis, log=True))
@@ -116,7 +116,8 @@ def task_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
         return []
     groups = {
         _task_title(name, task): [
-            _dot(key, _score(task, key), _score_text(task, key), evaluation) for key in task.models
+            _dot(key, _measured(task, key), _score_text(task, key), evaluation)
+            for key in task.models
         ]
         for name, task in evaluation.tasks.items()
     }
@@ -142,21 +143,16 @@ def task_parts(label: str, evaluation: Evaluation) -> list[Chart | Table]:
 
 
 def _size(text: TextSet) -> str:
-    sizes = [
-        f"{size:,} {what}"
-        for size, what in ((text.tokens, "tokens"), (text.documents, "documents"))
-        if size is not None
-    ]
-    return f": {', '.join(sizes)}" if sizes else ""
+    sizes = {"tokens": text.tokens, "documents": text.documents}
+    told = ", ".join(f"{size:,} {what}" for what, size in sizes.items() if size is not None)
+    return f": {told}" if told else ""
 
 
-def _loss(text: TextSet, key: str) -> Interval:
-    return statistics.normal(text.models[key].loss, text.models[key].standard_error)
-
-
-def _score(task: Task, key: str) -> Interval:
-    found = task.models[key]
-    return statistics.score(found.value, found.standard_error, task.samples)
+def _measured(of: TextSet | Task, key: str) -> Interval:
+    """A model's loss, or its score."""
+    if isinstance(of, TextSet):
+        return statistics.normal(of.models[key].loss, of.models[key].standard_error)
+    return statistics.score(of.models[key].value, of.models[key].standard_error, of.samples)
 
 
 def _pairs(measured: TextSet | Task) -> list[tuple[str, str]]:
@@ -178,8 +174,7 @@ def _difference(measured: TextSet | Task, key: str, other: str) -> tuple[Interva
         # Where no answer differs, there is no spread to go by.
         if found and (found.standard_error or isinstance(measured, TextSet)):
             return statistics.normal(sign * found.difference, found.standard_error), "paired"
-    of = _loss if isinstance(measured, TextSet) else _score
-    return statistics.difference(of(measured, key), of(measured, other)), "unpaired"  # type: ignore[arg-type]
+    return statistics.difference(*(_measured(measured, k) for k in (key, other))), "unpaired"
 
 
 def _dot(key: str, found: Interval, text: str, evaluation: Evaluation) -> Dot:
@@ -187,9 +182,9 @@ def _dot(key: str, found: Interval, text: str, evaluation: Evaluation) -> Dot:
     return Dot(name, color, found.value, found.low, found.high, text)
 
 
-def _perplexity_text(found: Interval) -> str:
-    between = "" if found.low is None else f"  ({bounds(found)})".replace(" to ", "–")
-    return number(found.value) + between
+def _with_bounds(found: Interval, write: Callable[[float], str] = number) -> str:
+    between = bounds(found, write).replace(" to ", "–").replace("\N{NO-BREAK SPACE}%–", "–")
+    return write(found.value) + ("" if found.low is None else f" ({between})")
 
 
 def _perplexity_table(title: str, text: TextSet, evaluation: Evaluation) -> Table:
@@ -197,7 +192,7 @@ def _perplexity_table(title: str, text: TextSet, evaluation: Evaluation) -> Tabl
     columns += [f"share of the gain of {other}" for other in _shares(text)]
     rows = []
     for key in text.models:
-        loss, shares = _loss(text, key), _shares(text).values()
+        loss, shares = _measured(text, key), _shares(text).values()
         cells = [UNKNOWN + " (no gain)" if s is None else percent(s) for s in shares]
         cells = cells if key == RECOVERED else [""] * len(cells)
         measured = [number(loss.exp().value), bounds(loss.exp()), number(loss.value, 5)]
@@ -207,19 +202,11 @@ def _perplexity_table(title: str, text: TextSet, evaluation: Evaluation) -> Tabl
 
 def _difference_table(title: str, text: TextSet, evaluation: Evaluation) -> Table:
     rows = []
-    for key, other in _pairs(text):
-        found, how = _difference(text, key, other)
-        changes = found.exp().less(1)
-        rows.append(
-            [
-                model_name(key, evaluation),
-                model_name(other, evaluation),
-                percent(changes.value, signed=True),
-                bounds(changes, lambda value: percent(value, signed=True)),
-                change(found.value),
-                how,
-            ]
-        )
+    for pair in _pairs(text):
+        found, how = _difference(text, *pair)
+        changes, signed = found.exp(less=1), partial(percent, signed=True)
+        measured = [signed(changes.value), bounds(changes, signed), change(found.value)]
+        rows.append([*(model_name(key, evaluation) for key in pair), *measured, how])
     columns = ["model", "against", "perplexity", "95 % interval", "loss", "samples"]
     return Table(f"Differences, {title}", columns, rows, texts=2)
 
@@ -236,9 +223,7 @@ def _is_rate(task: Task) -> bool:
 def _score_text(task: Task, key: str) -> str:
     if key not in task.models:
         return "not measured"
-    found, write = _score(task, key), percent if _is_rate(task) else number
-    between = bounds(found, write).replace(" to ", "–").replace("\N{NO-BREAK SPACE}%–", "–")
-    return write(found.value) + ("" if found.low is None else f" ({between})")
+    return _with_bounds(_measured(task, key), percent if _is_rate(task) else number)
 
 
 def _difference_row(task: Task, key: str, other: str, evaluation: Evaluation) -> list[str]:

@@ -10,17 +10,16 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from axolotl_loram.architecture.config_json import layer_fields, load_config
 from axolotl_loram.architecture.record import versions
+from axolotl_loram.config_evaluate import Request
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import new_file, write_json
 from axolotl_loram.files.find import find_folder
@@ -33,7 +32,6 @@ from axolotl_loram.models.device import choose_device
 from axolotl_loram.results.artefacts import EVALUATION_FILE, EVALUATION_VERSION
 from axolotl_loram.results.candidates import (
     BASE,
-    MODELS,
     RECOVERED,
     Candidate,
     Trial,
@@ -51,50 +49,6 @@ LONGEST = 2048
 """Tokens that a model reads at once, unless it reads fewer or was trained on more."""
 BATCH_SIZE = {"cpu": 8}
 GPU_BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be evaluated, and how.
-
-    Attributes:
-        config: The Axolotl YAML of the run.
-        models: Which of `candidates.MODELS`.
-        also: Name → folder of a further adapter for the base, or of a whole model.
-        in_domain: Files or data sets like the training data; by default what the YAML holds out.
-        out_of_domain: Other ones.
-        tasks: Tasks of lm-eval, or YAML files that declare some.
-        suite: A set of tasks, such as "paper".
-        limit: Most documents of a set, and questions of a task.
-        length: Most tokens in a window; by default as many as suit the model, up to LONGEST or
-            the YAML's sequence_len.
-        batch_size: To start with; halved where memory does not suffice.
-        output: The JSON to write; by default evaluation.json in the run's output_dir.
-        device: As torch names it, or "auto"; by default the GPU where there is one.
-        dtype: As torch names it.
-        load_in_4bit: Hold the linear layers in NF4.
-        backend: What runs the tasks: "peft", or "vllm".
-        allow_code: Whether tasks may run programs that the model writes.
-        seed: Of what is drawn: documents, examples shown in tasks, sampled answers.
-    """
-
-    config: Path
-    models: Sequence[str] = MODELS
-    also: Mapping[str, Path] = field(default_factory=dict)
-    in_domain: Sequence[str] = ()
-    out_of_domain: Sequence[str] = ()
-    tasks: Sequence[str] = ()
-    suite: str | None = None
-    limit: int | None = None
-    length: int | None = None
-    batch_size: int | None = None
-    output: Path | None = None
-    device: str | None = None
-    dtype: str | None = None
-    load_in_4bit: bool = False
-    backend: str = "peft"
-    allow_code: bool = False
-    seed: int = 1234
 
 
 @dataclass
@@ -212,7 +166,7 @@ class Evaluation:
         missing = [step for step in self.steps if not self.work.has(step.key)]
         by_vllm = self.request.backend == "vllm"
         alone = [step for step in missing if by_vllm and isinstance(step.what, Task)]
-        for model, steps in _by_model([step for step in missing if step not in alone]):
+        for model, steps in _by_model([s for s in missing if s not in alone]).items():
             self._run_on(model, steps, progress)
         for step in alone:
             self._run_step(step, None, progress)
@@ -302,13 +256,12 @@ def evaluate(request: Request, progress: Progress = no_progress) -> dict[str, An
     return Evaluation(request).run(progress)
 
 
-def _by_model(steps: list[Step]) -> Iterator[tuple[tuple[str, str | None], list[Step]]]:
+def _by_model(steps: list[Step]) -> dict[tuple[str, str | None], list[Step]]:
     """Model → its steps: each model once, whatever is on it."""
     grouped: dict[tuple[str, str | None], list[Step]] = {}
     for step in steps:
-        model = step.candidate.model, step.candidate.revision
-        grouped.setdefault(model, []).append(step)
-    yield from grouped.items()
+        grouped.setdefault((step.candidate.model, step.candidate.revision), []).append(step)
+    return grouped
 
 
 def _labelled(progress: Progress, name: str) -> Progress:

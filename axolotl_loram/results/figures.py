@@ -53,6 +53,14 @@ MOST = 1e300
 
 
 @dataclass(frozen=True)
+class Chart:
+    """What can be drawn; `name` is unlike that of other charts of a page."""
+
+    name: str
+    title: str
+
+
+@dataclass(frozen=True)
 class Series:
     """A line: its name, its colour's name, and (x, y) in ascending x."""
 
@@ -63,11 +71,9 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(Chart):
     """Losses over steps; the right axis says their perplexity."""
 
-    name: str
-    title: str
     series: Sequence[Series]
 
 
@@ -81,22 +87,18 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(Chart):
     """Memory by part, predicted as a stack, measured as a solid bar; `limits` are lines."""
 
-    name: str
-    title: str
     bars: Sequence[Bar]
     unit: str = "GiB"
     limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Strips:
+class Strips(Chart):
     """Kept width: kind of unit → for each layer (kept, of how many), None where it has none."""
 
-    name: str
-    title: str
     strips: Mapping[str, Sequence[tuple[int, int] | None]]
 
 
@@ -113,17 +115,12 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Dots:
+class Dots(Chart):
     """Measured values with intervals, in groups (title → dots)."""
 
-    name: str
-    title: str
     groups: Mapping[str, Sequence[Dot]]
     x_label: str
     log: bool = False
-
-
-Chart = Lines | Bars | Strips | Dots
 
 
 def svg(chart: Chart, width: int) -> str:
@@ -296,8 +293,6 @@ def _draw(chart: Chart, figure: Any, width: int) -> float:
 
 @_draw.register
 def _(chart: Lines, figure: Any, width: int) -> float:
-    from matplotlib.ticker import MaxNLocator
-
     axes, handles = figure.subplots(), dict[str, Any]()
     for series in chart.series:
         x, y = zip(*series.points, strict=True)
@@ -306,7 +301,7 @@ def _(chart: Lines, figure: Any, width: int) -> float:
         (line,) = axes.plot(x, y, style, color=color, marker=mark, markersize=3)
         handles[series.label] = line
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.xaxis.set_major_locator(MaxNLocator(4 if width < 500 else 8, integer=True))
+    axes.locator_params("x", nbins=4 if width < 500 else 8, integer=True)
     right = axes.twinx()
     right.set(ylim=axes.get_ylim(), ylabel="perplexity")
     right.yaxis.set_major_formatter(_perplexity)
@@ -343,8 +338,6 @@ def _(chart: Bars, figure: Any, width: int) -> float:
 
 @_draw.register
 def _(chart: Strips, figure: Any, width: int) -> float:
-    from matplotlib.ticker import MaxNLocator
-
     kept = PALETTE["kept"]
     places = figure.subplots(len(chart.strips), squeeze=False)[:, 0]
     for axes, (label, layers) in zip(places, chart.strips.items(), strict=True):
@@ -355,7 +348,7 @@ def _(chart: Strips, figure: Any, width: int) -> float:
         axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(-0.6, len(layers) - 0.4))
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.set_title(_cut(f"{label} kept, by layer", width), loc="left", fontsize=12)
-        axes.xaxis.set_major_locator(MaxNLocator(max(2, width // 45), integer=True))
+        axes.locator_params("x", nbins=max(2, width // 45), integer=True)
         axes.spines[:].set_visible(False)
     return 20 + 110 * len(chart.strips)
 

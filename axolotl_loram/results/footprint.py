@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.tables import GIB, memory_rows
 from axolotl_loram.results.artefacts import Artefact, training_of
 from axolotl_loram.results.figures import Bar, Bars
@@ -42,11 +41,8 @@ class Footprint:
     def scale(self) -> tuple[str, int]:
         """The unit that suits the sizes, and its bytes."""
         sizes = [method["allocated_bytes"] for method in self.methods.values()]
-        return _unit(max([*sizes, *self.measured.values()]))
-
-
-def _unit(size: float) -> tuple[str, int]:
-    return ("GiB", GIB) if size >= GIB else ("MiB", 2**20)
+        large = max([*sizes, *self.measured.values()]) >= GIB
+        return ("GiB", GIB) if large else ("MiB", 2**20)
 
 
 def memory_section(runs: Sequence[Artefact]) -> Section:
@@ -65,13 +61,13 @@ def memory_section(runs: Sequence[Artefact]) -> Section:
         section.missing.append(
             "Memory was not predicted: add what `axolotl-loram plan --json` prints"
         )
-    used_by = {run.label: _measured(run).get("max_resident_process_bytes") for run in runs}
-    for label, used in ((label, used) for label, used in used_by.items() if used):
-        section.text.append(
-            f"{label}: measured on a CPU, {used / GIB:.2f} GiB resident at most in the whole "
-            "process, Python and its libraries included. Not to be compared with what is predicted "
-            "for a GPU."
-        )
+    for run in runs:
+        if used := _memory(run, "measured").get("max_resident_process_bytes"):
+            section.text.append(
+                f"{run.label}: measured on a CPU, {used / GIB:.2f} GiB resident at most in the "
+                "whole process, Python and its libraries included. Not to be compared with what "
+                "is predicted for a GPU."
+            )
     trained = [run for run in runs if run.trained]
     without = [run.label for run in trained if not _allocated(run)]
     if without or not trained:
@@ -86,8 +82,8 @@ def memory_figure(runs: Sequence[Artefact]) -> list[KeyFigure]:
         pruned = found.method or "qloram"
         base = pruned.replace("loram", "lora") if found.method else "lora"
         if base != pruned and {base, pruned} <= found.methods.keys():
-            peaks = [found.methods[name]["allocated_bytes"] for name in (base, pruned)]
-            unit, size = _unit(max(peaks))
+            (unit, size), both = found.scale, (base, pruned)
+            peaks = [found.methods[name]["allocated_bytes"] for name in both]
             value = arrow(*(f"{peak / size:.1f}" for peak in peaks)) + f"\N{NO-BREAK SPACE}{unit}"
             note = f"{TITLES[base]} → {TITLES[pruned]}, allocated on one GPU"
             return [KeyFigure("Memory", value, note, "predicted")]
@@ -95,57 +91,35 @@ def memory_figure(runs: Sequence[Artefact]) -> list[KeyFigure]:
 
 
 def footprints(runs: Sequence[Artefact]) -> list[Footprint]:
-    """What was predicted, by plan or run, with what was measured of it.
-
-    Raises:
-        LoRAMError: A prediction is not what this version writes.
-    """
+    """What was predicted, by plan or run, with what was measured of it."""
     found = []
     for run in runs:
-        predicted = (training_of(run.record).get("memory") or {}).get("predicted") or {}
+        predicted, allocated = _memory(run, "predicted"), _allocated(run)
         methods = run.record.get("methods") if run.kind == "plan" else predicted.get("methods")
         if predicted and not methods:
-            methods = {predicted.get("method", "loram"): predicted}
-        if methods:
-            _check(methods, run)
+            methods = {_method(run): predicted}
+        if methods or allocated:
             method = None if run.kind == "plan" else _method(run)
-            found.append(Footprint(run.label, method, dict(methods)))
-        elif run.trained and _allocated(run):
-            found.append(Footprint(run.label, _method(run), {}))
-    for run in runs:
-        if allocated := _allocated(run):
-            own = next((each for each in found if each.label == run.label), found[0])
-            own.measured[_method(run), run.label] = allocated
-    return [each for each in found if each.methods or each.measured]
-
-
-def _check(methods: Any, run: Artefact) -> None:
-    try:
-        memory_rows(methods)
-        for each in methods.values():
-            each["allocated_bytes"], each["moments"]["loading"]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise LoRAMError(
-            f"expected the memory of methods in {run.path}, found it without {error}: write it "
-            "again with this version of axolotl-loram"
-        ) from None
+            measured = {(_method(run), run.label): allocated} if allocated else {}
+            found.append(Footprint(run.label, method, dict(methods or {}), measured))
+    return found
 
 
 def _method(run: Artefact) -> str:
     """Which of the four methods a run is."""
     if run.kind == "loram":
-        predicted = (training_of(run.record).get("memory") or {}).get("predicted") or {}
-        return str(predicted.get("method", "loram"))
+        return str(_memory(run, "predicted").get("method", "loram"))
     return "qlora" if run.quantized else "lora"
 
 
-def _measured(run: Artefact) -> Mapping[str, Any]:
-    return (training_of(run.record).get("memory") or {}).get("measured") or {}
+def _memory(run: Artefact, how: str) -> Mapping[str, Any]:
+    """What training recorded of its memory: "predicted" or "measured"."""
+    return (training_of(run.record).get("memory") or {}).get(how) or {}
 
 
 def _allocated(run: Artefact) -> float:
     """Bytes allocated on a GPU at most, loading included; 0 where that was not measured."""
-    peak = max(_measured(run).get(name) or 0 for name in GPU)
+    peak = max(_memory(run, "measured").get(name) or 0 for name in GPU)
     return float(peak or GIB * max((v for _, v in run.curve(LOGGED)), default=0.0))
 
 
@@ -171,8 +145,7 @@ def _parts(method: Mapping[str, Any]) -> dict[str, float]:
     head = weights["embedding"] + weights["lm_head"]
     linears = weights["linears"] + weights["experts"]
     states = 2 * method["lora_bytes"] + method["optimizer_bytes"]
-    moments = method["moments"]
-    step = max(value for name, value in moments.items() if name != "loading")
+    step = max(value for name, value in method["moments"].items() if name != "loading")
     return {
         "linear weights": linears,
         "embedding and lm_head": head,

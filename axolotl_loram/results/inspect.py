@@ -23,6 +23,7 @@ from axolotl_loram.architecture.model import layer_groups, parameter_count
 from axolotl_loram.architecture.pairing import check_pruned, check_tensors
 from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
 from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record, refit_summary
+from axolotl_loram.architecture.ties import by_weights
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
@@ -217,6 +218,8 @@ def describe_ordinary(folder: Path, model: str) -> dict[str, Any]:
             f"them in {model}: give a model or an adapter"
         )
     config = load_config(str(folder))
+    checkpoint = Checkpoint(folder) if has_weights(folder) else None
+    config = by_weights(config, checkpoint) if checkpoint else config
     fields = layer_fields(config, None)
     told = {
         "kind": "model",
@@ -226,18 +229,16 @@ def describe_ordinary(folder: Path, model: str) -> dict[str, Any]:
         "vocabulary": fields.get("vocab_size"),
         "tied_embeddings": bool(fields.get("tie_word_embeddings")),
         "parameters": parameter_count(config),
-        **_weights(folder, config),
+        **(_weights(checkpoint, config) if checkpoint else {}),
         **_pruning(config, model),
     }
     return {name: value for name, value in told.items() if value is not None}
 
 
-def _weights(folder: Path, config: Config) -> dict[str, Any]:
-    if not has_weights(folder):
-        return {}
-    stored = Checkpoint(folder).tensors
+def _weights(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
+    stored = checkpoint.tensors
     if not config.get("quantization_config"):
-        check_tensors(config, {name: t.shape for name, t in stored.items()}, str(folder))
+        check_tensors(config, {name: t.shape for name, t in stored.items()}, str(checkpoint.folder))
     return {
         "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),
         "stored_as": ", ".join(sorted({tensor.dtype for tensor in stored.values()})),

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-
 from axolotl_loram import __version__
 from axolotl_loram.files.atomic import new_file
 from axolotl_loram.results.figures import NARROW, PALETTE, WIDE, Chart, svg
+from axolotl_loram.results.render import render
 from axolotl_loram.results.statistics import Interval
 
 UNKNOWN = "–"
@@ -83,19 +81,10 @@ class Report:
 
 
 def html(report: Report) -> str:
-    """The page. Jinja escapes every text; only the charts, which escape their own, are markup."""
-    environment = Environment(
-        loader=PackageLoader("axolotl_loram.results", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["code"] = _code
+    """The page. Every text is escaped; only the charts, which escape their own, are markup."""
     widths = {"wide": WIDE, "narrow": NARROW}
-    return environment.get_template("page.html").render(
-        report=report, svg=svg, widths=widths, palette=PALETTE, version=__version__
-    )
+    facts = {"svg": svg, "widths": widths, "palette": PALETTE, "version": __version__}
+    return render("report.html.jinja", report=report, **facts)
 
 
 def write(report: Report, file: Path) -> None:
@@ -106,15 +95,6 @@ def write(report: Report, file: Path) -> None:
     """
     with new_file(file) as partial:
         partial.write_bytes(html(report).encode("utf-8", "replace"))  # of half a surrogate, "?"
-
-
-def _code(text: str) -> Markup:
-    """Text with what stands between backticks as code, all of it escaped."""
-    parts = [
-        Markup("<code>{}</code>").format(part) if index % 2 else escape(part)
-        for index, part in enumerate(text.split("`"))
-    ]
-    return Markup("").join(parts)
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.progress import Progress, no_progress
@@ -98,11 +99,8 @@ def batch_losses(model: Any, batch: Sequence[Window]) -> tuple[list[float], list
 
 def _padded(batch: Sequence[Window]) -> Iterator[torch.Tensor]:
     """Ids, labels and attention mask, int64 (windows, longest), padded at the end."""
-    shape = (len(batch), max(len(window.ids) for window in batch))
-    ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED)
-    mask = np.zeros(shape, np.int64)
-    for row, window in enumerate(batch):
-        ids[row, : len(window.ids)] = window.ids
-        labels[row, : len(window.ids)] = window.labels
-        mask[row, : len(window.ids)] = 1
-    return (torch.from_numpy(part) for part in (ids, labels, mask))
+    ids = [torch.as_tensor(window.ids, dtype=torch.int64) for window in batch]
+    labels = [torch.as_tensor(window.labels, dtype=torch.int64) for window in batch]
+    yield pad_sequence(ids, batch_first=True)
+    yield pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+    yield pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)

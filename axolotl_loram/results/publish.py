@@ -202,33 +202,30 @@ class Publication:
                 f"the card names no base_model: it was pruned from the folder {plan.base.id}, "
                 f"which {RECORD_FILE} names; pass --base org/name"
             )
-        licence = licence_of(plan.base.id, plan.base.revision, online)
-        licence = licence or licence_of(base or plan.base.id, None, online)
+        licence = licence_of(plan.base.id, plan.base.revision, online) or licence_of(
+            base or plan.base.id, None, online
+        )
         if "license" not in licence:
             notices.append(f"the card names no licence: none is known of {base or plan.base.id}")
-        plotted = bool(plan.kept)
-        if plotted:
+        made = {CARD_FILE: scratch / CARD_FILE}
+        if plan.kept:
             title = f"{self.repository}: share of each layer that is kept"
             try:
                 save(Strips("kept", title, kept_units(plan)), scratch / PLOT_FILE)
+                made[PLOT_FILE] = scratch / PLOT_FILE
             except LoRAMError as error:
                 notices.append(f"the card has no plot: {error}")
-                plotted = False
-        record = self.record.as_json()
-        card = Card(
-            self.folder, record, plan, self.repository, self.revision, base, licence, plotted
-        )
-        (scratch / CARD_FILE).write_text(card.text(), encoding="utf-8")
-        names = (CARD_FILE, PLOT_FILE) if plotted else (CARD_FILE,)
-        return {name: scratch / name for name in names}
+        hub, record = (self.repository, self.revision), self.record.as_json()
+        card = Card(self.folder, record, plan, *hub, base, licence, plotted=PLOT_FILE in made)
+        made[CARD_FILE].write_text(card.text(), encoding="utf-8")
+        return made
 
     def _carded(self, scratch: Path) -> dict[str, Path]:
         """The card that recovery wrote, which has the YAML of the run."""
-        own = self.folder / CARD_FILE
-        if own.is_file():
-            return {CARD_FILE: own}
-        card = scratch / CARD_FILE
-        card.write_text(model_card(self.record.require(self.folder)[1]), encoding="utf-8")
+        card = self.folder / CARD_FILE
+        if not card.is_file():
+            card = scratch / CARD_FILE
+            card.write_text(model_card(self.record.require(self.folder)[1]), encoding="utf-8")
         return {CARD_FILE: card}
 
     def _others(self, files: Mapping[str, Path]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ from axolotl_loram.results.page import (
     Table,
     arrow,
     count,
-    number,
     percent,
 )
 
-LORAM_COLORS, LORA_COLORS = ("blue", "green", "purple", "grey"), ("orange", "red", "brown")
+COLORS = {"loram": ("blue", "green", "purple", "grey"), "lora": ("orange", "red", "brown")}
 HELDOUT = {
     "eval_loss": "model in training",
     "eval_loram_recovered_loss": "base + recovered LoRA",
@@ -43,7 +43,7 @@ def build(paths: Sequence[Path]) -> Report:
         raise LoRAMError(
             f"expected the records of {', '.join(run.label for run in runs)} as this package "
             f"writes them, found one that cannot be shown ({type(error).__name__}: {error!s:.200}):"
-            " it is damaged, or was changed"
+            " it is damaged, was changed, or is of another version: write it again"
         ) from error
 
 
@@ -76,7 +76,7 @@ def _headline(runs: Sequence[Artefact], found: Sequence[Outcome]) -> str:
         span = low if low == high else f"{low.removesuffix(' %')} to {high}"
         return f"The recovered {subject} {span} of what {what} gains"
     if found:
-        before, after = (number(loss.exp().value) for loss in (found[0].before, found[0].after))
+        before, after = found[0].before, found[0].after
         if found[0].difference.holds_zero:
             return f"No measurable change: perplexity {before} without, {after} with the adapter"
         verb = "lowers" if found[0].difference.value < 0 else "raises"
@@ -103,14 +103,13 @@ def _lead(runs: Sequence[Artefact], found: Sequence[Outcome]) -> str:
     if not found:
         return about + "Held-out perplexity and tasks were not measured."
     first = found[0]
-    before, after = (number(loss.exp().value) for loss in (first.before, first.after))
-    said = f"{about}Perplexity on {first.set_name} ({first.kind}): {before} before, "
-    said += f"{after} with the adapter that was trained on the pruned model and recovered."
+    said = f"{about}Perplexity on {first.set_name} ({first.kind}): {first.before} before, "
+    said += f"{first.after} with the adapter that was trained on the pruned model and recovered."
     if first.shares:
         said += " The share is of the gain in loss (log perplexity)."
     others = [o for o in found if o.label == first.label and o.kind != first.kind]
     for other in others[:2]:
-        shift = percent(other.difference.exp().value - 1, signed=True)
+        shift = percent(other.difference.exp(less=1).value, signed=True)
         said += f" On {other.set_name} ({other.kind}) perplexity changes by {shift}."
     return said
 
@@ -124,9 +123,8 @@ def _figures(runs: Sequence[Artefact], found: Sequence[Outcome]) -> list[KeyFigu
             value = "–" if share is None else percent(share)
             note = f"of the gain of {other}" if share is not None else f"{other} gained nothing"
             figures.append(KeyFigure("Gain kept", value, f"{note}, {first.kind}{of}", "measured"))
-        before, after = (number(loss.exp().value) for loss in (first.before, first.after))
         note = f"base → base + recovered LoRA, {first.set_name}{of}"
-        figures.append(KeyFigure("Perplexity", arrow(before, after), note, "measured"))
+        figures.append(KeyFigure("Perplexity", arrow(first.before, first.after), note, "measured"))
     counts = next((c for c in map(_counts, runs) if c), None)
     if counts:
         base, pruned = counts["base_parameters"], counts["pruned_parameters"]
@@ -221,12 +219,8 @@ def _curves(runs: Sequence[Artefact]) -> Section:
 
 def _colors(trained: Sequence[Artefact]) -> dict[str, str]:
     """A colour for each run: cold ones for LoRAM, warm ones for plain LoRA."""
-    colors, used = {}, {"loram": 0, "lora": 0}
-    for run in trained:
-        palette = LORAM_COLORS if run.kind == "loram" else LORA_COLORS
-        colors[run.label] = palette[used[run.kind] % len(palette)]
-        used[run.kind] += 1
-    return colors
+    palettes = {kind: cycle(colors) for kind, colors in COLORS.items()}
+    return {run.label: next(palettes[run.kind]) for run in trained}
 
 
 def _widths(runs: Sequence[Artefact]) -> Section:
@@ -262,7 +256,7 @@ def _width_table(run: Artefact) -> Table:
 def _provenance(runs: Sequence[Artefact]) -> Section:
     section = Section("provenance", "What was run")
     for run in runs:
-        rows = [[name, str(text)] for name, text in _facts(run).items() if text]
+        rows = [[name, text] for name, text in _facts(run).items() if text]
         section.items.append(Table(f"{run.label}: {_kind(run)}", ["", ""], rows, texts=2))
         files = run.pruned.get("files")
         if isinstance(files, Mapping):
@@ -272,6 +266,11 @@ def _provenance(runs: Sequence[Artefact]) -> Section:
     return section
 
 
+ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
+COUNTED = (
+    *("base_parameters", "pruned_parameters", "zeros"),
+    *("layers", "pruned_layers", "kept_per_pruned_layer"),
+)
 KINDS = {
     "loram": "LoRAM, recovered for the base",
     "lora": "plain LoRA",
@@ -286,72 +285,54 @@ def _kind(run: Artefact) -> str:
     return "LoRAM, not recovered yet" if unrecovered else KINDS[run.kind]
 
 
-def _facts(run: Artefact) -> dict[str, Any]:
+def _facts(run: Artefact) -> dict[str, str]:
     """Name → text of what is recorded about a run; what is not, is left out."""
-    pruning, training = run.pruned.get("pruning") or {}, training_of(run.record)
+    training, evaluation = training_of(run.record), run.evaluation or Evaluation()
     measured = (training.get("memory") or {}).get("measured") or {}
     base = run.pruned.get("base") or run.record.get("base") or {}
-    facts = {
-        "base model": _base_name(run) or "not recorded",
-        "base fingerprint": base.get("fingerprint") or "",
-        "plan": run.record.get("plan") or (run.evaluation and run.evaluation.plan) or "",
-        "pruning": _said(pruning),
-        "calibration": _said(run.pruned.get("calibration") or {}),
-        "refit": _said(refit_summary(run.pruned.get("refit") or {})),
-        "alignment": "; ".join(_said(each) for each in run.pruned.get("alignments") or [])
-        or ("none" if run.pruned else ""),
-        "parameters": _parameters(_counts(run) or {}),
-        "adapter": _said(run.settings, _ADAPTER),
-        "steps": str(run.history[-1].get("step", "")) if run.history else "",
-        "warm start": str(training.get("warm_start") or ""),
-        "trained on": measured.get("device") or "not recorded" * run.trained,
-        "settings": _said(run.record.get("training", {})) if run.kind == "plan" else "",
-        "versions of the pruned model": _said(run.pruned.get("versions") or {}),
-        "versions of the training": _said(training.get("versions") or {}),
-    }
-    return facts | (_evaluated(run.evaluation) if run.evaluation else {})
-
-
-_ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
-
-
-def _evaluated(evaluation: Evaluation) -> dict[str, str]:
-    settings = {"seed": evaluation.seed, "batch_size": evaluation.batch_size}
     sources = [f"{name}: {t.source}" for name, t in evaluation.perplexity.items() if t.source]
-    return {
-        "evaluated on": _said({"device": evaluation.device, "dtype": evaluation.dtype}),
-        "evaluation settings": _said(settings),
-        "held-out text": "; ".join(sources),
-        "versions of the evaluation": _said(evaluation.versions),
+    computed = {"seed": evaluation.seed, "batch_size": evaluation.batch_size}
+    found = {
+        "base model": _base_name(run) or "not recorded",
+        "base fingerprint": base.get("fingerprint"),
+        "plan": run.record.get("plan") or evaluation.plan,
+        "pruning": run.pruned.get("pruning"),
+        "calibration": run.pruned.get("calibration"),
+        "refit": refit_summary(run.pruned.get("refit") or {}),
+        "alignment": run.pruned.get("alignments") or ("none" if run.pruned else None),
+        "parameters": {name: (_counts(run) or {}).get(name) for name in COUNTED},
+        "adapter": {name: run.settings.get(name) for name in ADAPTER},
+        "steps": run.history[-1].get("step") if run.history else None,
+        "warm start": training.get("warm_start"),
+        "trained on": measured.get("device") or "not recorded" * run.trained,
+        "settings": run.record.get("training") if run.kind == "plan" else None,
+        "versions of the pruned model": run.pruned.get("versions"),
+        "versions of the training": training.get("versions"),
+        "evaluated on": {"device": evaluation.device, "dtype": evaluation.dtype},
+        "evaluation settings": computed,
+        "held-out text": sources,
+        "versions of the evaluation": evaluation.versions,
     }
+    return {name: _written(value) for name, value in found.items()}
 
 
-def _parameters(counts: Mapping[str, Any]) -> str:
-    if not counts:
-        return ""
-    said = f"{counts['pruned_parameters']:,} of {counts['base_parameters']:,}"
-    kept = counts.get("kept_per_pruned_layer")
-    if kept and "pruned_layers" in counts and "layers" in counts:
-        said += f"; {counts['pruned_layers']} of {counts['layers']} layers pruned, the last of them"
-        said += f" to {_said(kept)}"
-    if "sparsity" in counts:
-        said += f"; {counts['zeros']:,} of them zeros"
-    return said
-
-
-def _said(values: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+def _said(values: Mapping[str, Any]) -> str:
     """Names and values in a line, without what is empty or off."""
-    chosen = values if names is None else {n: values[n] for n in names if n in values}
     return ", ".join(
-        f"{name.replace('_', ' ')} {_written(value)}"
-        for name, value in chosen.items()
-        if value is not None and value is not False and value not in ([], {}, "")
+        f"{name.replace('_', ' ')} {f'({text})' if isinstance(value, Mapping) else text}"
+        for name, value in values.items()
+        if (text := _written(value))
     )
 
 
 def _written(value: Any) -> str:
+    if value is None or value is False:
+        return ""
     if isinstance(value, Mapping):
-        return f"({_said(value)})"
+        return _said(value)
     if isinstance(value, list | tuple):
-        return ", ".join(map(_written, value))
-    return str(value) if not isinstance(value, bool) else "yes"
+        between = "; " if any(isinstance(each, Mapping) for each in value) else ", "
+        return between.join(filter(None, map(_written, value)))
+    if isinstance(value, int) and value >= 10**4:
+        return f"{value:,}"
+    return "yes" if value is True else str(value)

@@ -37,11 +37,10 @@ def perplexity_section(held: HeldOut, losses: Mapping[str, np.ndarray]) -> dict[
         "tokens": int(counted[:, 1].sum()),
         "documents": held.documents,
         "models": models,
-        "paired": {
-            name: {"against": BASE, **paired_difference(each, losses[BASE])}
-            for name, each in losses.items()
-            if name != BASE and BASE in losses
-        },
+        "paired": _paired(
+            {name: each for name, each in losses.items() if name != BASE},
+            losses.get(BASE, np.zeros((0, 2))),
+        ),
     }
     if RECOVERED in losses:
         others = [name for name in losses if name.startswith(ALSO)]
@@ -69,22 +68,20 @@ def task_sections(found: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any
             shared = {key: value[key] for key in ("metric", "num_fewshot", "samples")}
             own = {key: value[key] for key in ("value", "standard_error", "metrics")}
             tasks.setdefault(name, {**shared, "models": {}})["models"][model] = own
-            scores.setdefault(name, {})[model] = per_sample[name]
+            of_one = np.ones(len(per_sample[name]))
+            scores.setdefault(name, {})[model] = np.stack([per_sample[name], of_one], axis=1)
     for name, by_model in scores.items():
-        tasks[name]["paired"] = _paired_scores(by_model)
+        base = by_model.pop(BASE, np.zeros((0, 2)))
+        tasks[name]["paired"] = _paired(by_model, base)
     return tasks
 
 
-def _paired_scores(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    against = scores.get(BASE)
-    found = {}
-    for name, each in scores.items():
-        if name != BASE and against is not None and 0 < len(each) == len(against):
-            pairs = np.stack([each - against, np.ones(len(each))], axis=1)
-            difference, error = _ratio(pairs)
-            named = {"difference": difference, "standard_error": error}
-            found[name] = {"against": BASE, **named}
-    return found
+def _paired(measured: Mapping[str, np.ndarray], base: np.ndarray) -> dict[str, Any]:
+    return {
+        name: {"against": BASE, **paired_difference(each, base)}
+        for name, each in measured.items()
+        if 0 < len(each) == len(base)
+    }
 
 
 def share_of_gain(losses: Mapping[str, float], others: Sequence[str]) -> dict[str, float]:
@@ -145,15 +142,17 @@ class Interval:
         """Whether the interval is known and 0 lies in it."""
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
-    def less(self, amount: float) -> Interval:
-        """The interval of value − amount."""
-        low, high = (None if bound is None else bound - amount for bound in (self.low, self.high))
-        return Interval(self.value - amount, low, high)
+    def exp(self, less: float = 0) -> Interval:
+        """The interval of e^value − less: perplexities from losses, their change from differences.
 
-    def exp(self) -> Interval:
-        """The interval of e^value: perplexities from losses, their ratios from differences."""
-        low, high = (None if bound is None else _exp(bound) for bound in (self.low, self.high))
-        return Interval(_exp(self.value), low, high)
+        Infinite where it is too large for a float.
+        """
+
+        def of(loss: float) -> float:
+            return (math.exp(loss) if loss < 709 else math.inf) - less
+
+        low, high = (None if bound is None else of(bound) for bound in (self.low, self.high))
+        return Interval(of(self.value), low, high)
 
 
 def normal(value: float, standard_error: float | None) -> Interval:
@@ -188,15 +187,8 @@ def difference(ours: Interval, theirs: Interval) -> Interval:
     √(s₁² + s₂²). On the same samples it is too wide: paired errors are to be preferred.
     """
     value = ours.value - theirs.value
-    if None in (ours.low, ours.high, theirs.low, theirs.high):
+    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
         return Interval(value)
-    assert ours.low is not None and ours.high is not None
-    assert theirs.low is not None and theirs.high is not None
     below = math.hypot(ours.value - ours.low, theirs.high - theirs.value)
     above = math.hypot(ours.high - ours.value, theirs.value - theirs.low)
     return Interval(value, value - below, value + above)
-
-
-def _exp(value: float) -> float:
-    """e^value, infinite where that is too large for a float."""
-    return math.exp(value) if value < 709 else math.inf

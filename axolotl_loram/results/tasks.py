@@ -103,20 +103,13 @@ def resolve_tasks(
     Raises:
         LoRAMError: No such task or file, or it would run programs and may not.
     """
-    asked = [
-        Task(name, shots, OWN.get(name)) for name, shots in SUITES.get(suite or "", {}).items()
-    ]
+    asked = [Task(name, shots) for name, shots in SUITES.get(suite or "", {}).items()]
     asked += [_parse(name) for name in names]
     with _quiet():
-        unknown = [task.name for task in asked if task.file is None]
-        known = _known(unknown) if unknown else {}
+        known = _known([task.name for task in asked if task.file is None])
         asked = [replace(task, file=task.file or known[task.name]) for task in asked]
-        declared = {task.name: task.file for task in asked}
-        unsafe = [
-            name
-            for name, file in declared.items()
-            if file and _declaration(file).get("unsafe_code")
-        ]
+        files = {task.name: task.file for task in asked if task.file}
+        unsafe = [name for name, file in files.items() if _declaration(file).get("unsafe_code")]
     if unsafe and not allow_code:
         raise LoRAMError(
             f"expected --allow-code-execution for {', '.join(unsafe)}, found none: these tasks run "
@@ -131,7 +124,7 @@ def _parse(name: str) -> Task:
         named, shots = name, ""
     count = int(shots) if shots else None
     if not named.endswith((".yaml", ".yml")):
-        return Task(named, count, OWN.get(named))
+        return Task(named, count)
     file = user_path(named)
     task = _declaration(file).get("task")
     if not isinstance(task, str):
@@ -143,17 +136,18 @@ def _parse(name: str) -> Task:
 
 
 def _known(names: Sequence[str]) -> dict[str, Path | None]:
-    """Task → the file in lm-eval that declares it, None for groups and what is a class.
+    """Task → the file of ours or of lm-eval that declares it; None for groups and classes.
 
     Looks for the line that names the task: lm-eval's own index parses ten thousand files, so it is
     made only where that finds nothing.
     """
+    found: dict[str, Path | None] = {name: OWN[name] for name in names if name in OWN}
+    theirs = "|".join(re.escape(name) for name in names if name not in OWN)
+    if not theirs:
+        return found
     import lm_eval.tasks
 
-    wanted = re.compile(
-        rf"^task: *['\"]?({'|'.join(map(re.escape, names))})['\"]? *$", re.MULTILINE
-    )
-    found: dict[str, Path | None] = {}
+    wanted = re.compile(rf"^task: *['\"]?({theirs})['\"]? *$", re.MULTILINE)
     for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")):
         named = wanted.search(file.read_text(encoding="utf-8"))
         if named and "class" not in _declaration(file):
@@ -279,18 +273,13 @@ def _language_model(
 
 
 def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """A model in memory as lm-eval takes it.
-
-    lm-eval ties weights anew, which they are already, and which transformers 5.16 cannot do where
-    LoRA is on a tied lm_head: kept from it.
-    """
+    """A model in memory as lm-eval takes it."""
     from lm_eval.models.huggingface import HFLM
 
-    model.tie_weights = lambda *_, **__: None
-    try:
+    from axolotl_loram.models.patches import tied_as_it_is
+
+    with tied_as_it_is(model):
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    finally:
-        del model.tie_weights
 
 
 def _summary(name: str, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,10 @@ IDS = ("input_ids", "chosen_input_ids", "chosen_ids")
 """What Axolotl calls a row's token ids; the last two in preference data."""
 PREFERRED = ("chosen", "completion")
 """What it calls the answer of preference data that the trainer tokenizes."""
+MESSAGES = ("messages", "conversations")
+TURN = {"role": "from", "content": "value"}
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+"""Rows with images are of messages, or older ones of turns (axolotl.processing_strategies)."""
 SHUFFLE_BUFFER = 1000
 """Rows of streamed data that the next one is drawn from."""
 
@@ -86,7 +90,8 @@ def _tokenizer(cfg: Any) -> Any:
 def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
     """Token ids of the training rows, without the validation split, in an order drawn by seed.
 
-    Of preference data they are the prompt's with the answer that is preferred.
+    Of preference data they are the prompt's with the answer that is preferred; of messages with
+    images, which the trainer's collator tokenizes, those of the text alone.
 
     What Axolotl prepares for it stays in `dataset_prepared_path`, where training finds it. Plugins'
     `load_datasets` is called by Axolotl's commands, not by its function of that name that is used
@@ -100,10 +105,10 @@ def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
     Raises:
         LoRAMError: Axolotl cannot load the data, or makes no token ids of it.
     """
-    tokenizer = _tokenizer(cfg) if cfg.rl else None
+    tokenizer = _tokenizer(cfg) if _trainer_tokenizes(cfg) else None
     for row in _rows(cfg, seed):
         found = next((name for name in IDS if name in row), None)
-        text = None if found or not tokenizer else _preferred_text(row, tokenizer)
+        text = None if found or not tokenizer else _text_of(row, tokenizer, cfg)
         if tokenizer and text is not None:
             yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             continue
@@ -118,14 +123,33 @@ def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
         yield (ids if mask is None else ids[np.asarray(mask) != 0]).tolist()
 
 
-def _preferred_text(row: dict[str, Any], tokenizer: Any) -> str | None:
-    """Prompt and preferred answer of a row that the trainer tokenizes; None if it has neither."""
+def _trainer_tokenizes(cfg: Any) -> str | None:
+    """The setting by which it is not Axolotl's preparation that does it, if there is one."""
+    if cfg.rl:
+        return f"rl: {getattr(cfg.rl, 'value', cfg.rl)}"
+    return f"processor_type: {cfg.processor_type}" if cfg.processor_type else None
+
+
+def _text_of(row: dict[str, Any], tokenizer: Any, cfg: Any) -> str | None:
+    """Text of a row that the trainer tokenizes: messages, or a prompt with its preferred answer."""
+    fields = [data.get("field_messages") for data in cfg.datasets or () if cfg.processor_type]
+    messages = next((row[name] for name in (*fields, *MESSAGES) if name and row.get(name)), None)
+    if cfg.processor_type and messages:
+        return tokenizer.apply_chat_template(list(map(_without_images, messages)), tokenize=False)
     answer = next((row[name] for name in PREFERRED if row.get(name)), None)
     parts = [part for part in (row.get("prompt"), answer) if part]
     if parts and all(isinstance(part, list) for part in parts):
         messages = [message for part in parts for message in part]
         return tokenizer.apply_chat_template(messages, tokenize=False)
     return "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
+
+
+def _without_images(message: dict[str, Any]) -> dict[str, Any]:
+    """A message, or a turn of ShareGPT's, as templates of models with several parts want it."""
+    role, content = (message.get(name) or message.get(old) for name, old in TURN.items())
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [{"type": "text", "text": part["text"]} for part in parts if part.get("text")]
+    return {"role": SPEAKERS.get(str(role), role), "content": texts}
 
 
 def heldout_rows(cfg: Any) -> list[tuple[list[int], list[int]]]:
@@ -140,11 +164,10 @@ def heldout_rows(cfg: Any) -> list[tuple[list[int], list[int]]]:
     Raises:
         LoRAMError: The run holds no data out, or Axolotl cannot load it.
     """
-    if cfg.rl:
+    if named := _trainer_tokenizes(cfg):
         raise LoRAMError(
-            "expected held-out data that Axolotl tokenizes, found rl: "
-            f"{getattr(cfg.rl, 'value', cfg.rl)}, where the trainer does it: name a text file as "
-            "held-out text"
+            f"expected held-out data that Axolotl tokenizes, found {named}, where the trainer does "
+            "it: name a text file as held-out text"
         )
     with _loading():
         data = _load(cfg).eval_dataset

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture.config_json import layer_fields, load_config
-from axolotl_loram.config import FillArgs, Pruning
-from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config import FillArgs, LayerwiseArgs, Pruning
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import user_path
 from axolotl_loram.text.axolotl_text import (
@@ -77,23 +76,15 @@ def load_calibration(settings: Calibrated, model_folder: Path) -> Calibration:
     suffix = suffix_of(path, source)
     tokenizer = load_tokenizer(model_folder)
     if suffix in YAML:
-        cfg = load_yaml(path)
-        if not tokenizer.get_vocab().items() <= vocabulary(cfg).items():
-            raise LoRAMError(
-                f"expected an Axolotl YAML with the tokenizer of the model in {model_folder}, "
-                f"found {source} with that of {cfg.tokenizer_config}: take a YAML for this model"
-            )
-        return from_rows(token_rows(cfg, settings.seed), settings, model_folder, source)
+        rows = token_rows(run_of(path, tokenizer), settings.seed)
+        return from_rows(rows, settings, model_folder, source)
     if suffix in TEXT:
         size = WINDOWS_PER_DOCUMENT * settings.calibration_length * CHARACTERS_PER_TOKEN
         texts = blocks_of(path, size, settings.seed)
-    elif suffix in ROWS:
-        rows = rows_of(path, settings.seed)
-        texts = (text_of(row, tokenizer, where) for row, where in rows)
     else:
-        texts = (text_of(row, tokenizer, source) for row in hub_rows(source, settings.seed))
-    texts = (unicode_of(text) for text in texts)
-    ids = (tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts)
+        found = rows_of(path, settings.seed) if suffix else hub_rows(source, settings.seed)
+        texts = (text_of(row, tokenizer, where) for row, where in found)
+    ids = (token_ids(tokenizer, text) for text in texts)
     return from_rows(ids, settings, model_folder, source, tokenizer.eos_token_id)
 
 
@@ -191,9 +182,28 @@ def pack(
     return Calibration(windows[drawn.permutation(found)[:samples]], source, seed)
 
 
-def unicode_of(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs, which JSON can hold and no tokenizer."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """A text's token ids, with `special` also those that the tokenizer adds to every text.
+
+    Halves of surrogate pairs, which JSON can hold and no tokenizer takes, are read as U+FFFD.
+    """
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def run_of(path: Path, tokenizer: Any) -> Any:
+    """The settings of an Axolotl YAML.
+
+    Raises:
+        LoRAMError: Axolotl tokenizes it otherwise than the model's tokenizer.
+    """
+    cfg = load_yaml(path)
+    if not tokenizer.get_vocab().items() <= vocabulary(cfg).items():
+        raise LoRAMError(
+            f"expected an Axolotl YAML with the tokenizer of {tokenizer.name_or_path}, found "
+            f"{path} with that of {cfg.tokenizer_config}: take a YAML for this model"
+        )
+    return cfg
 
 
 def suffix_of(path: Path, source: str) -> str | None:
@@ -258,12 +268,16 @@ def blocks_of(path: Path, size: int, seed: int) -> Iterator[str]:
 
 
 def rows_of(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
-    """Rows of a file of JSON lines in a drawn order, and where each stands.
+    """Rows of a file in a drawn order, and where each stands: JSON lines, or one JSON array.
 
-    Only where lines begin is held in memory, and only the lines that are asked for are parsed.
+    Of lines, only where they begin is held in memory, and only those asked for are parsed.
     """
     begins = array("q", [0])
     with path.open("rb") as file:
+        if file.read(1) == b"[":
+            yield from _rows_of_array(path, seed)
+            return
+        file.seek(0)
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 raise LoRAMError(
@@ -283,17 +297,30 @@ def rows_of(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
                 ) from None
 
 
-def hub_rows(source: str, seed: int) -> Iterator[Any]:
-    """Rows of a data set on the hub (name, name:subset or name:subset:split), streamed.
+def _rows_of_array(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise LoRAMError(
+            f"expected a JSON object in each line of {path}, or one array of them, found neither "
+            f"({error}): correct it"
+        ) from None
+    for index in np.random.default_rng(seed).permutation(len(rows)):
+        yield rows[index], f"row {index + 1} of {path}"
 
-    All are never downloaded. The split is train, where none is named.
+
+def hub_rows(source: str, seed: int) -> Iterator[tuple[Any, str]]:
+    """Rows of a data set on the hub (name, name:subset or name:subset:split), and its name.
+
+    They are streamed: all are never downloaded. The split is train, where none is named.
     """
     from datasets import load_dataset
 
     name, subset, split = [*source.split(":", 2), "", ""][:3]
     try:
         rows = load_dataset(name, subset or None, split=split or "train", streaming=True)
-        yield from rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        shuffled = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        yield from ((row, source) for row in shuffled)
     except (OSError, ValueError, RuntimeError) as error:
         raise LoRAMError(
             f"expected text: a file, or a data set with a {split or 'train'} split that the hub "

@@ -6,24 +6,24 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import user_path
-from axolotl_loram.text.axolotl_text import heldout_rows, load_yaml, vocabulary
+from axolotl_loram.text.axolotl_text import heldout_rows
 from axolotl_loram.text.calibration import (
     CHARACTERS_PER_TOKEN,
-    ROWS,
     TEXT,
     YAML,
     blocks_of,
     hub_rows,
     rows_of,
+    run_of,
     suffix_of,
     text_of,
+    token_ids,
 )
 
 IGNORED = -100
@@ -113,16 +113,14 @@ def held_out(
     path = user_path(source)
     suffix = suffix_of(path, source)
     if suffix in YAML:
-        limited = _drawn(_of_run(path, tokenizer), limit, seed)
+        limited = _drawn(heldout_rows(run_of(path, tokenizer)), limit, seed)
     elif suffix in TEXT:
         texts = blocks_of(path, length * CHARACTERS_PER_TOKEN, seed)
         limited = itertools.islice((_all(tokenizer, text) for text in texts), limit)
-    elif suffix in ROWS:
-        encoded = (_encode(row, tokenizer, where) for row, where in rows_of(path, seed))
-        limited = itertools.islice(encoded, limit)
     else:
-        encoded = (_encode(row, tokenizer, source) for row in hub_rows(source, seed))
-        limited = itertools.islice(encoded, limit or HUB_DOCUMENTS)
+        found = rows_of(path, seed) if suffix else hub_rows(source, seed)
+        encoded = (_encode(row, tokenizer, where) for row, where in found)
+        limited = itertools.islice(encoded, limit or (None if suffix else HUB_DOCUMENTS))
     stem = path.stem if suffix else source.split(":")[0].rpartition("/")[2]
     return from_rows(limited, name or stem, kind, source, length, vocabulary_size)
 
@@ -165,21 +163,6 @@ def _drawn(rows: Sequence[Row], limit: int | None, seed: int) -> Iterator[Row]:
     return (rows[index] for index in sorted(order))
 
 
-def _of_run(path: Path, tokenizer: Any) -> Sequence[Row]:
-    """What the run of an Axolotl YAML holds out.
-
-    Raises:
-        LoRAMError: Axolotl tokenizes it otherwise than the model's tokenizer.
-    """
-    cfg = load_yaml(path)
-    if not tokenizer.get_vocab().items() <= vocabulary(cfg).items():
-        raise LoRAMError(
-            f"expected {path} to use the base model's tokenizer, found that of "
-            f"{cfg.tokenizer_config}: name a YAML for this base"
-        )
-    return heldout_rows(cfg)
-
-
 def _encode(row: Any, tokenizer: Any, where: str) -> Row:
     if isinstance(row, dict) and isinstance(row.get("segments"), list):
         return _segments(row["segments"], tokenizer, where)
@@ -194,7 +177,7 @@ def _segments(segments: list[Any], tokenizer: Any, where: str) -> Row:
     for segment in segments:
         if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
             raise LoRAMError(f"expected segments with a text in {where}, found {segment!r}: add it")
-        part = tokenizer(segment["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        part = token_ids(tokenizer, segment["text"])
         ids += part
         labels += part if segment.get("label") else [IGNORED] * len(part)
     return ids, labels
@@ -203,5 +186,5 @@ def _segments(segments: list[Any], tokenizer: Any, where: str) -> Row:
 def _all(tokenizer: Any, text: str, special: bool = True) -> Row:
     """A text of which every token counts, begun as the tokenizer begins texts."""
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=special and not begun, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text, special and not begun)
     return ids, ids

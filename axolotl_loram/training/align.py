@@ -21,8 +21,7 @@ from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder, stored_config
 from axolotl_loram.training.aligned import assemble, remove_weights
-from axolotl_loram.training.checkpoints import is_first_rank
-from axolotl_loram.training.resuming import choose_checkpoint
+from axolotl_loram.training.checkpoints import choose_checkpoint, is_first_rank
 from axolotl_loram.training.sharding import check_sharding
 
 LOG = logging.getLogger(__name__)

@@ -1,4 +1,7 @@
-"""Nodes with disks of their own: what one rank wrote, others read when training goes on.
+"""Checkpoints of the trainer: from which a run goes on, and nodes with disks of their own.
+
+Axolotl's auto_resume_from_checkpoints takes the folder of the highest number, also where a kill
+left it half written, and each rank looks by itself. Here it is a whole one, the same on all ranks.
 
 Of a checkpoint, the trainer and DeepSpeed write `trainer_state.json`, `scheduler.pt` and `latest`
 on global rank 0 only, and read them on every rank (transformers 5.16, DeepSpeed 0.18.9); Axolotl
@@ -9,6 +12,8 @@ DeepSpeed and FSDP there are none, and the adapter and its optimizer are brought
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,9 +23,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
+from axolotl_loram.architecture.record import Record
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.tensors import ADAPTER_FILE
+from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
 
+LOG = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 """What the trainer writes last into a checkpoint: where it is missing, the rest may be too."""
 BROUGHT = ("scheduler.pt", "latest", "loram.json", STATE_FILE)
@@ -125,3 +132,66 @@ def surplus(folder: Path, step: int, limit: int) -> list[Path]:
     found = [path for path in folder.glob("checkpoint-*") if not (path / STATE_FILE).exists()]
     older = sorted((path for path in found if number_of(path) < step), key=number_of)
     return older[: max(0, len(older) + 1 - limit)]
+
+
+def choose_checkpoint(cfg: Any, folder: Path, key: str, value: str) -> None:
+    """Settle in cfg which checkpoint training goes on from, the same for all ranks.
+
+    Args:
+        cfg: Axolotl's cfg.
+        folder: Where the trainer's checkpoints are.
+        key: What their `loram.json` names the model they were trained from by.
+        value: What it says there for this run.
+
+    Raises:
+        LoRAMError: The one that is named is not whole, or of another run.
+    """
+    found = cfg.resume_from_checkpoint
+    if not found and cfg.auto_resume_from_checkpoints:
+        found = last_on_all_ranks(whole_checkpoints(folder))
+        cfg.auto_resume_from_checkpoints = False
+        cfg.resume_from_checkpoint = found
+        LOG.info("resuming from %s", found or "no checkpoint: there is none that is whole")
+    if not found:
+        return
+    bring_state(Path(found))
+    if not is_first_rank():
+        return
+    problem = _problem(Path(found))
+    if problem:
+        raise LoRAMError(
+            f"expected a whole checkpoint to resume from, found {found} {problem}: name another in "
+            f"{folder}"
+        )
+    if getattr(Record.load(Path(found)), key) not in (None, value):
+        raise LoRAMError(
+            f"expected a checkpoint that was trained from this pruned model, found {found} of "
+            "another: choose another output_dir"
+        )
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The trainer's checkpoints that are whole, as far as this disk tells."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return [path for path in found if not _problem(path)]
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks, as a kill or a failing disk leaves it; None if it is whole.
+
+    The trainer writes its state after weights, optimizer and random numbers.
+    """
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        if state["global_step"] != number_of(checkpoint):
+            return f"with a {STATE_FILE} of step {state['global_step']}"
+    except FileNotFoundError:
+        return f"without {STATE_FILE}"
+    except (ValueError, TypeError, KeyError):
+        return f"with half of {STATE_FILE}"
+    if (checkpoint / ADAPTER_FILE).exists():
+        try:
+            Checkpoint(checkpoint, ADAPTER_FILE)
+        except LoRAMError:
+            return f"with half of {ADAPTER_FILE}"
+    return None

@@ -30,7 +30,7 @@ from axolotl_loram.architecture.model import layer_pieces
 from axolotl_loram.architecture.pairing import check_pair
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.record import versions
-from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config import LayerwiseArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress

@@ -27,7 +27,7 @@ from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_local_weights
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
-from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.memory.zero import zero_stage
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.recovery.whole import broken_tensors
 from axolotl_loram.results.candidates import load_model, with_adapter
@@ -54,16 +54,22 @@ def check_can_evaluate(cfg: Any) -> None:
     section = cfg.loram or {}
     if not section.get(KEY):
         return
-    if cfg.fsdp or cfg.fsdp_config or _zero_stage(cfg.deepspeed) == 3:
+    if cfg.fsdp or cfg.fsdp_config or zero_stage(cfg.deepspeed) == 3:
         raise LoRAMError(
             f"expected the whole adapter on each rank for `{KEY}`, found FSDP or ZeRO-3, which "
             "spread it: use ZeRO-2 or DDP, or evaluate checkpoints afterwards"
         )
-    if not section.get("evaluate_recovered_path") and not (cfg.val_set_size or cfg.test_datasets):
-        raise LoRAMError(
-            f"expected held-out text for `{KEY}`, found none: give evaluate_recovered_path, "
-            "val_set_size or test_datasets"
-        )
+    if not section.get("evaluate_recovered_path"):
+        if cfg.rl or cfg.reward_model or cfg.process_reward_model:
+            raise LoRAMError(
+                f"expected text for `{KEY}`, found pairs and rewards alone: name a file by "
+                "evaluate_recovered_path"
+            )
+        if not (cfg.val_set_size or cfg.test_datasets):
+            raise LoRAMError(
+                f"expected held-out text for `{KEY}`, found none: give evaluate_recovered_path, "
+                "val_set_size or test_datasets"
+            )
     weights = find_local_weights(str(cfg.base_model), cfg.revision_of_model)
     if weights is None:
         raise LoRAMError(
@@ -71,12 +77,6 @@ def check_can_evaluate(cfg: Any) -> None:
             "download them, or take the option out"
         )
     dtype_that_fits(weights, section.get("evaluate_recovered_device") or "cpu")
-
-
-def _zero_stage(deepspeed: Any) -> int | None:
-    if isinstance(deepspeed, str):
-        deepspeed = read_json(Path(deepspeed))
-    return ((deepspeed or {}).get("zero_optimization") or {}).get("stage")
 
 
 def dtype_that_fits(weights: Path, device: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from axolotl_loram.architecture.lora_names import is_saved_whole
 from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.pairing import check_pair, check_recorded_base
 from axolotl_loram.architecture.plan import Base, PruningPlan
@@ -26,14 +28,15 @@ from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.fitted import Job, check_fillable
 from axolotl_loram.recovery.recover import gather_adapter
 from axolotl_loram.text.axolotl_text import token_rows
-from axolotl_loram.training.checkpoints import is_first_rank
+from axolotl_loram.training.checkpoints import choose_checkpoint, is_first_rank
 from axolotl_loram.training.memory_log import predict_run
-from axolotl_loram.training.resuming import choose_checkpoint
 from axolotl_loram.training.sharding import check_adapter_saves
 from axolotl_loram.training.support import switch_off_kernels, trains_masked
 
 LOG = logging.getLogger(__name__)
 PRUNED_FOLDER = "pruned"
+STARTS_ANEW = ("dpo", "ipo", "kto")
+"""Trainers that Axolotl hands a new adapter's config, never an adapter."""
 DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
 
 
@@ -113,6 +116,12 @@ def begin_training(cfg: Any) -> Run:
     """
     section = LoRAMConfig.model_validate(dict(cfg.loram))
     check_adapter_saves(cfg)
+    if cfg.rl in STARTS_ANEW and cfg.lora_model_dir:
+        raise LoRAMError(
+            f"expected no lora_model_dir with rl: {cfg.rl}, found {cfg.lora_model_dir}: Axolotl "
+            "0.19 passes over it there, and would train a new adapter; merge it into the base "
+            "first, and prune that"
+        )
     model, revision = str(cfg.base_model), cfg.revision_of_model
     if section.pruned_model_path:
         pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)
@@ -225,15 +234,14 @@ def use_recovered_adapter(cfg: Any) -> None:
 
 def _check_modules_to_save(cfg: Any, plan: PruningPlan) -> None:
     """Refuse to train in whole a module that has lost features: BA is not all of its update."""
-    named = set(cfg.lora_modules_to_save or [])
-    touched = {
-        part for t in parameters(plan.config) if t.kinds for part in t.module.split(".")[-2:]
-    }
-    if named & touched:
-        raise LoRAMError(
-            "expected lora_modules_to_save to name modules that pruning leaves whole, found "
-            f"{', '.join(sorted(named & touched))}: adapt them by LoRA instead"
-        )
+    for tensor in parameters(plan.config):
+        around = list(itertools.accumulate(tensor.module.split("."), "{}.{}".format))
+        for name in cfg.lora_modules_to_save or ():
+            if tensor.kinds and any(is_saved_whole(module, [name]) for module in around):
+                raise LoRAMError(
+                    "expected lora_modules_to_save to name modules that pruning leaves whole, "
+                    f"found {name}, which takes {tensor.module} too: adapt it by LoRA instead"
+                )
 
 
 def _check_same_plan(run: Run) -> None:

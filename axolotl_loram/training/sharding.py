@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.memory.zero import read_deepspeed, zero_stage
 
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 SEQUENTIAL = "zero_optimization.stage3_allgather_sequential"
@@ -34,13 +33,6 @@ def check_sharding(cfg: Mapping[str, Any]) -> None:
         check_deepspeed(cfg, read_deepspeed(cfg["deepspeed"]))
     elif cfg.get("fsdp") or cfg.get("fsdp_config"):
         _check_fsdp(cfg)
-
-
-def read_deepspeed(named: Any) -> dict[str, Any]:
-    """A DeepSpeed configuration from a file, or as Axolotl has it in memory."""
-    if isinstance(named, str):
-        return read_json(Path(named), linked=True)
-    return dict(named.to_dict() if hasattr(named, "to_dict") else named)
 
 
 def check_deepspeed(cfg: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> None:
@@ -72,15 +64,17 @@ def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
     if cfg.get("deepspeed"):
         deepspeed = read_deepspeed(cfg["deepspeed"])
         check_gathering(deepspeed)
-        if _value(deepspeed, "zero_optimization.stage", 0) == 3:
+        if zero_stage(deepspeed) == 3:
             reason = "ZeRO-3, found {}: DeepSpeed 0.18 fails in the first step (its issue 7615)"
     elif str(_fsdp_version(cfg)) == "2":
         reason = "FSDP2, found {}: Axolotl 0.19 fails when it saves the adapter in the end"
-        if (cfg.get("fsdp_config") or {}).get("state_dict_type") == FULL:
+        full = (cfg.get("fsdp_config") or {}).get("state_dict_type") == FULL
+        if full and cfg.get("save_strategy") != "no":
             raise LoRAMError(
                 f"expected fsdp_config.state_dict_type: SHARDED_STATE_DICT, found {FULL}: "
                 "accelerate 1.13 restores such a checkpoint's adapter on rank 0 only, and a run "
-                "would go on from half of one (the adapter saved in the end is whole with either)"
+                "would go on from half of one (the adapter saved in the end is whole with either, "
+                "so that `save_strategy: no` does too)"
             )
     if whole and reason:
         raise LoRAMError(
@@ -99,7 +93,7 @@ def check_gathering(deepspeed: Mapping[str, Any]) -> None:
     Raises:
         LoRAMError: One sentence.
     """
-    if _value(deepspeed, "zero_optimization.stage", 0) != 3:
+    if zero_stage(deepspeed) != 3:
         return
     if not _true(deepspeed, GATHER):
         raise LoRAMError(

@@ -48,6 +48,7 @@ def check_supported(cfg: Any) -> None:
         "gptq": "pruned models hold plain weights; use adapter: qlora for 4 bits",
         "reinit_weights": "it would throw the pruned model's weights away",
         "peft_layer_replication": "it makes layers that the original has not",
+        "qat": "it rounds the pruned weights, saves nothing, and LoRA learns to mend that",
     }
     _refuse(cfg, refused, "loram:")
     if (cfg.tensor_parallel_size or 1) > 1:

@@ -16,7 +16,6 @@ from axolotl_loram.files.atomic import (
     check_vacant,
     new_file,
     new_folder,
-    scratch_folder,
     updated_folder,
 )
 from axolotl_loram.files.resumable import resumable
@@ -146,16 +145,6 @@ def test_work_outlives_a_kill_until_its_target_is_there(tmp_path):
     with a_folder(tmp_path / "out"):
         assert mine.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out", others.name}
-
-
-def test_scratch_of_a_killed_process_goes(tmp_path):
-    with scratch_folder(tmp_path / "fit") as first:
-        pass
-    first.mkdir()
-    (first / "states").touch()
-    with scratch_folder(tmp_path / "fit") as second:
-        assert second == first and not list(second.iterdir())
-    assert not list(tmp_path.iterdir())
 
 
 def test_file_systems_without_locks_are_written(tmp_path, monkeypatch):

@@ -13,8 +13,7 @@ from conftest import write_yaml
 from packaging.requirements import Requirement
 
 from axolotl_loram.cli import main
-from axolotl_loram.config import FillArgs, PruningArgs, Section
-from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config import FillArgs, LayerwiseArgs, PruningArgs, Section
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.results.secrets import without_secrets
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from conftest import build_model, write_yaml
 from test_cli import loram
 from test_model import LLAMA_2_13B
@@ -17,7 +18,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.cluster import FullActivations, align_plan, align_request, without_lora
 from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.weights import Storage
-from axolotl_loram.memory.zero import Weight, Zero, held, read_zero
+from axolotl_loram.memory.zero import Weight, Zero, held, read_zero, zero_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "deepspeed_configs"
@@ -235,3 +236,16 @@ def test_weights_on_nvme_are_on_disk_wherever_the_optimizer_is():
         zero = Zero(3, optimizer=optimizer, parameters="nvme")
         found = held([Weight(4096)], zero, 2, 64, 2, "adamw_torch")
         assert found.disk["weights"] == 2 * 2048
+
+
+def test_the_stage_is_read_wherever_axolotl_has_it(tmp_path):
+    """Of a file, a link to one, a path, a dict or none; nothing said is no ZeRO."""
+    file, link = tmp_path / "zero.json", tmp_path / "link.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    link.symlink_to(file)
+    settings = [str(file), file, str(link), {"zero_optimization": {"stage": 3}}]
+    assert [zero_stage(each) for each in settings] == [3] * 4
+    assert [zero_stage(each) for each in (None, {}, {"zero_optimization": {}})] == [0] * 3
+    assert zero_stage(DictDefault(zero_optimization={"stage": 2})) == 2
+    with pytest.raises(LoRAMError, match=r"absent\.json"):
+        zero_stage(tmp_path / "absent.json")

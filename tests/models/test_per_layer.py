@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.models import patches
 from axolotl_loram.models import per_layer as heterogeneous
 from axolotl_loram.pruning.prune import prune
 
@@ -120,13 +121,12 @@ def test_ignoring_mismatched_sizes_does_not_widen_the_model(pruned, make_model):
 
 def test_it_steps_aside_for_transformers_own_implementation(monkeypatch):
     calls = []
-    monkeypatch.setattr(heterogeneous, "_wrap", lambda cls, name, wrapper: calls.append(name))
-    monkeypatch.setattr(
-        heterogeneous.heterogeneity, "apply_heterogeneous_modeling", object(), raising=False
-    )
+    monkeypatch.setattr(patches, "_wrap", lambda cls, name, wrapper: calls.append(name))
+    own = "apply_heterogeneous_modeling"
+    monkeypatch.setattr(patches.heterogeneity, own, object(), raising=False)
     heterogeneous.install()
     assert calls == ["post_init"]  # its check stays
-    monkeypatch.delattr(heterogeneous.heterogeneity, "apply_heterogeneous_modeling")
+    monkeypatch.delattr(patches.heterogeneity, own)
     heterogeneous.install()
     assert calls[1:] == ["__init__", "set_attn_implementation", "post_init"]
 

@@ -205,9 +205,18 @@ TIED = {"tie_word_embeddings": True}
         ({"lora_modules_to_save": ["lm_head"]}, {}, {}, ("native", "cpu")),
         ({"lora_modules_to_save": ["lm_head"]}, {}, TIED, NATIVE),
         ({"lora_modules_to_save": ["embed_tokens"]}, {}, {}, ("nf4", "native")),
+        ({"lora_modules_to_save": ["model.embed_tokens"]}, {}, {}, ("nf4", "native")),
+        ({"lora_modules_to_save": ["other.embed_tokens"]}, {}, {}, CPU_NF4),
         ({"lora_target_modules": ["embed_tokens", "q_proj"]}, {}, {}, ("nf4", "native")),
         ({"lora_target_modules": ["lm_head"]}, {}, {}, CPU_NF4),
         ({"lora_target_modules": ".*(q_proj|embed_tokens)"}, {}, {}, ("nf4", "native")),
+        ({"lora_target_modules": r"vision\.embed_tokens"}, {}, {}, CPU_NF4),
+        (
+            {"lora_target_modules": r"model\.language_model\.embed_tokens"},
+            {},
+            {"model_type": "gemma3"},
+            NATIVE,  # tied
+        ),
         ({"peft_trainable_token_indices": [5]}, {}, {}, NATIVE),
         ({"cut_cross_entropy": True}, {}, {}, ("native", "cpu")),
         ({"liger_fused_linear_cross_entropy": True}, {}, {}, ("native", "cpu")),

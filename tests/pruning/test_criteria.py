@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,17 +12,56 @@ from hypothesis import strategies as st
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import STRUCTURED, PruningArgs
+from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.models.stream import LayerStream, replace_linear
-from axolotl_loram.pruning.criteria import CRITERIA
 from axolotl_loram.pruning.importance import choose
 from axolotl_loram.pruning.prune import prune
 
 KINDS = {"kv_groups": "self_attn.o_proj", "neurons": "mlp.down_proj"}
 
 
-def test_every_method_has_a_criterion():
-    assert set(CRITERIA) == set(STRUCTURED)
+NEW_CRITERION = """
+import sys
+from axolotl_loram.criteria import CRITERIA, Criterion
+
+CRITERIA["last"] = Criterion("new:keep_the_last", about="the first go")
+CRITERIA["none"] = Criterion(weights="new:zero_all")
+
+if __name__ == "__main__":
+    from axolotl_loram.cli import main
+    main()
+
+import numpy as np
+from axolotl_loram.pruning.sparse import linear_weights, save_sparse
+
+def keep_the_last(evidence):
+    for layer in evidence.layers:
+        shapes = evidence.shapes(layer)
+        evidence.save(layer, {kind: np.arange(*shape) for kind, shape in shapes.items()})
+
+def zero_all(evidence, sparsity):
+    for layer in evidence.layers:
+        stored = [evidence.checkpoint[n] for n in linear_weights(evidence, layer).values()]
+        arrays = {one.name: (one.dtype, np.zeros_like(one.read())) for one in stored}
+        save_sparse(evidence.work, layer, arrays)
+"""
+
+
+def test_a_criterion_is_one_row_and_its_function(make_model, tmp_path):
+    (tmp_path / "new.py").write_text(NEW_CRITERION)
+
+    def loram(*arguments):
+        command = [sys.executable, str(tmp_path / "new.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    shown = " ".join(loram("prune", "--help").split())
+    assert "last (the first go)" in shown and "magnitude, wanda, sparsegpt, none." in shown
+    units, weights = tmp_path / "units", tmp_path / "weights"
+    loram("prune", make_model(), units, "--pruning-ratio", "0.5", "--method", "last")
+    assert PruningPlan.load(units).kept["model.layers.1.mlp"].tolist() == list(range(24, 48))
+    loram("prune", make_model(), weights, "--sparsity", "0.5", "--method", "none")
+    assert not load(weights).model.layers[1].mlp.up_proj.weight.any()
 
 
 def gradients_of_masks(model, tokens):

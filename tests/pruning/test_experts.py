@@ -15,9 +15,9 @@ from axolotl_loram.architecture.counts import keep_counts
 from axolotl_loram.architecture.model import changed, config_changes, layer_groups, tensors
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import PruningArgs
+from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import Checkpoint
-from axolotl_loram.pruning.criteria import CRITERIA
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.training.support import check_router_losses
 

@@ -299,7 +299,7 @@ def test_adapters_that_are_not_finite_are_refused_by_name(value, pruned, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "full", "pruned"}
 
 
-@pytest.mark.parametrize("poisoned", ["adapter", "base"])
+@pytest.mark.parametrize("poisoned", ["adapter", "base", "sum"])
 def test_merging_what_is_not_finite_is_refused_by_name(poisoned, make_model, tmp_path):
     base, name = tmp_path / "base", "model.layers.1.mlp.up_proj.weight"
     AutoModelForCausalLM.from_pretrained(make_model()).save_pretrained(base)
@@ -309,7 +309,12 @@ def test_merging_what_is_not_finite_is_refused_by_name(poisoned, make_model, tmp
     if poisoned == "adapter":
         name = UP_B
         rewrite(tmp_path / "adapter", lambda w: {**w, name: w[name].fill_(np.nan)})
-    with pytest.raises(LoRAMError, match=f"found NaN or infinity in {name}"):
+    message = f"found NaN or infinity in {name}"
+    if poisoned == "sum":
+        for part in (UP_B, UP_B.replace("lora_B", "lora_A")):
+            rewrite(tmp_path / "adapter", lambda w, part=part: {**w, part: w[part].fill_(1e30)})
+        message = f"found that {name} with its update is more than F32 holds"
+    with pytest.raises(LoRAMError, match=message):
         merge_masked(tmp_path / "adapter")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base", "sparse"}
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())

@@ -17,7 +17,7 @@ from axolotl_loram.plugin import LoRAMPlugin
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.recovery.whole import check_complete, trained_shapes
-from axolotl_loram.training.resuming import choose_checkpoint, whole_checkpoints
+from axolotl_loram.training.checkpoints import choose_checkpoint, whole_checkpoints
 from axolotl_loram.training.sharding import check_adapter_saves
 
 LORA = "base_model.model.model.layers.1.mlp.up_proj"
@@ -142,6 +142,7 @@ GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
         ({**zero3(**GATHERS), "lora_modules_to_save": ["lm_head"]}, 1, "ZeRO-3, found lm_head"),
         ({"fsdp_version": 2, "lora_modules_to_save": []}, 2, None),
         (fsdp2("SHARDED_STATE_DICT"), 2, None),
+        ({**fsdp2("FULL_STATE_DICT"), "save_strategy": "no"}, 2, None),
         (fsdp2("FULL_STATE_DICT"), 2, "SHARDED_STATE_DICT, found FULL_STATE_DICT.*half"),
     ],
 )

@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from axolotl_loram.architecture.plan import Base
 from axolotl_loram.cli import main
 from axolotl_loram.config import PruningArgs
+from axolotl_loram.config_evaluate import Request
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.results import evaluate as evaluation
 from axolotl_loram.results.candidates import load_model, put_on, with_adapter
-from axolotl_loram.results.evaluate import Request, evaluate
+from axolotl_loram.results.evaluate import evaluate
 from axolotl_loram.results.perplexity import document_losses, fitting
 from axolotl_loram.results.statistics import mean_loss, paired_difference, share_of_gain
 from axolotl_loram.text.heldout import IGNORED, from_rows, held_out
@@ -290,7 +291,13 @@ def test_the_command_prints_a_table_or_json(run):
     shown = CliRunner().invoke(main, [*command, "--json"], catch_exceptions=False)
     assert set(json.loads(shown.stdout)["perplexity"]["heldout"]["models"]) == {"base", "pruned"}
     wrong = CliRunner().invoke(main, [*command, "--models", "bass"])
-    assert wrong.exit_code == 2 and "found bass" in wrong.output
+    assert wrong.exit_code == 2 and "base+recovered', found 'bass'" in wrong.output
+    wrong = CliRunner().invoke(main, [*command, "--batch-size", "0"])
+    assert wrong.exit_code == 2 and "batch_size" in wrong.output
+    only = ["evaluate", str(run / "loram.yml"), "--in-domain", text, "--json"]
+    only += ["--models", "", "--also", f"mine={run / 'out'}", "--output", str(run / "only.json")]
+    shown = CliRunner().invoke(main, only, catch_exceptions=False)
+    assert list(json.loads(shown.stdout)["models"]) == ["also:mine"]
 
 
 @pytest.mark.slow
@@ -326,19 +333,19 @@ def test_training_evaluates_the_recovered_adapter_and_is_not_disturbed(
 
 def test_a_base_beside_patched_attention_computes_as_before(make_model, monkeypatch):
     """`lora_qkv_kernel` patches the class: the base, which is not trained, must still run."""
-    from axolotl.monkeypatch.lora_kernels import patch_self_attn_lora
+    from axolotl.monkeypatch import lora_kernels
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-    from axolotl_loram.plugin import plain_projections
+    from axolotl_loram.models.patches import plain_projections
 
     model = load_model(str(make_model()))
     expected = model(TOKENS).logits
     monkeypatch.setattr(LlamaAttention, "forward", LlamaAttention.forward)  # put back afterwards
-    patch_self_attn_lora(DictDefault({"base_model": str(make_model())}))
+    lora_kernels.patch_self_attn_lora(DictDefault({"base_model": str(make_model())}))
     try:
         with pytest.raises(AttributeError, match="apply_qkv"):
             model(TOKENS)
-        plain_projections(model)
+        plain_projections(model, lora_kernels)
         assert torch.equal(model(TOKENS).logits, expected)
     finally:
         del LlamaAttention._original_forward

@@ -228,6 +228,20 @@ def test_what_was_not_measured_is_said(runs):
     assert any("No pruned model" in sentence for sentence in lone["lora"].missing)
 
 
+@pytest.mark.parametrize("name", ["pruned", "plan.json"])
+def test_what_was_run_is_written_out(name, runs):
+    table = build([runs / name]).sections[-1].items[0]
+    said = (
+        "base parameters 37,344, pruned parameters 29,664, layers 4, pruned layers 2, "
+        "kept per pruned layer (neurons 24, kv groups 1)"
+    )
+    assert row(table, "parameters") == ["parameters", said]
+    assert all(text for _, text in table.rows)
+    if name == "pruned":
+        assert row(table, "pruning")[1].startswith("method random, ratio 0.5, allocation uniform")
+        assert row(table, "alignment")[1] == "none"
+
+
 def test_widths_are_those_of_the_plan(runs):
     kept = PruningPlan.load(runs / "pruned")
     chart = next(chart for chart in build([runs / "pruned"]).charts if "widths" in chart.name)
@@ -291,7 +305,7 @@ def test_a_newer_evaluation_is_refused(tmp_path):
         ("x.json", "[1]", "found a list"),
         ("x.json", '{"a": 1}', "found other JSON"),
         ("x.json", '{"kind": "evaluation", "perplexity": {"a": {"models": 3}}}', "perplexity.a"),
-        ("x.json", '{"base_parameters": 3, "methods": {"lora": {}}}', "the memory of methods"),
+        ("x.json", '{"base_parameters": 3, "methods": {"lora": {}}}', "cannot be shown (KeyError"),
         ("loram.json", '{"schema_version": 9}', "expected schema version 1"),
         ("other.txt", "", "found no JSON of one"),
     ],

@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from test_evaluate import TOKENS, run  # noqa: F401  (run is a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_loram.config_evaluate import Request
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.results.candidates import Candidate, load_model, put_on
-from axolotl_loram.results.evaluate import Request, evaluate
+from axolotl_loram.results.evaluate import evaluate
 from axolotl_loram.results.tasks import OWN, SUITES, Task, resolve_tasks, score, wrap
 
 CHOICES = ["red", "green", "blue"]

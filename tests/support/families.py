@@ -73,6 +73,8 @@ def at_depth(family: str, layers: int) -> dict:
     return {section: {**OWN_SIZES[family][section], **depth}} if section else depth
 
 
+TOWERS = tuple(name for name, family in FAMILIES.items() if family.section)
+"""Families with a vision tower, whose language tower is pruned."""
 TRAINED = ("qwen3", "gemma3_text", "phi3", "mixtral")
 """Families that test_training_families.py trains with `axolotl train`, beside Llama."""
 ALSO = {

@@ -36,7 +36,7 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.files.tensors import ADAPTER_FILE, MODEL_FILE, Checkpoint, write_safetensors
 from axolotl_loram.memory import cluster
 from axolotl_loram.memory.request import request
-from axolotl_loram.memory.zero import read_zero
+from axolotl_loram.memory.zero import read_deepspeed, read_zero
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.recover import recover
@@ -44,7 +44,7 @@ from axolotl_loram.recovery.scatter import match
 from axolotl_loram.results.artefacts import EVALUATION_FILE, TRAINER_STATE
 from axolotl_loram.results.inspect import inspect
 from axolotl_loram.results.report import build
-from axolotl_loram.training.sharding import check_deepspeed, read_deepspeed
+from axolotl_loram.training.sharding import check_deepspeed
 
 SMALL = {
     **{k: v for k, v in PICO.items() if not k.endswith("_id")},

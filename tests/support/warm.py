@@ -85,7 +85,8 @@ def serve() -> None:
 
     for name in ("axolotl.cli.main", *(f"axolotl.cli.{module}" for module in MODULES)):
         import_module(name)
-    for name in ("axolotl.train", "axolotl.core.builders", "peft", "bitsandbytes", "trl"):
+    libraries = ("peft", "bitsandbytes", "trl", "deepspeed")
+    for name in ("axolotl.train", "axolotl.core.builders", *libraries):
         import_module(name)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -23,6 +23,7 @@ from axolotl_loram.pruning.cache import own_text
 from axolotl_loram.text import calibration
 from axolotl_loram.text.axolotl_text import heldout_rows, load_yaml, token_rows
 from axolotl_loram.text.calibration import from_rows, load_calibration, pack
+from axolotl_loram.text.heldout import held_out
 
 EOS = 1
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -204,14 +205,17 @@ def test_rows_may_be_texts_segments_or_messages(make_model, tmp_path):
         {"segments": [{"label": False, "text": "two"}, {"label": True, "text": " three"}]},
         {"messages": [{"role": "user", "content": "four"}]},
     ]
-    file, folder = write_rows(tmp_path / "rows.json", rows), tmp_path / "model"
+    file, folder = write_rows(tmp_path / "lines.json", rows), tmp_path / "model"
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(rows, indent=2))
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_bytes((make_model() / "config.json").read_bytes())
-    found = load_calibration(choose(file, 40, 2), folder)
     expected = tokenizer("one two three<user>four", add_special_tokens=False)["input_ids"]
-    assert sorted(found.tokens.ravel().tolist()) == sorted([*expected, EOS, EOS, EOS])
+    for source in (file, array):
+        found = load_calibration(choose(source, 40, 2), folder)
+        assert sorted(found.tokens.ravel().tolist()) == sorted([*expected, EOS, EOS, EOS])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +232,8 @@ def test_rows_may_be_texts_segments_or_messages(make_model, tmp_path):
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "y"}\n', r"found line 2 of .*a\.jsonl empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"found line 2 of .*a\.jsonl invalid"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"found line 1 of .*a\.jsonl invalid"),
-        ("a.json", b'["x"]\n', r"text, segments or messages in line 1 of .*found list"),
+        ("a.json", b'["x"]\n', r"text, segments or messages in row 1 of .*found str"),
+        ("a.json", b'[{"text": "x"},\n', r"or one array of them, found neither"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', r"in line 1 of .*found body, id: give rows"),
         ("a.jsonl", b'{"text": null}\n', r"in line 1 of .*found text"),
         ("a.jsonl", b'{"segments": [{"label": true}]}\n', r"found segments, refused \(KeyError"),
@@ -461,9 +466,7 @@ def test_what_is_wrong_with_the_data_of_a_yaml_is_told(make_model, settings, tex
     tokenizer.save_pretrained(other)
     (other / "config.json").write_bytes((base / "config.json").read_bytes())
     file = make_yaml(tmp_path / "run.yml", settings(base))
-    with pytest.raises(
-        LoRAMError, match=f"the tokenizer of the model in {other}, found .* of {base}"
-    ):
+    with pytest.raises(LoRAMError, match=f"the tokenizer of {other}, found .* of {base}"):
         load_calibration(choose(file), other)
 
     bare = tmp_path / "bare"
@@ -513,12 +516,9 @@ def test_a_vision_language_model_is_calibrated_on_the_runs_own_text(tmp_path):
 
 def test_half_a_surrogate_pair_is_read_as_unknown(make_model, tmp_path):
     """As cut-off emoji leave: JSON holds it, a tokenizer does not take it."""
-    row = json.dumps({"text": "an emoji cut in the middle \ud83d, and a whole one \U0001f600"})
-    (tmp_path / "rows.jsonl").write_text("\n".join([row] * 20))
-    settings = PruningArgs(
-        ratio=0.5,
-        calibration_path=str(tmp_path / "rows.jsonl"),
-        calibration_samples=4,
-        calibration_length=32,
-    ).resolve()
-    assert load_calibration(settings, make_model()).tokens.shape == (4, 32)
+    text, read = "an emoji cut \ud83d, and \U0001f600", "an emoji cut \ufffd, and \U0001f600"
+    rows = [{"text": text}, {"segments": [{"text": text, "label": True}]}]
+    source = str(write_rows(tmp_path / "rows.jsonl", rows * 20))
+    assert load_calibration(choose(source, 4, 32), make_model()).tokens.shape == (4, 32)
+    held = held_out(source, "in_domain", byte_tokenizer(), 260, 64)
+    assert {byte_tokenizer().decode(window.ids) for window in held.windows} == {read}

@@ -23,8 +23,8 @@ from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.training import teacher as teachers
 from axolotl_loram.training.align import begin_alignment
+from axolotl_loram.training.align_trainer import prepare_objective, seen
 from axolotl_loram.training.distil import IGNORED, Targets, distillation_loss
-from axolotl_loram.training.objective import prepare_objective, seen
 from axolotl_loram.training.support import check_supported
 from axolotl_loram.training.teacher import Teacher, make_teacher, most_likely
 
@@ -231,7 +231,7 @@ def test_the_trainer_minimizes_the_divergence(alignment, make_model, monkeypatch
     found = {"id": str(make_model()), "revision": None, "top_k": 264, "next_token_share": 0.0}
     assert run.outcome["teacher"] == found
     monkeypatch.setattr(
-        "axolotl_loram.training.objective.make_teacher", None
+        "axolotl_loram.training.align_trainer.make_teacher", None
     )  # it is there already
     prepare_objective(run, trainer)
 

@@ -13,8 +13,7 @@ from test_resume import Interruption, weights
 from axolotl_loram.architecture.pairing import check_pruned
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.cli import main
-from axolotl_loram.config import PruningArgs
-from axolotl_loram.config_layerwise import LayerwiseArgs
+from axolotl_loram.config import LayerwiseArgs, PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import read_json
 from axolotl_loram.models.stream import LayerStream

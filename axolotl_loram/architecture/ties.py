@@ -1,0 +1,43 @@
+"""Embeddings that a config ties: the weights decide, as they do in transformers (5.16)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from axolotl_loram.architecture.config_json import TIED, Config, family_of, is_tied
+from axolotl_loram.architecture.model import tensors
+from axolotl_loram.architecture.spaces import EMBEDDING
+from axolotl_loram.files.tensors import Checkpoint
+
+HEAD_WEIGHT = "lm_head.weight"
+
+
+def by_weights(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config as transformers takes it with these weights.
+
+    Where it ties the embeddings and only the lm_head is stored, that is the embedding too: from now
+    on the checkpoint gives it under that name. Where another lm_head is stored, they are not tied.
+    """
+    config = dict(config)
+    name = next((tensor.name for tensor in tensors(config) if tensor.role == EMBEDDING), None)
+    head = checkpoint.tensors.get(HEAD_WEIGHT)
+    if not is_tied(config) or name is None or head is None:
+        return config
+    if name not in checkpoint.tensors:
+        checkpoint.tensors[name] = replace(checkpoint.tensors.pop(HEAD_WEIGHT), name=name)
+        for names in checkpoint.shards.values():
+            names[:] = [name if other == HEAD_WEIGHT else other for other in names]
+        return config
+    embedding = checkpoint[name]
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    pairs = zip(head.blocks(), embedding.blocks(), strict=True) if same else ()
+    same = same and not any((one != other).any() for one, other in pairs)
+    return config if same else untied(config)
+
+
+def untied(config: Config) -> dict[str, Any]:
+    """A config that says in every place that the embeddings are not tied."""
+    section = family_of(config).section
+    inner = {section: {**config[section], TIED: False}} if section and section in config else {}
+    return {**config, **inner, TIED: False}

@@ -1,0 +1,87 @@
+"""Every change of foreign code is listed, with its reason; those of `register` are undone."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import write_yaml
+
+import axolotl_loram
+from axolotl_loram.architecture.plan import SCHEMA_VERSION
+from axolotl_loram.models import patches
+
+ROOT = Path(axolotl_loram.__file__).parent
+REFUSED = """
+import sys
+from axolotl.cli import merge_lora
+from axolotl.cli.config import load_cfg
+before = merge_lora.merge_lora_sharded_efficient
+seen = []
+from axolotl_loram.plugin import LoRAMPlugin
+register = LoRAMPlugin.register
+def watched(self, cfg):
+    register(self, cfg)
+    seen.append(merge_lora.merge_lora_sharded_efficient)
+LoRAMPlugin.register = watched
+try:
+    load_cfg(sys.argv[1], merge_lora=True)
+except ValueError as error:
+    assert "learning_rate" in str(error), error
+else:
+    raise SystemExit("not refused")
+assert seen[0] is not before and merge_lora.merge_lora_sharded_efficient is before
+from axolotl.telemetry.manager import FIELDS_TO_REDACT
+assert {"exception", "stack_trace"} <= FIELDS_TO_REDACT  # the error itself is sent after this
+"""
+
+
+def test_a_refused_configuration_leaves_axolotl_as_it_was(make_model, settings, tmp_path):
+    record = {"schema_version": SCHEMA_VERSION, "kind": "recovered-adapter"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/loram.json").write_text(json.dumps(record))
+    section = {"pruned_model_path": "somewhere"}
+    yaml_file = write_yaml(
+        tmp_path / "bad.yml", settings(make_model(), loram=section, learning_rate="none")
+    )
+    command = [sys.executable, "-c", REFUSED, str(yaml_file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_patch_says_why_and_until_when():
+    tree = ast.parse(Path(patches.__file__).read_text(encoding="utf-8"))
+    public = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"}
+    assert public - {"undo"} == set(patches.PATCHES)
+    for name, end in patches.PATCHES.items():
+        assert end and getattr(patches, name).__doc__, name
+
+
+def test_no_other_module_changes_what_it_imports():
+    """Assigning to an imported name's attributes, and `setattr` on one, are of `patches` alone."""
+    for file in ROOT.rglob("*.py"):
+        if file.name == "patches.py":
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        imported = {
+            (alias.asname or alias.name).split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            for owner in _changed_by(node):
+                while isinstance(owner, ast.Attribute):
+                    owner = owner.value
+                name = owner.id if isinstance(owner, ast.Name) else None
+                assert name not in imported, (file.name, node.lineno, name)
+
+
+def _changed_by(node):
+    if isinstance(node, ast.Assign | ast.AugAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [target.value for target in targets if isinstance(target, ast.Attribute)]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+        return node.args[:1]
+    return []
