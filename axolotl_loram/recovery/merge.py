@@ -76,6 +76,7 @@ def merge_masked(
     opened = Adapter.open(adapter)
     pruned = find_folder(pruned_model or opened.model)
     plan = PruningPlan.load(pruned)
+    _check_masked(plan, opened)
     base = base or plan.base
     folder = find_folder(base.id, base.revision)
     check_pair(pruned, plan, base.id, base.revision)

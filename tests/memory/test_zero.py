@@ -239,8 +239,9 @@ def test_weights_on_nvme_are_on_disk_wherever_the_optimizer_is():
 
 
 def test_the_stage_is_read_wherever_axolotl_has_it(tmp_path):
-    """Of a file, a link to one, a path, a dict or none; nothing said is no ZeRO."""
-    file, link = tmp_path / "zero.json", tmp_path / "link.json"
+    """Of a file, a link out of its folder, a path, a dict or none; nothing said is no ZeRO."""
+    file, link = tmp_path / "zero.json", tmp_path / "another" / "link.json"
+    link.parent.mkdir()
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     link.symlink_to(file)
     settings = [str(file), file, str(link), {"zero_optimization": {"stage": 3}}]

@@ -387,7 +387,7 @@ def test_the_hook_confines_unless_told_not_to(
     model, _ = adapted(sparse)
     layer = model.base_model.model.get_submodule(UP)
     layer.lora_variant.clear()
-    plugin.post_trainer_create(cfg, SimpleNamespace(model=model))
+    plugin.post_trainer_create(cfg, SimpleNamespace(model=model, train_dataset=None))
     assert ("default" in layer.lora_variant) == confines
     assert ("confined the update of 28 layers" in caplog.text) == confines
     plugin.run.write_record(tmp_path)
