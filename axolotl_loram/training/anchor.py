@@ -25,6 +25,7 @@ from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.models.device import choose_device
+from axolotl_loram.models.patches import see_batches
 from axolotl_loram.pruning.cache import cache_folder
 from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows
 from axolotl_loram.training.anchored import Offsets, anchored_loss, offsets
@@ -213,13 +214,7 @@ class Anchor:
 
     def attach(self) -> None:
         """Take the place of the trainer's loss."""
-        compute_loss = self.trainer.compute_loss
-
-        def look_up_first(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self.look_up(model, inputs)
-            return compute_loss(model, inputs, *args, **kwargs)
-
-        self.trainer.compute_loss = look_up_first
+        see_batches(self.trainer, self.look_up)
         self.trainer.compute_loss_func = self.loss
 
     @torch.no_grad()
