@@ -172,7 +172,8 @@ def align(
 def anchor(yaml: Path, output: Path, model: str | None, as_json: bool) -> None:
     """Write to the folder OUTPUT what the original model says of the training data of YAML.
 
-    Where the original's weights are not, training takes it by `anchor: OUTPUT` in `loram:`.
+    Where the original's weights are not, training takes it by `anchor: base` with
+    `anchor_path: OUTPUT` in `loram:`.
     """
     with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
         from axolotl_loram.training.anchor import make_anchor

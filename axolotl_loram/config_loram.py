@@ -18,6 +18,7 @@ TRAIN_KEYS = (
     "pruning",
     "masked",
     "anchor",
+    "anchor_path",
     "recovery",
     "fill",
     "lm_head_format",
@@ -51,13 +52,17 @@ class LoRAMConfig(Section):
         description="Confine the update to the weights that are left; on by default where the "
         "pruned model is sparse.",
     )
-    anchor: str = Field(
+    anchor: Literal["none", "base"] = Field(
         default="none",
         description="base: the pruned model's predictions are corrected by what lies between it "
         "and base_model, so that the adapter learns what base_model lacks, and not to repair the "
         "pruned model. What base_model says of the training data is computed once, a layer at a "
-        "time, and kept on disk. A folder: what `axolotl-loram anchor` wrote, where base_model is "
-        "not on this machine. none: the loss of the pruned model alone.",
+        "time, and kept on disk. none: the loss of the pruned model alone.",
+    )
+    anchor_path: str | None = Field(
+        default=None,
+        description="With `anchor: base`, where base_model is not on this machine: the folder that "
+        "`axolotl-loram anchor` wrote.",
     )
     recovery: Literal["plain", "masked"] = Field(
         default="plain",
@@ -131,6 +136,7 @@ class LoRAMConfig(Section):
         other: dict[str, tuple[str, ...]] = {
             "stage": ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS,
             "objective": TEACHER_KEYS if self.objective == "next-token" else (),
+            "anchor": ("anchor_path",) if self.anchor == "none" else (),
         }
         fields = type(self).model_fields
         for key, names in other.items():

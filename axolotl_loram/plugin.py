@@ -55,7 +55,7 @@ from axolotl_loram.training.align import (
     finish_alignment,
 )
 from axolotl_loram.training.align_trainer import prepare_objective, prepare_trainer
-from axolotl_loram.training.anchor import NONE, prepare_anchor
+from axolotl_loram.training.anchor import prepare_anchor
 from axolotl_loram.training.checkpoints import NodeCallback, is_first_rank
 from axolotl_loram.training.labels import check_learnt, warn_of_masked_labels
 from axolotl_loram.training.memory_log import correct_prediction, measure_run, start_measuring
@@ -148,8 +148,8 @@ class LoRAMPlugin(BasePlugin):
         if self.run is not None and self.run.masked:
             confine_update(self.run, trainer.model)
         section = cfg.loram
-        if self.run is not None and section.anchor not in (None, NONE):
-            found = prepare_anchor(self.run, section.anchor, section.cache_dir, trainer)
+        if self.run is not None and section.anchor == "base":
+            found = prepare_anchor(self.run, section.anchor_path, section.cache_dir, trainer)
             self.run.anchor.update(found)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:

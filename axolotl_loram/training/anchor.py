@@ -34,18 +34,19 @@ from axolotl_loram.training.run import Run
 from axolotl_loram.training.teacher import Row, Teacher, data_digest, distinct, make_teacher
 
 LOG = logging.getLogger(__name__)
-BASE, NONE = "base", "none"
 TOP_K = 32
 """Tokens that are named at each place; 8, 32, 128 and all did the same (`benchmarks/real.csv`)."""
 
 
-def prepare_anchor(run: Run, anchor: str, cache_dir: str | None, trainer: Any) -> dict[str, Any]:
+def prepare_anchor(
+    run: Run, path: str | None, cache_dir: str | None, trainer: Any
+) -> dict[str, Any]:
     """Have the trainer minimize the anchored loss.
 
     Args:
         run: The run.
-        anchor: "base", to compute what the base says; or the folder that `axolotl-loram anchor`
-            wrote.
+        path: The folder that `axolotl-loram anchor` wrote; by default what the base says is
+            computed here.
         cache_dir: Where what is computed is kept, if not in the usual place.
         trainer: Of an adapter.
 
@@ -55,7 +56,7 @@ def prepare_anchor(run: Run, anchor: str, cache_dir: str | None, trainer: Any) -
     Raises:
         LoRAMError: The base's outputs cannot be computed or read, or are another model's.
     """
-    folder = _computed(run, cache_dir, trainer) if anchor == BASE else find_folder(anchor)
+    folder = find_folder(path) if path else _computed(run, cache_dir, trainer)
     teacher = Teacher(folder)
     check_anchor(teacher, folder, run)
     Anchor(trainer, teacher).attach()
@@ -73,7 +74,7 @@ def check_anchor(teacher: Teacher, folder: Path, run: Run) -> None:
     if not teacher.record.get("trained_only"):
         raise LoRAMError(
             f"expected what `axolotl-loram anchor` wrote in {folder}, found the outputs of a "
-            "teacher: give the anchor's folder, or `anchor: base`"
+            "teacher: give the anchor's folder as anchor_path, or leave that out"
         )
     if run.plan.base.fingerprint not in (None, teacher.record["fingerprint"]):
         raise LoRAMError(

@@ -56,7 +56,7 @@ def check_supported(cfg: Any) -> None:
             "expected tensor_parallel_size 1 with loram:, found "
             f"{cfg.tensor_parallel_size}: it splits every layer by the base's head counts"
         )
-    if cfg.loram.get("anchor") not in (None, "none"):
+    if cfg.loram.get("anchor") == "base":
         _check_anchored(cfg)
     loftq = cfg.peft and cfg.peft.loftq_config
     adapter = {

@@ -292,7 +292,7 @@ def test_an_anchor_from_elsewhere_gives_the_same_adapter(run_yaml, make_model, t
     run_command("axolotl", "train", file, "--launcher", "python")
     first = (tmp_path / "out/pruned/adapter_model.safetensors").read_bytes()
     run_command("axolotl-loram", "anchor", file, tmp_path / "anchor", "--model", make_model())
-    loram = {"anchor": str(tmp_path / "anchor")}
+    loram = {"anchor_path": str(tmp_path / "anchor")}
     file = run_yaml(loram=loram, output_dir=str(tmp_path / "again"))
     run_command("axolotl", "train", file, "--launcher", "python")
     assert (tmp_path / "again/pruned/adapter_model.safetensors").read_bytes() == first
