@@ -243,6 +243,8 @@ def test_what_does_not_go_with_it_is_said(key):
         check_supported(cfg)
     with pytest.raises(ValueError, match="no anchor with `stage: align`"):
         LoRAMConfig(stage="align", anchor="base")
+    with pytest.raises(ValueError, match="no anchor_path with `anchor: none`"):
+        LoRAMConfig(pruned_model_path="pruned", anchor_path="anchor")
 
 
 @pytest.fixture
