@@ -5,11 +5,10 @@ import torch
 from safetensors.torch import load_file
 from test_saves import Runs, lora_settings, sharding  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.slow
-OTHERS = [pytest.param(kind, marks=pytest.mark.matrix) for kind in ("zero2", "zero3", "fsdp2")]
+pytestmark = pytest.mark.matrix
 
 
-@pytest.mark.parametrize("kind", ["ddp", *OTHERS])
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_ranks_train_as_one(kind, lora_settings, tmp_path):  # noqa: F811
     loram = {**lora_settings["loram"], "anchor": "base", "cache_dir": str(tmp_path / "cache")}
     common = {**lora_settings, "loram": loram}
