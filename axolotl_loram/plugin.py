@@ -136,19 +136,20 @@ class LoRAMPlugin(BasePlugin):
             )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Confine the update to the weights that sparse pruning left; prepare an alignment."""
+        """Hold what will be trained against recovery; prepare masks, the loss, an alignment."""
         if self.alignment is not None:
             prepare_trainer(self.alignment, cfg, trainer)
             prepare_objective(self.alignment, trainer)
-        if self.run is not None:
-            self.run.trained_shapes.update(trained_shapes(trainer.model))
-            check_recoverable(self.run, trainer.model)
-            warn_of_masked_labels(trainer)
-            correct_prediction(self.run.memory["predicted"], trainer.model, cfg)
-        if self.run is not None and self.run.masked:
+        if self.run is None:
+            return
+        self.run.trained_shapes.update(trained_shapes(trainer.model))
+        check_recoverable(self.run, trainer.model)
+        warn_of_masked_labels(trainer)
+        correct_prediction(self.run.memory["predicted"], trainer.model, cfg)
+        if self.run.masked:
             confine_update(self.run, trainer.model)
         section = cfg.loram
-        if self.run is not None and section.anchor == "base":
+        if section.anchor == "base":
             found = prepare_anchor(self.run, section.anchor_path, section.cache_dir, trainer)
             self.run.anchor.update(found)
 
@@ -172,7 +173,7 @@ class LoRAMPlugin(BasePlugin):
         if self.run is None or not is_first_rank():
             return
         check_complete(self.run.trained, self.run.trained_shapes)
-        check_learnt(self.run.history)
+        check_learnt(self.run.history, Checkpoint(self.run.trained, ADAPTER_FILE).tensors)
         recover_after_training(self.run, _yaml_details(cfg))
         LOG.info("%s is the adapter for %s", self.run.output, self.run.base.id)
         if self.run.hub_model_id:

@@ -21,20 +21,15 @@ from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from axolotl_loram.architecture.config_json import sizes_of
-from axolotl_loram.architecture.pairing import check_base, check_base_tokenizer, fingerprint_of
-from axolotl_loram.architecture.plan import SCHEMA_VERSION
+from axolotl_loram.architecture.pairing import check_base, check_base_tokenizer
 from axolotl_loram.architecture.record import versions
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder
-from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.models import patches
-from axolotl_loram.models.device import choose_device
-from axolotl_loram.pruning.cache import cache_folder
 from axolotl_loram.training.align import Alignment, heldout_losses, label_tokens, seconds_before
 from axolotl_loram.training.distil import IGNORED, Targets, distillation_loss
 from axolotl_loram.training.memory_log import measure_run, start_measuring
-from axolotl_loram.training.teacher import Teacher, data_digest, distinct, make_teacher
+from axolotl_loram.training.teacher import Teacher, kept_outputs
 
 LOG = logging.getLogger(__name__)
 
@@ -155,7 +150,10 @@ def prepare_objective(run: Alignment, trainer: Any) -> None:
     check_base(run.plan, model, revision)
     check_base_tokenizer(run.pruned, model, revision)
     folder = find_folder(model, revision)
-    teacher = Teacher(_outputs(run, folder, trainer))
+    outputs = kept_outputs(
+        "teacher", folder, seen(trainer), section.teacher_top_k, section.cache_dir
+    )
+    teacher = Teacher(outputs)
     run.outcome.update(
         objective="distillation",
         teacher={
@@ -199,22 +197,6 @@ class Distillation:
         return total / (
             (following != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         )
-
-
-def _outputs(run: Alignment, base: Path, trainer: Any) -> Path:
-    """The folder of the base's outputs on the training data, made by whichever rank comes first."""
-    section = run.section
-    sequences = distinct(seen(trainer))
-    device = choose_device()
-    digest, top_k = data_digest(sequences), section.teacher_top_k
-    identity = [SCHEMA_VERSION, fingerprint_of(base), digest, top_k, device]
-
-    def make(folder: Path) -> None:
-        LOG.info("computing what %s says of %d sequences", base, len(sequences))
-        with progress_bar("teacher") as progress:
-            make_teacher(base, sequences, folder, top_k, device, progress)
-
-    return made_once(cache_folder(section.cache_dir) / "teacher", identity, make)
 
 
 def seen(trainer: Any) -> Iterator[np.ndarray]:

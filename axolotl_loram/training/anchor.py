@@ -18,20 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from axolotl_loram.architecture.pairing import fingerprint_of
-from axolotl_loram.architecture.plan import SCHEMA_VERSION
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.patches import see_batches
-from axolotl_loram.pruning.cache import cache_folder
 from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows
 from axolotl_loram.training.anchored import Offsets, anchored_loss, offsets
 from axolotl_loram.training.distil import IGNORED, Targets
 from axolotl_loram.training.run import Run
-from axolotl_loram.training.teacher import Row, Teacher, data_digest, distinct, make_teacher
+from axolotl_loram.training.teacher import Row, Teacher, kept_outputs, make_teacher
 
 LOG = logging.getLogger(__name__)
 TOP_K = 32
@@ -54,9 +50,20 @@ def prepare_anchor(
         What to record.
 
     Raises:
-        LoRAMError: The base's outputs cannot be computed or read, or are another model's.
+        LoRAMError: The base's outputs cannot be computed or read, or are another model's; or the
+            loss has a term that the anchored one has not.
     """
-    folder = find_folder(path) if path else _computed(run, cache_dir, trainer)
+    if getattr(trainer.model.config, "output_router_logits", False):
+        raise LoRAMError(
+            "expected output_router_logits false with `anchor` in loram:, found true: the anchored "
+            "loss has no load-balancing term; add `overrides_of_model_config: "
+            "{output_router_logits: false}`"
+        )
+    if path:
+        folder = find_folder(path)
+    else:
+        base = find_folder(run.base.id, run.base.revision)
+        folder = kept_outputs("anchor", base, rows_of_run(trainer), TOP_K, cache_dir)
     teacher = Teacher(folder)
     check_anchor(teacher, folder, run)
     Anchor(trainer, teacher).attach()
@@ -101,27 +108,9 @@ def make_anchor(yaml: Path, output: Path, model: str | None = None) -> dict[str,
     """
     cfg = load_yaml(yaml)
     base = find_folder(model or str(cfg.base_model), None if model else cfg.revision_of_model)
-    return _write(base, rows_of(prepared_rows(cfg)), output)
-
-
-def _write(base: Path, rows: Iterable[Row], output: Path) -> dict[str, Any]:
     with progress_bar("anchor") as progress:
+        rows = rows_of(prepared_rows(cfg))
         return make_teacher(base, rows, output, TOP_K, choose_device(), progress)
-
-
-def _computed(run: Run, cache_dir: str | None, trainer: Any) -> Path:
-    """The folder of the base's outputs on the run's rows, made by whichever rank comes first."""
-    base = find_folder(run.base.id, run.base.revision)
-    rows = distinct(rows_of_run(trainer))
-    identity = [SCHEMA_VERSION, fingerprint_of(base), data_digest(rows), TOP_K, choose_device()]
-
-    def make(folder: Path) -> None:
-        places = sum(len(row.places) for row in rows)
-        size = places * (8 * TOP_K + 4) / 2**20
-        LOG.info("computing what %s says of %d tokens, %.0f MiB on disk", base, places, size)
-        _write(base, rows, folder)
-
-    return made_once(cache_folder(cache_dir) / "anchor", identity, make)
 
 
 def rows_of_run(trainer: Any) -> Iterator[Row]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.tensors import StoredTensor
+from axolotl_loram.recovery.whole import is_untrained
 from axolotl_loram.training.distil import IGNORED
 
 LOG = logging.getLogger(__name__)
@@ -29,17 +31,20 @@ def warn_of_masked_labels(trainer: Any) -> None:
         )
 
 
-def check_learnt(history: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse what came of a run in which no loss ever was anything but 0.
+def check_learnt(history: Iterable[Mapping[str, Any]], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse what came of a run in which no loss ever was anything but 0, and nothing was learnt.
+
+    A loss of 0 alone is no proof: GRPO's is one where it learns.
 
     Args:
         history: What of the trainer's log `losses_of` keeps.
+        tensors: The adapter as saved.
 
     Raises:
         LoRAMError: It is such a run.
     """
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    if losses and not any(losses):
+    if losses and not any(losses) and is_untrained(tensors):
         raise LoRAMError(
             f"expected a loss to learn from, found 0 at all {len(losses)} logged steps: every "
             f"label is masked; {CURE}"

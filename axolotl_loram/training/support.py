@@ -83,11 +83,7 @@ def _check_anchored(cfg: Any) -> None:
         "batch_flattening": "rows would not be found again; use sample_packing",
     }
     _refuse(cfg, refused, "`anchor` in loram:")
-    if (cfg.context_parallel_size or 1) > 1:
-        raise LoRAMError(
-            "expected context_parallel_size 1 with `anchor` in loram:, found "
-            f"{cfg.context_parallel_size}: what the base says is kept by whole sequences"
-        )
+    _refuse_parts(cfg, "`anchor` in loram:")
 
 
 def aligns(cfg: Any) -> bool:
@@ -132,16 +128,20 @@ def _check_distillation(cfg: Any) -> None:
         "kd_trainer": "it distils by itself",
     }
     _refuse(cfg, refused, "`objective: distillation`")
-    if (cfg.context_parallel_size or 1) > 1:
-        raise LoRAMError(
-            "expected context_parallel_size 1 with `objective: distillation`, found "
-            f"{cfg.context_parallel_size}: what the base says is kept by whole sequences"
-        )
+    _refuse_parts(cfg, "`objective: distillation`")
     if (cfg.streaming or cfg.pretraining_dataset) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LoRAMError(
             "expected data that is not streamed, or one process, with `objective: distillation`, "
             f"found {os.environ['WORLD_SIZE']} processes, each with its own part of the stream: "
             "set streaming to false and name `datasets`"
+        )
+
+
+def _refuse_parts(cfg: Any, where: str) -> None:
+    if (cfg.context_parallel_size or 1) > 1:
+        raise LoRAMError(
+            f"expected context_parallel_size 1 with {where}, found {cfg.context_parallel_size}: "
+            "what the base says is kept by whole sequences"
         )
 
 

@@ -13,6 +13,7 @@ the batches, the ranks or the padding, and also when a run is resumed.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,11 @@ import torch
 
 from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import layer_count, load_config
+from axolotl_loram.architecture.pairing import fingerprint_of
+from axolotl_loram.architecture.plan import SCHEMA_VERSION
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import write_json
-from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.atomic import made_once, write_json
+from axolotl_loram.files.progress import Progress, no_progress, progress_bar
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.targets import sync
 from axolotl_loram.files.tensors import (
@@ -36,10 +39,13 @@ from axolotl_loram.files.tensors import (
 )
 from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.models.bits import to_bits
+from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
+from axolotl_loram.pruning.cache import cache_folder
 from axolotl_loram.training.distil import Targets
 
+LOG = logging.getLogger(__name__)
 TEACHER_FILE = "teacher.json"
 DIGEST_BYTES = 16
 TOKENS_PER_PART = 2**20
@@ -233,6 +239,33 @@ def make_teacher(
     return record
 
 
+def kept_outputs(
+    name: str, model: Path, rows: Iterable[Row | np.ndarray], top_k: int, cache_dir: str | None
+) -> Path:
+    """The cached folder of a model's outputs on a run's rows, made by whichever rank comes first.
+
+    Args:
+        name: What to call them.
+        model: Folder of the model.
+        rows: The sequences, or their token ids.
+        top_k: How many of the most likely tokens to keep.
+        cache_dir: Where they are kept, if not in the usual place.
+
+    Raises:
+        LoRAMError: They cannot be computed, or not kept there.
+    """
+    sequences, device = distinct(rows), choose_device()
+    identity = [SCHEMA_VERSION, fingerprint_of(model), data_digest(sequences), top_k, device]
+
+    def make(folder: Path) -> None:
+        places = sum(len(row.places) for row in sequences)
+        LOG.info("computing what %s says at %d places", model, places)
+        with progress_bar(name) as progress:
+            make_teacher(model, sequences, folder, top_k, device, progress)
+
+    return made_once(cache_folder(cache_dir) / name, identity, make)
+
+
 def data_digest(sequences: Iterable[Row]) -> str:
     """SHA-256 of what `distinct` gives."""
     return hashlib.sha256(b"".join(row.digest for row in sequences)).hexdigest()
@@ -247,7 +280,10 @@ def distinct(rows: Iterable[Row | Sequence[int] | np.ndarray]) -> list[Row]:
 
 def _check_tokens(sequences: Sequence[Row], vocabulary: int) -> None:
     if not sequences:
-        raise LoRAMError("expected token sequences for the teacher, found none: give some data")
+        raise LoRAMError(
+            "expected token sequences for the teacher, found none: give some data, and for an "
+            "anchor labels that are not all masked"
+        )
     largest = max(int(row.tokens.max()) for row in sequences)
     if largest >= vocabulary:
         raise LoRAMError(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +19,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorF
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint
 from axolotl_loram.pruning.prune import prune
-from axolotl_loram.training.anchor import Anchor, check_anchor, rows_of, segments
+from axolotl_loram.training.anchor import Anchor, check_anchor, prepare_anchor, rows_of, segments
 from axolotl_loram.training.anchored import anchored_loss, offsets
 from axolotl_loram.training.distil import IGNORED, Targets
+from axolotl_loram.training.labels import check_learnt
 from axolotl_loram.training.support import check_supported
 from axolotl_loram.training.teacher import Teacher, make_teacher, most_likely
 
@@ -233,6 +236,26 @@ def test_an_anchor_of_another_model_is_refused(anchored, make_model, tmp_path):
     make_teacher(base, [[3, 4, 5]], tmp_path / "teacher", 4)
     with pytest.raises(LoRAMError, match="found the outputs of a teacher"):
         check_anchor(Teacher(tmp_path / "teacher"), tmp_path / "teacher", run)
+
+
+def test_a_loss_with_a_term_more_is_refused():
+    """It would be left out without a word."""
+    model = SimpleNamespace(config=SimpleNamespace(output_router_logits=True))
+    with pytest.raises(LoRAMError, match="output_router_logits false with `anchor`"):
+        prepare_anchor(None, None, None, SimpleNamespace(model=model))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_losses_of_0_are_refused_only_where_nothing_was_learnt(trained, anchored, tmp_path):
+    """GRPO logs 0 where it learns."""
+    model = with_lora(anchored[1])
+    for name, weight in model.named_parameters():
+        if trained and "lora_B" in name:
+            torch.nn.init.ones_(weight)
+    model.save_pretrained(tmp_path)
+    tensors = Checkpoint(tmp_path, ADAPTER_FILE).tensors
+    with nullcontext() if trained else pytest.raises(LoRAMError, match="found 0 at all 2 logged"):
+        check_learnt([{"loss": 0.0}, {"eval_loss": 1.0}, {"loss": 0.0}], tensors)
 
 
 @pytest.mark.parametrize("key", ["rl", "streaming", "neftune_noise_alpha", "reward_model"])

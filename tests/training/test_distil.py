@@ -230,9 +230,7 @@ def test_the_trainer_minimizes_the_divergence(alignment, make_model, monkeypatch
     assert run.outcome["objective"] == "distillation"
     found = {"id": str(make_model()), "revision": None, "top_k": 264, "next_token_share": 0.0}
     assert run.outcome["teacher"] == found
-    monkeypatch.setattr(
-        "axolotl_loram.training.align_trainer.make_teacher", None
-    )  # it is there already
+    monkeypatch.setattr("axolotl_loram.training.teacher.make_teacher", None)  # it is there already
     prepare_objective(run, trainer)
 
 
