@@ -193,6 +193,32 @@ def test_a_new_adapter_starts_at_the_bases_loss(batch, bits, anchored):
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_trained_adapter_is_held_against_the_pruned_model_without_it(batch, anchored, tmp_path):
+    """The loss as it is written, of each row alone, with three whole models."""
+    base, pruned, _ = anchored
+    make_teacher(base, rows_of(ROWS), tmp_path / "all", 264)
+    model = with_lora(pruned)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    trainer = trainer_of(model)
+    Anchor(trainer, Teacher(tmp_path / "all")).attach()
+    found = trainer.compute_loss(model, BATCHES[batch]()).item()
+    total, tokens = 0.0, 0
+    for row in ROWS:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        counts = labels != IGNORED
+        with torch.no_grad():
+            logits = [
+                one(input_ids=ids).logits[0, :-1][counts]
+                for one in (load(base), load(pruned), model)
+            ]
+        total += dense(*logits, labels[counts]).item()
+        tokens += int(counts.sum())
+    assert found == pytest.approx(total / tokens, rel=1e-5)
+
+
 def test_rows_are_found_in_a_packed_batch():
     found = list(segments(packed(ROWS)))
     assert [each.row.tokens.tolist() for each in found] == [row["input_ids"] for row in ROWS]
