@@ -29,6 +29,9 @@ class TrainingArgs(Section):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before LoRA.")
     sequence_len: int = Field(default=512, ge=1, description="Tokens in a sequence.")
     micro_batch_size: int = Field(default=1, ge=1, description="Sequences in a forward pass.")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Forward passes in a step (time, not memory)."
+    )
     optimizer: str = Field(
         default="adamw_torch_fused", description="Optimizer, by the name Axolotl has for it."
     )
@@ -176,6 +179,7 @@ DIRECT = (
     "lora_rank_pattern",
     "sequence_len",
     "micro_batch_size",
+    "gradient_accumulation_steps",
     "peft_use_dora",
     "peft_ensure_weight_tying",
     "load_in_8bit",
