@@ -51,6 +51,10 @@ def plan_memory(
     deepspeed: Name | None = None,
     nodes: int = 1,
     gpus_per_node: int = 1,
+    compare: bool = False,
+    gpu: str = "RTX 4090",
+    gpus: int = 2,
+    tokens: int | None = None,
     **settings: Any,
 ) -> MemoryPlan:
     """Count what pruning would leave, and predict the memory of training.
@@ -64,11 +68,18 @@ def plan_memory(
         deepspeed: For that, a DeepSpeed config; by default what a YAML names.
         nodes: For that, machines.
         gpus_per_node: For that, GPUs of each.
+        compare: The ways to train instead of the parts of memory: eight of them, offloading
+            trainers among them, with bounds on their speed. Where nothing says how to prune, the
+            smallest ratio that fits the GPU is found.
+        gpu: For that, a card such as "RTX 4090" or "A100 80 GB".
+        gpus: For that, how many of them FSDP2 shards over.
+        tokens: Of the data set; by default from the YAML's local files, at 4 bytes each.
         settings: Of pruning (as in `prune`) and of the run, such as ``lora_r=8``,
             ``sequence_len=512`` (tokens), ``micro_batch_size=1``.
 
     Returns:
-        For one GPU, the four methods; with `stage="align"`, each GPU and each node.
+        For one GPU, the four methods; with `stage="align"`, each GPU and each node; with
+        `compare`, the ways.
 
     Raises:
         LoRAMError: A setting does not exist or is not allowed, the model is not to be had, or no
@@ -78,15 +89,21 @@ def plan_memory(
     _check_one_of("stage", stage, ("train", "align"))
     options, name = named(settings, PruningArgs, TrainingArgs), str(model)
     from axolotl_loram.memory import cluster, planner
+    from axolotl_loram.memory.gpus import card_of
     from axolotl_loram.memory.request import request
+    from axolotl_loram.memory.ways import compare_ways
 
     try:
+        if compare:
+            room = card_of(gpu).memory_bytes
+            asked = request(name, revision, options, adapter, fit, tokens, room)
+            return MemoryPlan(compare_ways(asked, gpu, gpus))
         if cluster.is_alignment(name, stage):
             config = None if deepspeed is None else str(deepspeed)
             wanted = cluster.align_request(name, revision, options, config, nodes, gpus_per_node)
         else:
             wanted = None
-            asked = request(name, revision, options, adapter, fit)
+            asked = request(name, revision, options, adapter, fit, tokens)
     except LoRAMError as error:
         raise WrongUse(str(error)) from None
     return MemoryPlan(planner.plan(asked) if wanted is None else cluster.align_plan(wanted))

@@ -58,6 +58,11 @@ class MemoryPlan(Found):
         return self.as_dict().get("methods", {})
 
     @property
+    def ways(self) -> list[dict[str, Any]]:
+        """Of a comparison, what each way takes, with a bound on its speed; else empty."""
+        return self.as_dict().get("ways", [])
+
+    @property
     def gpus(self) -> dict[str, list[str]]:
         """Method → the GPUs that hold it; empty for an alignment."""
         return self.as_dict().get("gpus", {})
@@ -65,7 +70,10 @@ class MemoryPlan(Found):
     def __str__(self) -> str:
         """Counts, and the table of memory in GiB."""
         from axolotl_loram.memory import cluster, planner
+        from axolotl_loram.memory.tables import ways_table
 
+        if "ways" in self.found:
+            return ways_table(self.as_dict())
         return (cluster.align_report if "gpu" in self.found else planner.report)(self.as_dict())
 
 

@@ -85,6 +85,14 @@ def run() -> None:
 )
 @click.option("--nodes", type=int, default=1, show_default=True, help="align: machines.")
 @click.option("--gpus-per-node", type=int, default=1, show_default=True, help="align: of each.")
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Eight ways to train, offloading trainers among them, with bounds on their speed.",
+)
+@click.option("--gpu", default="RTX 4090", show_default=True, help="compare: the card.")
+@click.option("--gpus", type=int, default=2, show_default=True, help="compare: FSDP2's cards.")
+@click.option("--tokens", type=int, help="Of the data set; else from the YAML's local files.")
 @revision_option
 @json_option
 def plan(model: str, plot: Path | None, as_json: bool, **options: Any) -> None:
@@ -92,13 +100,17 @@ def plan(model: str, plot: Path | None, as_json: bool, **options: Any) -> None:
 
     MODEL is a folder, a config.json, a hub id, or an Axolotl YAML, which says everything else too.
     The memory is that of one GPU for LoRA, QLoRA, LoRAM and QLoRAM. With --stage align it is that
-    of each GPU and each node, for training all of the pruned model under DeepSpeed.
+    of each GPU and each node, for training all of the pruned model under DeepSpeed. With --compare
+    it is that of the ways to train the model on one card, and how fast each can be at most.
     """
     found = api.plan_memory(model, **options)
     if plot is not None:
-        from axolotl_loram.results.figures import save_memory
+        from axolotl_loram.results.figures import save_memory, save_ways
 
-        save_memory(found.methods, plot, Path(model).name)
+        if found.ways:
+            save_ways(found.as_dict(), plot, Path(model).name)
+        else:
+            save_memory(found.methods, plot, Path(model).name)
     print_result(found, as_json)
 
 

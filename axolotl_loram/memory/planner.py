@@ -17,11 +17,12 @@ from axolotl_loram.architecture.counts import (
 from axolotl_loram.architecture.model import embedding_module
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.files.find import find_folder
+from axolotl_loram.memory.data import anchor_costs
 from axolotl_loram.memory.gpus import that_hold
 from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.predict import METHODS, compare, predict, pruned_config, smallest_ratio
 from axolotl_loram.memory.request import Request
-from axolotl_loram.memory.tables import memory_table
+from axolotl_loram.memory.tables import anchor_line, memory_table
 from axolotl_loram.tables import lines
 
 LOG = logging.getLogger(__name__)
@@ -48,9 +49,12 @@ def plan(asked: Request) -> dict[str, Any]:
     if not pruned_too:
         LOG.info("nothing is pruned: give --pruning-ratio to see loram and qloram too")
     methods = compare(base, pruned, asked.run, METHODS if pruned_too else METHODS[:2])
+    here = asked.anchor == "here"
+    anchor = {"anchor": anchor_costs(Layout.of(base), asked.run, asked.data)} if here else {}
     return {
         **counted,
         **({"fit": fitted} if fitted else {}),
+        **anchor,
         "training": asked.run.model_dump(),
         "not_counted": not_counted,
         "methods": {name: asdict(method) for name, method in methods.items()},
@@ -60,7 +64,7 @@ def plan(asked: Request) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> str:
     """What `plan` returns, for people."""
-    structured = ("fit", "training", "not_counted", "methods", "gpus")
+    structured = ("fit", "anchor", "training", "not_counted", "methods", "gpus")
     shown = {name: value for name, value in result.items() if name not in structured}
     if "methods" not in result:
         return lines(shown)
@@ -68,6 +72,7 @@ def report(result: dict[str, Any]) -> str:
         shown |= {f"fit {name}": value for name, value in result["fit"].items()}
     training = ", ".join(f"{name} {value}" for name, value in result["training"].items() if value)
     missing = "".join(f"\nnot counted: {what}" for what in result["not_counted"])
+    missing += f"\n{anchor_line(result['anchor'])}" if "anchor" in result else ""
     return f"{lines(shown)}\n\n{training}{missing}\n\n{memory_table(result['methods'])}"
 
 

@@ -211,7 +211,7 @@ def smallest_ratio(
         narrow = pruned_config(config, step / STEPS, protected, units)
         return predict(Layout.of(narrow), run, method)
 
-    low, high = 0, _largest_step(config, protected, units)
+    low, high = 0, largest_step(config, protected, units)
     floor = at(high)
     if floor.peak_bytes > budget:
         raise LoRAMError(_no_ratio(budget, method, high / STEPS, floor))
@@ -222,7 +222,7 @@ def smallest_ratio(
     return high / STEPS
 
 
-def _largest_step(config: Config, protected: tuple[int, int], units: Units) -> int:
+def largest_step(config: Config, protected: tuple[int, int], units: Units) -> int:
     """The largest ratio, in steps, that leaves every layer a unit of each kind."""
     low, high = 0, STEPS
     while high - low > 1:

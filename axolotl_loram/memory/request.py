@@ -11,6 +11,7 @@ from typing import Any
 from axolotl_loram.config import Pruning, PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files import untrusted
+from axolotl_loram.memory.data import ANY_DATA, Data, data_of
 from axolotl_loram.memory.optimizers import AS_ADAMW
 from axolotl_loram.memory.settings import DOUBLE, TrainingArgs, settings_of
 
@@ -38,13 +39,19 @@ TYPES: dict[str, type | tuple] = {
     "peft_trainable_token_indices": (list, dict, NOTHING),
     "bnb_config_kwargs": (dict, NOTHING),
     "lora_target_modules": (list, str, NOTHING),
+    "datasets": (list, NOTHING),
+    "num_epochs": (int, float, NOTHING),
+    "max_steps": (int, NOTHING),
 }
 SECTION_TYPES: dict[str, type | tuple] = {
     "pruning": (dict, NOTHING),
     "pruned_model_path": (str, NOTHING),
     "pruned_model_revision": (str, NOTHING),
+    "anchor": (str, NOTHING),
 }
 """Of settings that are read before Axolotl, or a schema, has looked at them."""
+SIZED = {"ratio", "sparsity", "indices_path"}
+"""Settings of pruning that say how much is left."""
 UNITS = {"": 1} | {
     unit: base**power
     for base, end in ((1000, ""), (1024, "I"))
@@ -66,6 +73,8 @@ class Request:
         adapter: "loram" or "qloram": what has to fit the budget.
         budget: Bytes; the ratio in `pruning` then only stands for the smallest that fits.
         not_counted: What of the config is not predicted, or only in part.
+        data: Tokens of the run.
+        anchor: "here" where `anchor: base` computes it, "brought" where a path names it.
     """
 
     model: str
@@ -76,6 +85,8 @@ class Request:
     adapter: str
     budget: int | None = None
     not_counted: tuple[str, ...] = ()
+    data: Data = ANY_DATA
+    anchor: str | None = None
 
 
 def request(
@@ -84,6 +95,8 @@ def request(
     options: Mapping[str, Any] | None = None,
     adapter: str | None = None,
     fit: str | None = None,
+    tokens: int | None = None,
+    room: int | None = None,
 ) -> Request:
     """From a model, or from an Axolotl YAML, whose settings options override.
 
@@ -93,6 +106,8 @@ def request(
         options: Fields of `PruningArgs` and `TrainingArgs`; None stands for not given.
         adapter: "loram", "qloram", or None for what the YAML says (qloram where there is none).
         fit: A size; the pruning ratio is to be the smallest at which the run fits it.
+        tokens: Of the data set, where somebody counted.
+        room: Bytes to fit where nothing says how to prune.
 
     Raises:
         LoRAMError: The YAML cannot be read, nothing says how to prune, or a setting is not allowed.
@@ -105,7 +120,10 @@ def request(
             f"expected a pruning ratio or a size to fit, found both ({given['ratio']} and {fit}): "
             "the ratio is what --fit finds"
         )
-    pruning = {**({"ratio": 0.5} if fit else {}), **(section.get("pruning") or {}), **given}
+    named = {**(section.get("pruning") or {}), **given}
+    sized = section.get("pruned_model_path") or SIZED & named.keys()
+    budget = parse_size(fit) if fit is not None else None if sized else room
+    pruning = {**({"ratio": 0.5} if budget else {}), **named}
     pruned = None if pruning else section.get("pruned_model_path")
     whole = bool(pruned) or (bool(cfg) and not section and not pruning)  # plain Axolotl: as it is
     how = None if whole else PruningArgs.parse(**pruning).resolve(own_text=bool(cfg))
@@ -122,9 +140,17 @@ def request(
         (str(pruned), section.get("pruned_model_revision")) if pruned else None,
         run,
         adapter or ("qloram" if four_bit else "loram"),
-        None if fit is None else parse_size(fit),
+        budget,
         tuple(_not_counted(cfg, run)),
+        data_of(cfg, run, tokens),
+        _anchor(section),
     )
+
+
+def _anchor(section: Mapping[str, Any]) -> str | None:
+    if section.get("anchor") != "base":
+        return None
+    return "brought" if section.get("anchor_path") else "here"
 
 
 def _not_counted(cfg: Mapping[str, Any], run: TrainingArgs) -> Iterator[str]:

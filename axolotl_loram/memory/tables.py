@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import fill
 from typing import Any
 
 from axolotl_loram.memory.gpus import GPUS
 from axolotl_loram.tables import columns
 
-GIB = 2**30
+GIB, GB = 2**30, 10**9
 WEIGHTS = ("embedding", "lm_head", "linears", "experts")
 ROWS = {
     "LoRA": "lora_bytes",
@@ -54,3 +55,55 @@ def memory_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
         "here was measured on a GPU."
     )
     return f"{columns(shown)}\n\n{note}"
+
+
+WAYS = (
+    ("way", lambda way: way["name"]),
+    ("GPU, GiB", lambda way: f"{way['device_bytes'] / GIB:.1f}"),
+    ("fits", lambda way: "yes" if way["fits"] else "no"),
+    ("host, GiB", lambda way: f"{way['host_bytes'] / GIB:.0f}"),
+    ("read, GB", lambda way: f"{way['disk_bytes'] / GB:.0f}"),
+    ("PCIe, GB a step", lambda way: f"{way['pcie_bytes'] / GB:.3g}"),
+    ("GFLOP a token", lambda way: f"{way['flops_per_token'] / 10**9:.0f}"),
+    ("tokens/s ≤", lambda way: f"{way['bound_tokens_per_second']:,.0f} ({way['bound_by']})"),
+    ("hours ≥", lambda way: f"{way['bound_hours']:.3g}"),
+)
+"""Columns of the comparison: their heads, and what they say of a way."""
+
+
+def ways_table(result: Mapping[str, Any]) -> str:
+    """What `ways.compare_ways` returns, for people: ways as rows."""
+    rows = {name: [head for head, _ in WAYS[1:]] for name, _ in WAYS[:1]}
+    rows |= {way["name"]: [said(way) for _, said in WAYS[1:]] for way in result["ways"]}
+    card, data, training = result["card"], result["data"], result["training"]
+    run = ", ".join(f"{name} {value}" for name, value in training.items() if value)
+    notes = [
+        f"{card['name']}: {card['memory_bytes'] / GIB:.2f} GiB, {card['tflops']:g} TFLOP/s, "
+        f"{card['bandwidth']:g} GB/s, PCIe {card['pcie']}.0; {run}",
+        f"A step: {result['step_tokens']:,} tokens on each GPU. The data: {data['trained']:,} "
+        f"tokens in all ({data['said']}).",
+        "Speed and hours are bounds, not predictions: no run is faster. They leave out "
+        f"{'; '.join(result['bound_leaves_out'])}.",
+        "Of host memory, 2 GiB a process are assumed. Nothing here was measured on a GPU.",
+    ]
+    if "anchor" in result:
+        notes.append(anchor_line(result["anchor"]))
+    wrapped = [fill(note, 100, subsequent_indent="  ") for note in notes]
+    return "\n".join([columns(rows), "", *wrapped])
+
+
+def anchor_line(anchor: Mapping[str, Any]) -> str:
+    """What an anchor costs, as a sentence."""
+    return (
+        f"anchor: base, before the first step: {anchor['flops'] / 10**12:,.0f} TFLOP of the "
+        f"original, {anchor['read_bytes'] / GB:,.0f} GB read; disk: at most "
+        f"{anchor['disk_bytes'] / GB:.3g} GB, and {anchor['states_bytes'] / GB:.3g} GB meanwhile, "
+        f"for {anchor['tokens']:,} tokens."
+    )
+
+
+def ways_markdown(result: Mapping[str, Any]) -> str:
+    """The same rows as a table of Markdown."""
+    rows = [[head for head, _ in WAYS], ["---"] * len(WAYS)]
+    rows += [[said(way) for _, said in WAYS] for way in result["ways"]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

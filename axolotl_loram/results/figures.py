@@ -218,6 +218,30 @@ def save_memory(methods: Mapping[str, Mapping[str, Any]], file: Path, title: str
     save(Bars("memory", f"{title}: GiB on the device, predicted", bars, limits=limits), file)
 
 
+def save_ways(compared: Mapping[str, Any], file: Path, title: str) -> None:
+    """Write a picture of the ways to train: what each holds, and how fast it can be at most.
+
+    Args:
+        compared: The JSON of `axolotl-loram plan --compare`.
+        file: Where.
+        title: What is shown.
+
+    Raises:
+        LoRAMError: As `save`.
+    """
+    sizes = {"GPU": "device_bytes", "host memory": "host_bytes"}
+    bars = [
+        Bar(
+            f"{way['name']}: at most {way['bound_tokens_per_second']:,.0f} tokens/s",
+            {part: way[key] / 2**30 for part, key in sizes.items()},
+        )
+        for way in compared["ways"]
+    ]
+    card = compared["card"]
+    limits = {card["name"]: card["memory_bytes"] / 2**30}
+    save(Bars("ways", f"{title}: GiB to hold, predicted", bars, limits=limits), file)
+
+
 @contextmanager
 def _drawn(chart: Chart, width: int) -> Iterator[Any]:
     """A figure of so many pixels at 72 to the inch, and matplotlib set up to write it."""

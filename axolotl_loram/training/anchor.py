@@ -21,6 +21,7 @@ import torch
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import progress_bar
+from axolotl_loram.memory.data import TOP_K
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.patches import see_batches
 from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows
@@ -30,8 +31,6 @@ from axolotl_loram.training.run import Run
 from axolotl_loram.training.teacher import Row, Teacher, kept_outputs, make_teacher
 
 LOG = logging.getLogger(__name__)
-TOP_K = 32
-"""Tokens that are named at each place; 8, 32, 128 and all did the same (`benchmarks/real.csv`)."""
 
 
 def prepare_anchor(

@@ -38,6 +38,7 @@ from axolotl_loram.files.tensors import (
     write_safetensors,
 )
 from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.memory.data import TOKENS_PER_PART, place_bytes
 from axolotl_loram.models.bits import to_bits
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.stream import LayerStream
@@ -48,8 +49,6 @@ from axolotl_loram.training.distil import Targets
 LOG = logging.getLogger(__name__)
 TEACHER_FILE = "teacher.json"
 DIGEST_BYTES = 16
-TOKENS_PER_PART = 2**20
-"""Tokens whose hidden states lie on disk at once: 32 GiB of them for a 70B model in bfloat16."""
 NEVER = -1e4
 """A log-probability whose exponential is 0."""
 LONGEST_IN_PART = 2
@@ -311,8 +310,7 @@ def _needed_bytes(
 ) -> int:
     padded = max(len(part) * len(part[-1]) for part in parts)
     states = 2 * padded * stream.hidden_size * stream.dtype.itemsize
-    size = 8 if record["trained_only"] else 6
-    return states + record["places"] * (size * record["top_k"] + 4)
+    return states + record["places"] * place_bytes(record["top_k"], record["trained_only"])
 
 
 def _write_part(
