@@ -95,6 +95,11 @@ def plan_memory(
 
     try:
         if compare:
+            if cluster.is_alignment(name, stage):
+                raise LoRAMError(
+                    "expected a run that trains LoRA with --compare, found one that aligns: leave "
+                    "out one of the two"
+                )
             room = card_of(gpu).memory_bytes
             asked = request(name, revision, options, adapter, fit, tokens, room)
             return MemoryPlan(compare_ways(asked, gpu, gpus))

@@ -72,7 +72,9 @@ def make_data(file: Path) -> None:
     file.write_text("\n".join(map(json.dumps, named)), encoding="utf-8")
 
 
-def settings(scratch: Path, ratio: float, checkpointing: bool) -> dict[str, object]:
+def settings(
+    scratch: Path, ratio: float, checkpointing: bool, **changes: object
+) -> dict[str, object]:
     """An Axolotl config; ratio 0 is LoRA on the base."""
     pruned = {"loram": {"pruned_model_path": str(scratch / str(ratio))}} if ratio else {}
     return {
@@ -100,13 +102,15 @@ def settings(scratch: Path, ratio: float, checkpointing: bool) -> dict[str, obje
         **dict.fromkeys(("bf16", "fp16", "tf32", "sample_packing"), False),
         "attn_implementation": "sdpa",
         "save_strategy": "no",
+        **changes,
     }
 
 
-def train(scratch: Path, ratio: float, checkpointing: bool) -> dict:
+def train(scratch: Path, ratio: float, checkpointing: bool, **changes: object) -> dict:
     """What the stopwatch found in one run of `axolotl train`."""
     file = scratch / "run.yml"
-    file.write_text(yaml.safe_dump(settings(scratch, ratio, checkpointing)), encoding="utf-8")
+    run = settings(scratch, ratio, checkpointing, **changes)
+    file.write_text(yaml.safe_dump(run), encoding="utf-8")
     paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     quiet = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
     environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}

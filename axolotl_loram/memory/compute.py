@@ -4,9 +4,9 @@ Of a weight with P values that a token goes through: 2P forward and 2P backward 
 input), since it is frozen; 2P more where it is trained whole. Of LoRA of rank r on a (out, in)
 weight: 2r(in + out) forward, twice that backward. Of attention: the products of queries and keys
 and of probabilities and values forward, both of each again backward (flash attention computes the
-first once more). With gradient checkpointing the layers' forward pass once more. lm_head is computed
-at every token. Nothing asks for the gradient of the first layer's input unless gradient
-checkpointing does.
+first once more). With gradient checkpointing the layers' forward pass once more. lm_head is
+computed at every token. Nothing asks for the gradient of the first layer's input unless gradient
+checkpointing does (where MLP and attention lie side by side, that of the MLP is counted even so).
 
 A query looks at half of the sequence on average where attention is flash, and at all of it in the
 matrices of scores of eager attention. Sliding windows are not looked at. Left out: norms, rotary
@@ -106,8 +106,11 @@ def passed(layer: Layer) -> Iterator[tuple[Tensor, int]]:
     for tensor in layer.tensors:
         if part_of(tensor) == "experts" and len(tensor.shape) == 3:
             yield tensor, layer.routed * math.prod(tensor.shape[1:])
-        elif part_of(tensor) == "linears" or (  # or a router
-            tensor.dims[1:] == (HIDDEN,) and part_of(tensor) == "other" and not _is_bias(tensor)
+        elif (
+            part_of(tensor) == "linears"
+            or (  # or a router
+                tensor.dims[1:] == (HIDDEN,) and part_of(tensor) == "other" and not _is_bias(tensor)
+            )
         ):
             yield tensor, math.prod(tensor.shape)
 

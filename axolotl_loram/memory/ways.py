@@ -43,7 +43,6 @@ from axolotl_loram.memory.predict import (
     storage_of,
 )
 from axolotl_loram.memory.request import Request
-from axolotl_loram.memory.settings import TrainingArgs
 from axolotl_loram.memory.trained import Trained
 from axolotl_loram.memory.weights import Storage, weight_bytes
 from axolotl_loram.memory.zero import Weight, Zero, held
@@ -315,7 +314,7 @@ class _Ways:
         )
 
     def streaming(self) -> Way:
-        """16 bits in host memory; layers come twice in a step, all micro-batches go through each."""
+        """16 bits in host memory; layers come twice in a step, for all of its micro-batches."""
         run = self.run.model_copy(update={"gradient_checkpointing": True})
         storage, base, c = self.storage("lora", self.base), self.base, run.compute_bytes
         found = self.lora if run == self.run else predict(base, run, "lora")
@@ -352,9 +351,7 @@ class _Ways:
         return storage_of(method, self.run, tied=layout.lm_head is None)
 
     def layer_bytes(self, storage: Storage) -> list[tuple[Layer, int]]:
-        return [
-            (layer, sum(map(storage.bytes_of, layer.tensors))) for layer in self.base.layers
-        ]
+        return [(layer, sum(map(storage.bytes_of, layer.tensors))) for layer in self.base.layers]
 
     @property
     def embedding_bytes(self) -> int:
