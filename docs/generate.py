@@ -1,7 +1,7 @@
-"""Writes what of docs/ follows from the code: `make docs`.
+"""Writes what of docs/ and README follows from the code: `make docs`.
 
-keys.md from the field descriptions of the schemas; the tables of families.md and which-gpu.md
-between their marks. tests/test_project.py holds the files against `pages`.
+keys.md from the field descriptions of the schemas; the tables of families.md, which-gpu.md,
+which-way.md and README.md between their marks. tests/test_project.py holds the files against `pages`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from axolotl_loram.api import plan_memory
 from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.counts import keep_counts, summary
 from axolotl_loram.config import PROTECTED, FillArgs, LayerwiseArgs, PruningArgs
@@ -22,6 +23,7 @@ from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.memory.gpus import that_hold
 from axolotl_loram.memory.predict import GIB, compare, pruned_config
 from axolotl_loram.memory.settings import TrainingArgs
+from axolotl_loram.memory.tables import ways_markdown
 
 DOCS = Path(__file__).resolve().parent
 SCHEMAS = {
@@ -129,7 +131,28 @@ def families() -> str:
     return table()
 
 
-PARTS = {"families.md": families, "which-gpu.md": gpus}
+def ways(*heads: str) -> str:
+    """The ways to train Llama 3.1 70B on an RTX 4090, 2,048 tokens, 16 forward passes a step."""
+    found = plan_memory(
+        DOCS / "configs/llama-3.1-70b.json",
+        compare=True,
+        sequence_len=2048,
+        gradient_accumulation_steps=16,
+    )
+    return ways_markdown(found.as_dict(), heads)
+
+
+def short_ways() -> str:
+    """README's columns of them."""
+    return ways("way", "GPU, GiB", "fits", "host, GiB", "PCIe, GB a step", "tokens/s ≤")
+
+
+PARTS = {
+    "families.md": families,
+    "which-gpu.md": gpus,
+    "which-way.md": ways,
+    "../README.md": short_ways,
+}
 
 
 def with_part(text: str, made: str) -> str:
@@ -139,7 +162,7 @@ def with_part(text: str, made: str) -> str:
 
 
 def pages() -> dict[str, str]:
-    """File name in docs/ → its text as it should be."""
+    """File name from docs/ → its text as it should be."""
     made = {"keys.md": keys()}
     for name, part in PARTS.items():
         made[name] = with_part((DOCS / name).read_text(encoding="utf-8"), part())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from textwrap import fill
 from typing import Any
 
@@ -57,16 +57,23 @@ def memory_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{columns(shown)}\n\n{note}"
 
 
+def _three(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+TRIED = 0.95
+"""The largest pruning ratio of the paper, and of this project's measurements."""
 WAYS = (
     ("way", lambda way: way["name"]),
     ("GPU, GiB", lambda way: f"{way['device_bytes'] / GIB:.1f}"),
     ("fits", lambda way: "yes" if way["fits"] else "no"),
     ("host, GiB", lambda way: f"{way['host_bytes'] / GIB:.0f}"),
     ("read, GB", lambda way: f"{way['disk_bytes'] / GB:.0f}"),
-    ("PCIe, GB a step", lambda way: f"{way['pcie_bytes'] / GB:.3g}"),
+    ("PCIe, GB a step", lambda way: _three(way["pcie_bytes"] / GB)),
     ("GFLOP a token", lambda way: f"{way['flops_per_token'] / 10**9:.0f}"),
     ("tokens/s ≤", lambda way: f"{way['bound_tokens_per_second']:,.0f} ({way['bound_by']})"),
-    ("hours ≥", lambda way: f"{way['bound_hours']:.3g}"),
+    ("hours ≥", lambda way: _three(way["bound_hours"])),
 )
 """Columns of the comparison: their heads, and what they say of a way."""
 
@@ -86,6 +93,9 @@ def ways_table(result: Mapping[str, Any]) -> str:
         f"{'; '.join(result['bound_leaves_out'])}.",
         "Of host memory, 2 GiB a process are assumed. Nothing here was measured on a GPU.",
     ]
+    notes += [f"not counted: {what}" for what in result["not_counted"]]
+    if any((way["pruning_ratio"] or 0) > TRIED for way in result["ways"]):
+        notes.append(f"Ratios above {TRIED}: it fits, but no such model was ever tried here.")
     if "anchor" in result:
         notes.append(anchor_line(result["anchor"]))
     wrapped = [fill(note, 100, subsequent_indent="  ") for note in notes]
@@ -102,8 +112,9 @@ def anchor_line(anchor: Mapping[str, Any]) -> str:
     )
 
 
-def ways_markdown(result: Mapping[str, Any]) -> str:
-    """The same rows as a table of Markdown."""
-    rows = [[head for head, _ in WAYS], ["---"] * len(WAYS)]
-    rows += [[said(way) for _, said in WAYS] for way in result["ways"]]
+def ways_markdown(result: Mapping[str, Any], heads: Collection[str] = ()) -> str:
+    """The same rows as a table of Markdown, with all columns or those of some heads."""
+    shown = [column for column in WAYS if not heads or column[0] in heads]
+    rows = [[head for head, _ in shown], ["---"] * len(shown)]
+    rows += [[said(way) for _, said in shown] for way in result["ways"]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -51,6 +51,8 @@ ZERO3 = Zero(3, optimizer="cpu", parameters="cpu", pinned_optimizer=True, overla
 """As deepspeed_configs/zero3_offload_all.json."""
 ON_DEVICE = 3
 """Layers that `layer_offloading` has on the device at once: the last, this one and the next."""
+AS_WAYS = ("deepspeed", "fsdp", "fsdp_config", "layer_offloading")
+"""What a YAML may name that is a way of its own here."""
 LEFT_OUT = (
     "kernels below the card's rate, and whatever is no matrix product",
     "the traffic of activations, and of 4 bits that are unpacked",
@@ -125,6 +127,7 @@ def compare_ways(asked: Request, gpu: str, gpus: int) -> dict[str, Any]:
         "data": asdict(asked.data),
         "step_tokens": tokens,
         **({"anchor": anchor} if anchor else {}),
+        "not_counted": [what for what in asked.not_counted if what not in AS_WAYS],
         "ways": rows,
         "bound_leaves_out": list(LEFT_OUT),
         "measured_to_bound": None,

@@ -5,6 +5,7 @@ import math
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from axolotl_loram.results.figures import save_ways
 from axolotl_loram.training.teacher import Row, make_teacher
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
 LARGE = 70_553_706_496
 """Parameters of Llama 3.1 70B."""
 
@@ -308,6 +310,26 @@ def test_endless_epochs_are_refused(large, tmp_path):
 def test_the_picture(compared, tmp_path):
     save_ways(compared[0].as_dict(), tmp_path / "ways.png", "70B")
     assert (tmp_path / "ways.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_of_the_page_are_the_planners(large, tmp_path):
+    """Those of its prose; its table is made by `make docs`."""
+    page = (ROOT / "docs/which-way.md").read_text(encoding="utf-8")
+    settings = {"sequence_len": 2048, "gradient_accumulation_steps": 16}
+    for file, way in (("llama-3.1-8b", 7), ("qwen2.5-32b", 7)):
+        found = plan_memory(ROOT / f"docs/configs/{file}.json", compare=True, **settings).ways[way]
+        assert f"{found['bound_tokens_per_second']:,.0f}" in page
+
+    def hours(section, epochs):
+        named = {**YAML, "base_model": str(large), "loram": section, "num_epochs": epochs}
+        file = write_yaml(tmp_path / "a.yml", {**named, "gradient_checkpointing": True})
+        found = plan_memory(file, compare=True, tokens=10**7, **settings).ways
+        return [f"{found[way]['bound_hours']:.1f}" for way in (3, 7)]
+
+    anchored, alone = {"anchor": "base"}, {"fill": "zeros"}
+    assert "bounds are {} hours with it against {} by streaming".format(*hours(anchored, 1)) in page
+    assert "epochs {} against {}.".format(*hours(anchored, 3)) in page
+    assert "Without the anchor, {} against {}.".format(*hours(alone, 1)) in page
 
 
 def test_cards_are_found_however_they_are_written():
