@@ -65,7 +65,7 @@ bench-criteria: .venv/installed
 bench-ablation: .venv/installed
 	$(BIN)/python benchmarks/ablation.py
 
-# What of docs/ follows from the code: keys.md, the tables of families.md and which-gpu.md.
+# What of docs/ follows from the code: keys.md, the tables of families, GPUs and ways.
 docs: .venv/installed
 	$(BIN)/python docs/generate.py
 

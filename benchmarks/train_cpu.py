@@ -5,10 +5,9 @@ same Axolotl settings but for the plugin and its section. Each measurement is a 
 the cases take turns, and the median is over all their steps but the first of each process. Seconds
 are of processor time, which other processes disturb less than the clock's.
 
-Arithmetic comes from the declared shapes: for each token 2 operations per frozen linear weight in
-the forward pass, 2 in the backward pass (the gradient of the input only), 6 per LoRA weight; in
-attention 2 matrix products forward and 5 backward; with gradient checkpointing the layers' forward
-pass once more. share = (step time of LoRA / of LoRAM) / (operations of LoRA / of LoRAM).
+Arithmetic is the planner's (`axolotl_loram/memory/compute.py`), for each token.
+share = (step time of LoRA / of LoRAM) / (operations of LoRA / of LoRAM). Rows of 7eff31a2ca86 count
+5 % more: attention over the whole sequence, and the gradient of the first layer's input.
 
 Predicted bytes are the planner's `allocated_bytes`, which has neither context nor slack; measured
 is the peak of resident memory in training over what was resident before the model was loaded.
@@ -34,7 +33,8 @@ from measure import ROOT, append_row, surroundings
 
 from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.config import PruningArgs
-from axolotl_loram.memory.layout import Layer, Layout
+from axolotl_loram.memory.compute import training_flops
+from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.predict import predict
 from axolotl_loram.memory.settings import TrainingArgs, settings_of
 from axolotl_loram.pruning.prune import prune
@@ -125,25 +125,6 @@ def train(scratch: Path, ratio: float, checkpointing: bool, **changes: object) -
     return found
 
 
-def operations(layout: Layout, checkpointing: bool) -> int:
-    """Floating-point operations of a step."""
-    tokens = LENGTH * BATCH
-    forward, backward = map(
-        sum, zip(*(_layer_operations(layer) for layer in layout.layers), strict=True)
-    )
-    head = 2 * layout.vocabulary * layout.hidden
-    return tokens * (forward * (1 + checkpointing) + backward + 2 * head)
-
-
-def _layer_operations(layer: Layer) -> tuple[int, int]:
-    """Of all layers alike, for a token: forward, backward."""
-    frozen = sum(t.shape[0] * t.shape[1] for t in layer.linears)
-    lora = sum(RANK * sum(t.shape) for t in layer.linears)
-    product = 2 * LENGTH * layer.attention[-1].shape[1]
-    forward, backward = 2 * frozen + 2 * lora + 2 * product, 2 * frozen + 4 * lora + 5 * product
-    return layer.count * forward, layer.count * backward
-
-
 def row_of(scratch: Path, ratio: float, checkpointing: bool, runs: list[dict]) -> dict:
     """Figures of one case, but for those that compare it with LoRA."""
     folder = scratch / (str(ratio) if ratio else "base")
@@ -164,7 +145,7 @@ def row_of(scratch: Path, ratio: float, checkpointing: bool, runs: list[dict]) -
         "step_cpu_min": round(min(cpu for cpu, _ in steps), 3),
         "step_cpu_max": round(max(cpu for cpu, _ in steps), 3),
         "step_wall_seconds": round(statistics.median(wall for _, wall in steps), 3),
-        "step_gflop": round(operations(layout, checkpointing) / 1e9, 1),
+        "step_gflop": round(training_flops(run, layout).total * run.tokens / 1e9, 1),
         "peak_rss_bytes": max(found["peak_bytes"] for found in runs),
         "loading_rss_bytes": max(found["loading_peak_bytes"] for found in runs),
         "predicted_allocated_bytes": prediction.allocated_bytes,

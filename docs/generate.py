@@ -1,7 +1,8 @@
 """Writes what of docs/ and README follows from the code: `make docs`.
 
 keys.md from the field descriptions of the schemas; the tables of families.md, which-gpu.md,
-which-way.md and README.md between their marks. tests/test_project.py holds the files against `pages`.
+which-way.md and README.md between their marks. tests/test_project.py holds the files against
+`pages`.
 """
 
 from __future__ import annotations
