@@ -41,9 +41,8 @@ def plan(asked: Request) -> dict[str, Any]:
     if embedding_module(base) is None:
         LOG.warning("memory is planned for language models only: %s is counted", base["model_type"])
         return counted
-    towers = (f"{prefix}* (weights and LoRA: not declared)" for prefix in family_of(base).whole)
-    not_counted = [*asked.not_counted, *towers]
-    for what in not_counted:
+    missing = not_counted(asked, base)
+    for what in missing:
         LOG.warning("not counted: %s: the plan is for one GPU without it", what)
     pruned_too = asked.pruning or asked.pruned or fitted
     if not pruned_too:
@@ -56,10 +55,16 @@ def plan(asked: Request) -> dict[str, Any]:
         **({"fit": fitted} if fitted else {}),
         **anchor,
         "training": asked.run.model_dump(),
-        "not_counted": not_counted,
+        "not_counted": missing,
         "methods": {name: asdict(method) for name, method in methods.items()},
         "gpus": {name: that_hold(method.peak_bytes) for name, method in methods.items()},
     }
+
+
+def not_counted(asked: Request, base: Config) -> list[str]:
+    """What of a run is not predicted: settings, and modules that are not declared."""
+    towers = (f"{prefix}* (weights and LoRA: not declared)" for prefix in family_of(base).whole)
+    return [*asked.not_counted, *towers]
 
 
 def report(result: dict[str, Any]) -> str:

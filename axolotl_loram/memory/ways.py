@@ -29,7 +29,7 @@ from axolotl_loram.memory.compute import Flops, training_flops
 from axolotl_loram.memory.data import anchor_costs, stored_bytes
 from axolotl_loram.memory.gpus import Card, card_of
 from axolotl_loram.memory.layout import Layer, Layout, part_of
-from axolotl_loram.memory.planner import sizes
+from axolotl_loram.memory.planner import not_counted, sizes
 from axolotl_loram.memory.predict import (
     CONTEXT_BYTES,
     PRUNED,
@@ -127,7 +127,7 @@ def compare_ways(asked: Request, gpu: str, gpus: int) -> dict[str, Any]:
         "data": asdict(asked.data),
         "step_tokens": tokens,
         **({"anchor": anchor} if anchor else {}),
-        "not_counted": [what for what in asked.not_counted if what not in AS_WAYS],
+        "not_counted": [what for what in not_counted(asked, found.config) if what not in AS_WAYS],
         "ways": rows,
         "bound_leaves_out": list(LEFT_OUT),
         "measured_to_bound": None,
@@ -197,14 +197,15 @@ class _Ways:
         """A model that stays on one GPU."""
         run, storage = self.run, self.storage(method, layout)
         rows = layout.hidden * run.compute_bytes if found.weights_host_bytes else 0
+        anchored = bool(self.asked.anchor) and method in PRUNED
         return Way(
             NAMES[method],
             1,
             found.peak_bytes,
             found.weights_host_bytes + PROCESS_BYTES,
             stored_bytes(layout),
-            self.read(layout, storage),
-            training_flops(run, layout, bool(self.asked.anchor) and method in PRUNED),
+            self.read(layout, storage, anchored=anchored),
+            training_flops(run, layout, anchored),
             up_bytes=rows * run.tokens * run.gradient_accumulation_steps,
             exact=method == "lora",
         )
@@ -362,15 +363,17 @@ class _Ways:
         own = self.base.lm_head is not None
         return math.prod(self.base.embedding.shape) * 2 if own else 0
 
-    def read(self, layout: Layout, storage: Storage, passes: int | None = None) -> int:
+    def read(
+        self, layout: Layout, storage: Storage, passes: int | None = None, anchored: bool = False
+    ) -> int:
         """Bytes of weights read in a step: each once a pass, of experts those of one token."""
-        passes = passes or 2 + self.run.gradient_checkpointing
+        passes = (passes or 2 + self.run.gradient_checkpointing) + anchored
         layers = sum(
             layer.count * sum(_seen(layer, tensor, storage) for tensor in layer.tensors)
             for layer in layout.layers
         )
         head = storage.bytes_of(layout.head)
-        return self.run.gradient_accumulation_steps * (passes * layers + 2 * head)
+        return self.run.gradient_accumulation_steps * (passes * layers + (2 + anchored) * head)
 
 
 def _seen(layer: Layer, tensor: Tensor, storage: Storage) -> int:

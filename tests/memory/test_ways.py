@@ -252,6 +252,7 @@ def test_an_anchor_is_counted(make_model, large, tmp_path):
     for way, other in zip(ways, plain.ways, strict=True):
         prunes = way["name"].startswith(("LoRAM", "QLoRAM"))
         assert (way["flops_per_token"] > other["flops_per_token"]) == prunes
+        assert (way["weight_bytes"] > 1.2 * other["weight_bytes"]) == prunes
         assert (way["bound_hours"] > 1.2 * other["bound_hours"]) == prunes
         assert way["disk_bytes"] - other["disk_bytes"] == (6 * LARGE if prunes else 0)
     brought = {**loram_section, "anchor_path": str(tmp_path)}
@@ -291,6 +292,16 @@ def test_bytes_of_an_anchor_are_those_that_are_written(make_model, tmp_path):
 def test_what_cannot_be_compared_is_refused(options, message, large):
     with pytest.raises(LoRAMError, match=message):
         plan_memory(large, compare=True, **options)
+
+
+def test_what_is_not_counted_is_said(large, make_model, tmp_path):
+    named = {"fsdp_config": {"a": 1}, "layer_offloading": True, "torch_compile": True}
+    file = write_yaml(tmp_path / "a.yml", {**YAML, **named, "base_model": str(large)})
+    found = plan_memory(file, compare=True)
+    assert found.as_dict()["not_counted"] == ["torch_compile"]
+    assert "not counted: torch_compile" in str(found)
+    tower = plan_memory(make_model("gemma3"), compare=True, fit="4GiB")
+    assert "not declared" in tower.as_dict()["not_counted"][0]
 
 
 def test_an_unknown_card_is_one_line(large):
