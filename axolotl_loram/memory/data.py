@@ -19,6 +19,8 @@ from axolotl_loram.memory.settings import TrainingArgs
 
 BYTES_PER_TOKEN = 4
 UNKNOWN = 1_000_000
+MOST = 2**40
+"""Steps or epochs beyond are a mistake."""
 TEXT = (".json", ".jsonl", ".txt", ".csv")
 TOP_K = 32
 """Tokens that an anchor names at each place; 8, 32, 128 and all did the same (`real.csv`)."""
@@ -53,13 +55,17 @@ def data_of(cfg: Mapping[str, Any], run: TrainingArgs, tokens: int | None) -> Da
         tokens: Of the data set, where somebody counted.
 
     Raises:
-        LoRAMError: `tokens` is below 1, or there are no or endless epochs.
+        LoRAMError: `tokens` is below 1, or there are no or endless epochs or steps.
     """
     epochs, steps = cfg.get("num_epochs") or 1, cfg.get("max_steps") or 0
     if tokens is not None and tokens < 1:
         raise LoRAMError(f"expected at least one token, found --tokens {tokens}: give a number")
-    if not 0 < epochs < 10**6:
-        raise LoRAMError(f"expected num_epochs above 0, found {epochs}: correct it in the YAML")
+    for name, number in {"num_epochs": epochs, "max_steps": steps}.items():
+        if not number < MOST or (name == "num_epochs" and number <= 0):
+            found = number if number <= 0 else "a larger one, or none"
+            raise LoRAMError(
+                f"expected {name} to be above 0 and below 2**40, found {found}: correct it"
+            )
     most = steps * run.tokens * run.gradient_accumulation_steps
     size = sum(file.stat().st_size for file in _files(cfg) or ())
     if tokens:

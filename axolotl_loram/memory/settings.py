@@ -30,7 +30,7 @@ class TrainingArgs(Section):
     sequence_len: int = Field(default=512, ge=1, description="Tokens in a sequence.")
     micro_batch_size: int = Field(default=1, ge=1, description="Sequences in a forward pass.")
     gradient_accumulation_steps: int = Field(
-        default=1, ge=1, description="Forward passes in a step (time, not memory)."
+        default=1, ge=1, le=2**20, description="Forward passes in a step (time, not memory)."
     )
     optimizer: str = Field(
         default="adamw_torch_fused", description="Optimizer, by the name Axolotl has for it."

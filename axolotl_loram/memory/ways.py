@@ -7,11 +7,12 @@ run is faster (but for a clock above the rated one), real ones are slower.
 
 Ways that are not of this package, as read in their code: FSDP2 gathers a layer from all GPUs for
 the forward pass and again for the backward pass, and keeps what is outside the layers. ZeRO-3 with
-everything offloaded brings each weight from host memory for both passes of each micro-batch.
-Axolotl 0.19's `layer_offloading` has the whole model on the device first; then it brings each layer
-for both passes (one once more, `tests/memory/test_ways.py` counts its hooks), and copies it back
-each time. A streaming trainer (RoundPipe) takes all micro-batches of a step through a layer while
-it is there, so that weights come twice in a step, and keeps the layers' inputs in host memory.
+everything offloaded brings each weight from host memory for both passes of each micro-batch, at
+least. Axolotl 0.19's `layer_offloading` has the whole model on the device first; then it brings
+each layer for both passes (one once more, `tests/memory/test_ways.py` counts its hooks), and copies
+it back each time. A streaming trainer (RoundPipe) takes all micro-batches of a step through a layer
+while it is there, so that weights come twice in a step, and keeps the layers' inputs in host
+memory.
 """
 
 from __future__ import annotations

@@ -310,11 +310,18 @@ def test_an_unknown_card_is_one_line(large):
     assert "Error: expected a GPU" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_endless_epochs_are_refused(large, tmp_path):
-    file = write_yaml(
-        tmp_path / "a.yml", {**YAML, "base_model": str(large), "num_epochs": math.inf}
-    )
-    with pytest.raises(LoRAMError, match="num_epochs above 0, found inf"):
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("num_epochs", math.inf),
+        ("num_epochs", math.nan),
+        ("num_epochs", -1),
+        ("max_steps", 10**400),
+    ],
+)
+def test_endless_runs_are_refused(name, number, large, tmp_path):
+    file = write_yaml(tmp_path / "a.yml", {**YAML, "base_model": str(large), name: number})
+    with pytest.raises(LoRAMError, match=f"expected {name} to be above 0"):
         request(str(file), tokens=5)
 
 
