@@ -180,17 +180,29 @@ def align(
 @click.argument("yaml", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--model", help="Folder or hub id of the original; by default the YAML's base_model.")
+@click.option("--server", help="Ask a server instead, such as vLLM's at http://localhost:8000/v1.")
+@click.option(
+    "--served-model", help="What --server calls the original; by default the YAML's base_model."
+)
 @json_option
-def anchor(yaml: Path, output: Path, model: str | None, as_json: bool) -> None:
+def anchor(
+    yaml: Path,
+    output: Path,
+    model: str | None,
+    server: str | None,
+    served_model: str | None,
+    as_json: bool,
+) -> None:
     """Write to the folder OUTPUT what the original model says of the training data of YAML.
 
     Where the original's weights are not, training takes it by `anchor: base` with
-    `anchor_path: OUTPUT` in `loram:`.
+    `anchor_path: OUTPUT` in `loram:`. With --server, --model is where some rows are computed to
+    hold the answers against; without it they are not.
     """
     with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
         from axolotl_loram.training.anchor import make_anchor
 
-        record = make_anchor(yaml, output, model)
+        record = make_anchor(yaml, output, model, server, served_model)
     show({"output": str(output), **record}, as_json)
 
 

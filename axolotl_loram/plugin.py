@@ -67,6 +67,11 @@ from axolotl_loram.training.support import aligns, check_router_losses, check_su
 LOG = logging.getLogger(__name__)
 MERGED_FOLDER = "merged"
 MERGED_BY_SHARDS = ("lora_A.weight", "lora_B.weight", "weight", ORIGINAL)
+NOT_ANCHORED = (
+    "trained on the pruned model's own loss: on SmolLM2 and GSM8K `anchor: base` in loram: kept "
+    "0.82 of LoRA's gain instead of 0.67 at ratio 0.5, and 0.63 instead of 0.34 at 0.75, for one "
+    "forward pass of the original over the data (docs/anchored.md)"
+)
 
 
 class LoRAMPlugin(BasePlugin):
@@ -152,6 +157,8 @@ class LoRAMPlugin(BasePlugin):
         if section.anchor == "base":
             found = prepare_anchor(self.run, section.anchor_path, section.cache_dir, trainer)
             self.run.anchor.update(found)
+        else:
+            LOG.info(NOT_ANCHORED)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         """Record the plan with each checkpoint, and never train the original by accident."""

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -31,7 +33,8 @@ import yaml
 from measure import ROOT, append_row, surroundings
 from peft import PeftModel
 from plain_loop import BATCH, STEPS, Bench, padded, recovered
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import get_scheduler
 
 sys.path.insert(0, str(ROOT / "examples/quickstart"))
 import data
@@ -42,6 +45,8 @@ from axolotl_loram.training.teacher import most_likely
 
 ROWS = Path(__file__).with_suffix(".csv")
 SEEDS = (1, 2, 3)
+ALIGNED_STEPS = 80
+ALIGNED_RATES = {"task": 1e-4, "other": 1e-4, "repair": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class Case:
             offset between the base's and the pruned model's, too.
         top_k: Tokens whose offsets are named; 0 is all of them.
         rate: Learning rate.
+        aligned: What the pruned model was trained with before: "task", all its weights distilled
+            towards the base on the training rows; "other", on source of the standard library;
+            "repair", LoRA alone, distilled on the training rows and then frozen.
     """
 
     seed: int
@@ -68,6 +76,7 @@ class Case:
     loss: str = "plain"
     top_k: int = 0
     rate: float = 1e-3
+    aligned: str = ""
 
 
 def cases() -> Iterator[Case]:
@@ -84,6 +93,10 @@ def cases() -> Iterator[Case]:
     for ratio in (0.5, 0.75):
         for every in (1, 5, 15):
             yield Case(1, ratio, loss=f"hidden-{every}", top_k=32)
+    for aligned in ("task", "repair", "other"):
+        for ratio in (0.5, 0.75):
+            for loss, top_k in (("anchored", 32), ("plain", 0)):
+                yield Case(1, ratio, loss=loss, top_k=top_k, aligned=aligned)
     for rate in (2e-3, 5e-4):
         yield Case(1, rate=rate)
         for ratio in (0.5, 0.75):
@@ -110,8 +123,70 @@ def pruned(bench: Bench, case: Case) -> Path:
     return folder
 
 
+def aligned(bench: RealBench, case: Case) -> Path:
+    """The pruned model, distilled towards the base where the case says so."""
+    start = pruned(bench, case)
+    folder = start.with_name(f"{start.name}-{case.aligned}")
+    if not case.aligned or folder.exists():
+        return folder if case.aligned else start
+    base, model = bench.model("base").eval(), bench.model(start)
+    if case.aligned == "repair":
+        model = bench.fresh(model, 0)
+    else:
+        model.get_input_embeddings().requires_grad_(False)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, ALIGNED_RATES[case.aligned], weight_decay=0.0)
+    schedule = get_scheduler("cosine", optimizer, ALIGNED_STEPS // 10, ALIGNED_STEPS)
+    for step, batch in enumerate(alignment_batches(bench, case.aligned)):
+        seen = batch["attention_mask"].bool()
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                wanted = base(**inputs).logits[seen].float().log_softmax(-1)
+            found = model(**inputs).logits[seen].float().log_softmax(-1)
+            loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            print(f"{folder.name} step {step}: {loss.item():.3f}", flush=True)
+    model = model.merge_and_unload() if case.aligned == "repair" else model
+    found = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    partial = folder.with_name(f"{folder.name}-partial")
+    shutil.copytree(start, partial)
+    stored = load_file(start / "model.safetensors")
+    save_file(
+        {name: found[name] for name in stored}, partial / "model.safetensors", {"format": "pt"}
+    )
+    partial.rename(folder)
+    return folder
+
+
+def alignment_batches(bench: RealBench, kind: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Training rows from the end of the file backwards, or windows of source."""
+    if kind != "other":
+        rows = bench.rows("train", plain_loop.TRAINED_ROWS)[::-1]
+        encoded = [bench.encoded(row) for row in rows[: ALIGNED_STEPS * BATCH]]
+    else:
+        lines = source(bench, "train.jsonl").read_text(encoding="utf-8").splitlines()
+        said = [message["content"] for line in lines for message in json.loads(line)["messages"]]
+        ids = bench.tokenizer("\n".join(said))["input_ids"]
+        starts = range(0, ALIGNED_STEPS * BATCH * 256, 256)
+        assert starts[-1] + 256 <= len(ids), "too little source"
+        encoded = [(ids[start : start + 256], 0) for start in starts]
+    for start in range(0, len(encoded), BATCH):
+        yield padded(bench, encoded[start : start + BATCH])
+
+
 class RealBench(Bench):
-    """Bench with pruned models of several ratios."""
+    """Bench with pruned models of several ratios, for templates that end in a line break."""
+
+    def __init__(self, model: Path, gsm8k: Path, scratch: Path):
+        super().__init__(model, gsm8k, scratch)
+        ids = self.tokenizer.apply_chat_template(self.rows("train", 1)[0], return_dict=False)
+        self.end = ids[-2]
 
     def model(self, kind: Any, **settings) -> Any:
         """The model of a folder, in bfloat16; for measuring, in float32."""
@@ -127,7 +202,7 @@ def trained(bench: RealBench, case: Case) -> Path:
     if folder.exists():
         return folder
     on_base = not case.ratio or case.loss == "ceiling"
-    kind = "base" if on_base else pruned(bench, case)
+    kind = "base" if on_base else aligned(bench, case)
     narrow = bench.model(kind, dtype=torch.bfloat16)
     anchored = case.loss == "anchored" or case.loss.startswith("hidden")
     base = bench.model("base", dtype=torch.bfloat16).eval() if anchored else None
@@ -237,14 +312,19 @@ class Hidden:
         return wanted
 
 
+def source(bench: Bench, name: str) -> Path:
+    """A file of the quickstart's, of source of the standard library."""
+    file = bench.scratch / "source" / name
+    if not file.exists():
+        data.build(file.parent)
+    return file
+
+
 @torch.no_grad()
 def other_text(bench: Bench, model: Any) -> float:
     """Perplexity of source of the standard library, which no run is trained on."""
-    file = bench.scratch / "source/heldout_source.jsonl"
-    if not file.exists():
-        data.build(file.parent)
     nats, tokens = 0.0, 0
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in source(bench, "heldout_source.jsonl").read_text(encoding="utf-8").splitlines():
         ids = bench.tokenizer(yaml.safe_load(line)["text"], return_tensors="pt")["input_ids"]
         nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
@@ -265,7 +345,7 @@ def row_of(bench: RealBench, case: Case) -> dict[str, Any]:
     if not case.ratio or case.loss == "ceiling":
         whole = PeftModel.from_pretrained(bench.model("base"), adapter)
         return {**measured(bench, whole, "recovered"), "seconds": round(seconds)}
-    narrow = PeftModel.from_pretrained(bench.model(pruned(bench, case)), adapter)
+    narrow = PeftModel.from_pretrained(bench.model(aligned(bench, case)), adapter)
     found = measured(bench, narrow, "pruned")
     whole = PeftModel.from_pretrained(bench.model("base"), recovered(bench, adapter))
     return {**found, **measured(bench, whole, "recovered"), "seconds": round(seconds)}
@@ -293,13 +373,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of a chat model")
     parser.add_argument("gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl")
-    parser.add_argument("--scratch", type=Path, default=ROOT / "build/real")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "build")
     parser.add_argument("--only", default="", help="runs whose description has this regex")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    bench = RealBench(options.model, options.gsm8k, options.scratch)
+    scratch = options.scratch / f"real-{options.model.name}"
+    bench = RealBench(options.model, options.gsm8k, scratch)
     for case in (None, *cases()):
         rows = list(csv.DictReader(ROWS.open(encoding="utf-8"))) if ROWS.exists() else []
+        rows = [row for row in rows if row["model"] == bench.base.name]
         there = {tuple(row[name] for name in asdict(Case(0))) for row in rows}
         key = [""] * len(asdict(Case(0))) if case is None else map(str, asdict(case).values())
         if tuple(key) in there or not re.search(options.only, str(case)):

@@ -71,10 +71,15 @@ def vocabulary(cfg: Any) -> dict[str, int]:
     Raises:
         LoRAMError: It gives none.
     """
-    return _tokenizer(cfg).get_vocab()
+    return tokenizer_of(cfg).get_vocab()
 
 
-def _tokenizer(cfg: Any) -> Any:
+def tokenizer_of(cfg: Any) -> Any:
+    """The tokenizer that Axolotl gives a config.
+
+    Raises:
+        LoRAMError: It gives none.
+    """
     with _as_a_library():
         from axolotl.loaders import load_tokenizer
 
@@ -105,7 +110,7 @@ def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
     Raises:
         LoRAMError: Axolotl cannot load the data, or makes no token ids of it.
     """
-    tokenizer = _tokenizer(cfg) if _trainer_tokenizes(cfg) else None
+    tokenizer = tokenizer_of(cfg) if _trainer_tokenizes(cfg) else None
     for row in _rows(cfg, seed):
         found = next((name for name in IDS if name in row), None)
         text = None if found or not tokenizer else _text_of(row, tokenizer, cfg)

@@ -10,6 +10,7 @@ stays as it is. Held-out losses are anchored too: what counts is the base with t
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,16 @@ from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.memory.data import TOP_K
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.patches import see_batches
-from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows
+from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows, tokenizer_of
 from axolotl_loram.training.anchored import Offsets, anchored_loss, offsets
 from axolotl_loram.training.distil import IGNORED, Targets
 from axolotl_loram.training.run import Run
-from axolotl_loram.training.teacher import Row, Teacher, kept_outputs, make_teacher
+from axolotl_loram.training.served import Server, check_server, make_served
+from axolotl_loram.training.teacher import Row, Teacher, distinct, kept_outputs, make_teacher
 
 LOG = logging.getLogger(__name__)
+CHECKED_ROWS = 4
+"""Rows that a server is tried with."""
 
 
 def prepare_anchor(
@@ -82,14 +86,26 @@ def check_anchor(teacher: Teacher, folder: Path, run: Run) -> None:
             f"expected what `axolotl-loram anchor` wrote in {folder}, found the outputs of a "
             "teacher: give the anchor's folder as anchor_path, or leave that out"
         )
-    if run.plan.base.fingerprint not in (None, teacher.record["fingerprint"]):
+    if None in (run.plan.base.fingerprint, teacher.record["fingerprint"]):
+        LOG.warning(
+            "the anchor in %s is %s's: not held against the plan",
+            folder,
+            teacher.record["computed_in"],
+        )
+    elif run.plan.base.fingerprint != teacher.record["fingerprint"]:
         raise LoRAMError(
             f"expected an anchor of {run.plan.base.id}, found {folder} made of another model: make "
             "it of the base that was pruned"
         )
 
 
-def make_anchor(yaml: Path, output: Path, model: str | None = None) -> dict[str, Any]:
+def make_anchor(
+    yaml: Path,
+    output: Path,
+    model: str | None = None,
+    server: str | None = None,
+    served_model: str | None = None,
+) -> dict[str, Any]:
     """Write what the base says of a run's rows, for a run on a machine that has no base.
 
     Interrupted, it goes on when it is called again.
@@ -98,18 +114,38 @@ def make_anchor(yaml: Path, output: Path, model: str | None = None) -> dict[str,
         yaml: The run's Axolotl YAML.
         output: Folder to write.
         model: Folder or hub id of the base; by default what the YAML names.
+        server: Address of a server of the base, up to and with `/v1`; then `model`, where it is
+            given, computes only a few rows, to hold the server's answers against.
+        served_model: What the server calls the base; by default the YAML's base_model.
 
     Returns:
         The record in it.
 
     Raises:
-        LoRAMError: The data or the base cannot be read, or nothing is trained.
+        LoRAMError: The data or the base cannot be read, nothing is trained, or the server does
+            not answer as the base would.
     """
     cfg = load_yaml(yaml)
-    base = find_folder(model or str(cfg.base_model), None if model else cfg.revision_of_model)
     with progress_bar("anchor") as progress:
-        rows = rows_of(prepared_rows(cfg))
-        return make_teacher(base, rows, output, TOP_K, choose_device(), progress)
+        rows = distinct(rows_of(prepared_rows(cfg)))
+        if server is None:
+            base = find_folder(
+                model or str(cfg.base_model), None if model else cfg.revision_of_model
+            )
+            return make_teacher(base, rows, output, TOP_K, choose_device(), progress)
+        some = rows[:: max(len(rows) // CHECKED_ROWS, 1)][:CHECKED_ROWS]
+        served = Server(server, served_model or str(cfg.base_model))
+        check_server(served, some, TOP_K, tokenizer_of(cfg))
+        known = said_by(find_folder(model), some) if model else None
+        return make_served(served, rows, output, TOP_K, progress, known)
+
+
+def said_by(base: Path, rows: list[Row]) -> dict[bytes, torch.Tensor]:
+    """Log-probabilities of the rows' trained tokens, by the rows' digest."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_teacher(base, rows, Path(folder) / "some", TOP_K, choose_device())
+        some = Teacher(Path(folder) / "some")
+        return {row.digest: some.of(row).logprobs[:, 0] for row in rows}
 
 
 def rows_of_run(trainer: Any) -> Iterator[Row]:

@@ -210,24 +210,16 @@ def make_teacher(
     """
     config, checkpoint = load_config(str(model)), Checkpoint(model)
     sequences = distinct(rows)
-    trained_only = any(row.trained is not None for row in sequences)
     parts = list(_parts(sequences))
     stream = LayerStream(checkpoint, config, device)
     vocabulary = stream.model.get_output_embeddings().weight.shape[0]
-    _check_tokens(sequences, vocabulary)
     record = {
-        "kind": "anchor" if trained_only else "teacher",
-        "version": __version__,
+        **described(sequences, [f"teacher-{i:05}.safetensors" for i in range(len(parts))]),
         "fingerprint": checkpoint.fingerprint(),
         "top_k": min(top_k, vocabulary),
-        "trained_only": trained_only,
         "computed_in": str(stream.dtype),
-        "sequences": len(sequences),
-        "tokens": sum(map(len, sequences)),
-        "places": sum(len(row.places) for row in sequences),
-        "sha256": data_digest(sequences),
-        "files": [f"teacher-{number:05}.safetensors" for number in range(len(parts))],
     }
+    _check_tokens(sequences, vocabulary)
     remedy = "give fewer tokens, a smaller teacher_top_k, or another disk (cache_dir)"
     check_free(output, record, _needed_bytes(record, parts, stream), remedy)
     with resumable(output, record) as work:
@@ -265,6 +257,30 @@ def kept_outputs(
     return made_once(cache_folder(cache_dir) / name, identity, make)
 
 
+def described(sequences: Sequence[Row], files: list[str]) -> dict[str, Any]:
+    """What `teacher.json` says of the sequences, and of the files that hold the outputs on them.
+
+    Raises:
+        LoRAMError: There are no sequences.
+    """
+    if not sequences:
+        raise LoRAMError(
+            "expected token sequences for the teacher, found none: give some data, and for an "
+            "anchor labels that are not all masked"
+        )
+    trained_only = any(row.trained is not None for row in sequences)
+    return {
+        "kind": "anchor" if trained_only else "teacher",
+        "version": __version__,
+        "trained_only": trained_only,
+        "sequences": len(sequences),
+        "tokens": sum(map(len, sequences)),
+        "places": sum(len(row.places) for row in sequences),
+        "sha256": data_digest(sequences),
+        "files": files,
+    }
+
+
 def data_digest(sequences: Iterable[Row]) -> str:
     """SHA-256 of what `distinct` gives."""
     return hashlib.sha256(b"".join(row.digest for row in sequences)).hexdigest()
@@ -278,11 +294,6 @@ def distinct(rows: Iterable[Row | Sequence[int] | np.ndarray]) -> list[Row]:
 
 
 def _check_tokens(sequences: Sequence[Row], vocabulary: int) -> None:
-    if not sequences:
-        raise LoRAMError(
-            "expected token sequences for the teacher, found none: give some data, and for an "
-            "anchor labels that are not all masked"
-        )
     largest = max(int(row.tokens.max()) for row in sequences)
     if largest >= vocabulary:
         raise LoRAMError(
@@ -326,7 +337,13 @@ def _write_part(
     for tokens, row in zip(padded, part, strict=True):
         tokens[: len(row)] = row.tokens
     walk = Walk(stream, work, padded, file.stem, layer_count(stream.config), progress)
-    ids, logprobs, rest = _outputs_of(walk, part, top_k)
+    write_outputs(file, part, _outputs_of(walk, part, top_k))
+    walk.inputs(walk.stop).file.unlink()
+
+
+def write_outputs(file: Path, part: Sequence[Row], outputs: Sequence[torch.Tensor]) -> None:
+    """Keep `most_likely` of all places of some sequences in a file that is whole or absent."""
+    ids, logprobs, rest = outputs
     dtype = "F16" if part[0].trained is None else "F32"
     arrays: dict[str, tuple[str, np.ndarray]] = {
         "ids": ("I32", ids.numpy()),
@@ -340,7 +357,6 @@ def _write_part(
     write_safetensors(partial, described, (bits for _, bits in arrays.values()))
     sync(partial)
     partial.replace(file)
-    walk.inputs(walk.stop).file.unlink()
 
 
 @torch.no_grad()

@@ -338,12 +338,18 @@ def test_axolotl_trains_anchored(packing, run_yaml, make_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_anchor_from_elsewhere_gives_the_same_adapter(run_yaml, make_model, tmp_path):
-    file = run_yaml()
-    run_command("axolotl", "train", file, "--launcher", "python")
-    first = (tmp_path / "out/pruned/adapter_model.safetensors").read_bytes()
+def test_an_anchor_from_elsewhere_and_a_resumed_run_give_the_same_adapter(
+    run_yaml, make_model, tmp_path
+):
+    def train(output, **changes):
+        file = run_yaml(output_dir=str(tmp_path / output), max_steps=4, **changes)
+        run_command("axolotl", "train", file, "--launcher", "python")
+        return (tmp_path / output / "pruned/adapter_model.safetensors").read_bytes()
+
+    whole = train("out", save_strategy="steps", save_steps=2)
+    file = tmp_path / "loram.yml"
     run_command("axolotl-loram", "anchor", file, tmp_path / "anchor", "--model", make_model())
     loram = {"anchor_path": str(tmp_path / "anchor")}
-    file = run_yaml(loram=loram, output_dir=str(tmp_path / "again"))
-    run_command("axolotl", "train", file, "--launcher", "python")
-    assert (tmp_path / "again/pruned/adapter_model.safetensors").read_bytes() == first
+    assert train("again", loram=loram) == whole
+    (checkpoint,) = (tmp_path / "out").rglob("checkpoint-2")
+    assert train("resumed", loram=loram, resume_from_checkpoint=str(checkpoint)) == whole
