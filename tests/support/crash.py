@@ -2,7 +2,8 @@
 
 An operation runs in a forked child, in which each call that changes a file is counted; at the n-th
 the child kills itself (a write is cut in half), or the call fails. `sweep` does so for every n and
-looks at what is left. `benchmarks/crash.py` runs all sweeps, and real kills at random moments.
+looks at what is left. Operations that import torch come last: without it, a process forks faster.
+`benchmarks/crash.py` runs all sweeps, and real kills at random moments.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,11 +40,9 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LONGEST, LoRAMError
 from axolotl_loram.files import targets
 from axolotl_loram.files.tensors import MODEL_FILE, Checkpoint, write_safetensors
-from axolotl_loram.models.formats import Formats
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import default_output, recover
 from axolotl_loram.results.publish import Publication
-from axolotl_loram.training.aligned import assemble, remove_weights
 
 tqdm.set_lock(threading.RLock())  # tqdm's own is shared with children, also if one dies holding it
 tqdm.monitor_interval = 0  # no second thread, which a fork leaves behind
@@ -463,7 +463,8 @@ class Scene:
     @classmethod
     def make(cls, folder: Path) -> Scene:
         """Make them below a new folder."""
-        whole = hostile.Artefacts.make(folder / "whole", "llama")
+        with ProcessPoolExecutor(1) as other:  # it imports torch
+            whole = other.submit(hostile.Artefacts.make, folder / "whole", "llama").result()
         for place in (whole.base, whole.adapter):
             hostile.write_tokenizer(place)
             (place / "tokenizer_config.json").write_text('{"a": 1}')
@@ -514,9 +515,6 @@ class Scene:
             "prune --overwrite": Operation(
                 lambda place: prune(str(base), place / "out", half, overwrite=True), "out", old
             ),
-            "prune --sparsity": Operation(
-                lambda place: prune(str(base), place / "out", sparse), "out", replaces=False
-            ),
             "recover": Operation(
                 lambda place: recover(adapter, output=place / "out"), "out", replaces=False
             ),
@@ -566,6 +564,9 @@ class Scene:
                     (", again", self._save_trained_over_old),
                 )
             },
+            "prune --sparsity": Operation(
+                lambda place: prune(str(base), place / "out", sparse), "out", replaces=False
+            ),
         }
 
     def _rehearse(self, folder: Path, place: Path, **options: bool) -> None:
@@ -576,9 +577,12 @@ class Scene:
         recover(output / "pruned", pruned, output=output, base=base, update=True, card="a card")
 
     def _end_alignment(self, output: Path) -> None:
+        from axolotl_loram.training.aligned import assemble
+
         assemble(output / "training", self.whole.pruned, output, {"objective": "a test"})
 
     def _end_by_plugin(self, output: Path) -> None:
+        from axolotl_loram.models.formats import Formats
         from axolotl_loram.plugin import LoRAMPlugin
         from axolotl_loram.training.run import Run
 
@@ -600,6 +604,8 @@ class Scene:
 
     def _save_trained(self, place: Path) -> None:
         """What a run that is resumed leaves: the weights that it found are gone, and saved anew."""
+        from axolotl_loram.training.aligned import remove_weights
+
         folder = place / "out/training"
         folder.mkdir(parents=True, exist_ok=True)
         remove_weights(folder)
