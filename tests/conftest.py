@@ -23,6 +23,27 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE":
 os.environ["DS_ACCELERATOR"] = "cpu"  # asked for when deepspeed is imported
 
 
+@pytest.hookimpl(trylast=True)  # of what markers left
+def pytest_collection_modifyitems(config, items):
+    """Whole commands first in each worker's share: what is left to steal at the end is short.
+
+    xdist deals out equal shares of the list. The tests of a file stay in one, with their fixtures.
+    """
+    workers, rest, files = getattr(config, "workerinput", {}).get("workercount", 1), [], {}
+    if workers == 1:
+        return
+    for item in items:
+        long = item.get_closest_marker("slow") or item.path.parent.name == "end_to_end"
+        (files.setdefault(item.path, []) if long else rest).append(item)
+    shares = [[] for _ in range(workers)]
+    for file in sorted(files.values(), key=len, reverse=True):
+        min(shares, key=len).extend(file)
+    for number, mine in enumerate(shares):
+        share = len(items) * (number + 1) // workers - len(items) * number // workers
+        mine += [rest.pop(0) for _ in range(min(len(rest), share - len(mine)))]
+    items[:] = [item for mine in shares for item in mine] + rest
+
+
 def build_model(family: str = "llama", seed: int = 0, **sizes):
     """A pico model with random weights, large enough for its outputs to tell layers apart."""
     import torch
@@ -141,6 +162,9 @@ def _called(command: Sequence[object], variables: dict | None) -> tuple[list[str
     return argv, {**os.environ, "PATH": path, **(variables or {})}
 
 
+LAUNCHING = [("axolotl", name) for name in ("train", "evaluate", "inference")]
+
+
 def run_command(
     *command: object,
     check: bool = True,
@@ -154,9 +178,11 @@ def run_command(
     `accelerate`.
     """
     argv, environment = _called(command, variables)
-    warm = len(argv) > 1 and argv[1] in COMMANDS.get(str(command[0]), ())
+    program, name = Path(argv[0]).name, argv[1]
+    warm = name in COMMANDS[program] or bool({"--masked", "--fill"} & {*argv})
+    starts_others = (program, name) in LAUNCHING and "--launcher" not in argv
     folder = str(cwd or Path.cwd())
-    if warm and ("--launcher" in argv or argv[1] not in ("train", "evaluate", "inference")):
+    if warm and not starts_others:
         result = run_warm(argv, environment, folder, input)
     else:
         options = {"env": environment, "cwd": folder, "input": input}

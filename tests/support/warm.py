@@ -32,7 +32,7 @@ COMMANDS = {
     "axolotl": ("train", "preprocess", "merge-lora", "evaluate", "inference"),
     "axolotl-loram": ("prune", "align", "anchor", "evaluate"),
 }
-"""Those that import torch; the others are quicker as they are."""
+"""Those that import torch whatever they are asked; others are quicker as they are."""
 
 FORKS = multiprocessing.get_context("forkserver")
 
