@@ -179,7 +179,7 @@ def run_command(
     """
     argv, environment = _called(command, variables)
     program, name = Path(argv[0]).name, argv[1]
-    warm = name in COMMANDS[program] or bool({"--masked", "--fill"} & {*argv})
+    warm = name in COMMANDS[program] or bool({"--masked", "--fill", "--propose"} & {*argv})
     starts_others = (program, name) in LAUNCHING and "--launcher" not in argv
     folder = str(cwd or Path.cwd())
     if warm and not starts_others:

@@ -26,6 +26,7 @@ from unittest.mock import patch
 COMMANDS = {
     "axolotl": ("train", "preprocess", "merge-lora", "evaluate", "inference"),
     "axolotl-loram": ("prune", "align", "anchor", "evaluate"),
+    "torchrun": ("--nproc_per_node",),
 }
 """Those that import torch whatever they are asked; others are quicker as they are."""
 
@@ -88,7 +89,10 @@ def become(argv: list[str], environment: dict, folder: str, streams: list[str]) 
     if argv[0].endswith(".py"):
         runpy.run_path(argv[0], run_name="__main__")
         return
-    if Path(argv[0]).name == "axolotl":
+    name = Path(argv[0]).name
+    if name == "torchrun":
+        os.execvpe(name, [name, *argv[1:]], environment)
+    elif name == "axolotl":
         from axolotl.cli.main import main
     else:
         from axolotl_loram.cli import run as main
@@ -126,12 +130,15 @@ def instead_of(execute: Callable) -> Callable:
 
 
 def be_a_rank(*command: str) -> None:
-    """In the fork of an agent: what `python -m MODULE ARGUMENTS` would do, in its own session."""
+    """In the fork of an agent: what `python COMMAND` would do, in its own session."""
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     add_paths()
-    _, module, *arguments = command[command.index("-m") :]
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    program, *arguments = [word for word in command if word not in ("-u", "-m")]
+    sys.argv = [program, *arguments]
+    if "-m" in command:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(program, run_name="__main__")
