@@ -172,14 +172,15 @@ def run_command(
     cwd: Path | None = None,
     variables: dict | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run an installed command of this environment, and show its output if it fails.
+    """Run an installed command of this environment, or a script; show its output if it fails.
 
-    Those that import torch are forks of a process that has (`warm`), but for Axolotl's that start
+    Scripts, and those that import torch are forks of a process that has (`warm`), but for Axolotl's that start
     `accelerate`.
     """
     argv, environment = _called(command, variables)
-    program, name = Path(argv[0]).name, argv[1]
-    warm = name in COMMANDS[program] or bool({"--masked", "--fill", "--propose"} & {*argv})
+    program, name = Path(argv[0]).name, (*argv, "")[1]
+    warm = program.endswith(".py") or name in COMMANDS.get(program, ())
+    warm |= bool({"--masked", "--fill", "--propose"} & {*argv})
     starts_others = (program, name) in LAUNCHING and "--launcher" not in argv
     folder = str(cwd or Path.cwd())
     if warm and not starts_others:
