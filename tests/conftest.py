@@ -174,8 +174,8 @@ def run_command(
 ) -> subprocess.CompletedProcess:
     """Run an installed command of this environment, or a script; show its output if it fails.
 
-    Scripts and commands that import torch are forks of a process that has (`warm`), but for those of
-    Axolotl's that start `accelerate`.
+    Scripts and commands that import torch are forks of a process that has (`warm`), but for those
+    of Axolotl that start `accelerate`.
     """
     argv, environment = _called(command, variables)
     program, name = Path(argv[0]).name, (*argv, "")[1]
