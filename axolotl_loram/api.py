@@ -278,7 +278,7 @@ def evaluate(config: Name, **settings: Any) -> Evaluation:
     request = checked(EvaluationRequest, {"config": config, **settings})
     from axolotl_loram.results import evaluate as evaluation
 
-    job = evaluation.Evaluation(request)
+    job = evaluation.Evaluator(request)
     with progress_bar("evaluating") as progress:
         return Evaluation(job.run(progress), job.output)
 

@@ -60,7 +60,7 @@ class Step:
     key: str
 
 
-class _Evaluation:
+class Evaluator:
     """All that a request asks for, checked before any model is loaded.
 
     Args:
@@ -252,8 +252,8 @@ class _Evaluation:
 
 
 def evaluate(request: EvaluationRequest, progress: Progress = no_progress) -> dict[str, Any]:
-    """Evaluate; see `_Evaluation`."""
-    return _Evaluation(request).run(progress)
+    """Evaluate; see `Evaluator`."""
+    return Evaluator(request).run(progress)
 
 
 def _by_model(steps: list[Step]) -> dict[tuple[str, str | None], list[Step]]:
