@@ -62,7 +62,11 @@ def run_warm(argv: list[str], environment: dict, folder: str, text_input: str | 
     with tempfile.TemporaryDirectory() as scratch:
         streams = [Path(scratch, name) for name in ("input", "output", "errors")]
         streams[0].write_text(text_input or "", encoding="utf-8")
-        status = Started(argv, environment, folder, list(map(str, streams))).wait()
+        started = Started(argv, environment, folder, list(map(str, streams)))
+        try:
+            status = started.wait()
+        finally:
+            started.process.kill()  # where the tests are interrupted
         said = [file.read_text(encoding="utf-8", errors="replace") for file in streams[1:]]
     return subprocess.CompletedProcess(argv, status, *said)
 
