@@ -27,7 +27,8 @@ test: .venv/installed
 test-nodes: .venv/installed
 	$(BIN)/python -m pytest -m multinode
 
-# Two ranks under each kind of sharding, cut off and gone on with: a quarter of an hour.
+# Two ranks under each kind of sharding, cut off and gone on with; kills at every call: over a
+# quarter of an hour.
 test-saves: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix
 

@@ -26,7 +26,7 @@ from axolotl_loram.api_results import (
     Published,
 )
 from axolotl_loram.config import FillArgs, PruningArgs, Section, first_problem
-from axolotl_loram.config_evaluate import Request
+from axolotl_loram.config_evaluate import EvaluationRequest
 from axolotl_loram.errors import LoRAMError, WrongUse
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.memory.settings import TrainingArgs
@@ -269,16 +269,16 @@ def evaluate(config: Name, **settings: Any) -> Evaluation:
             ``also`` (name → folder), ``in_domain``, ``out_of_domain``, ``tasks``, ``suite``,
             ``limit``, ``length`` (tokens), ``batch_size``, ``output``, ``device``, ``dtype``,
             ``load_in_4bit``, ``backend``, ``allow_code``, ``seed``: as
-            `config_evaluate.Request` describes them.
+            `config_evaluate.EvaluationRequest` describes them.
 
     Raises:
         LoRAMError: A setting does not exist or is not allowed, or something that is asked for does
             not exist or does not belong together.
     """
-    request = checked(Request, {"config": config, **settings})
+    request = checked(EvaluationRequest, {"config": config, **settings})
     from axolotl_loram.results import evaluate as evaluation
 
-    job = evaluation.Evaluation(request)
+    job = evaluation.Evaluator(request)
     with progress_bar("evaluating") as progress:
         return Evaluation(job.run(progress), job.output)
 

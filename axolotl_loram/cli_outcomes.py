@@ -21,7 +21,7 @@ from axolotl_loram.cli_options import (
     schema_options,
     show,
 )
-from axolotl_loram.config_evaluate import Request
+from axolotl_loram.config_evaluate import EvaluationRequest
 
 
 @click.command()
@@ -112,7 +112,7 @@ def publish(folder: Path, repository: str, as_json: bool, **options: Any) -> Non
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@schema_options(Request, {"allow_code": "--allow-code-execution"})
+@schema_options(EvaluationRequest, {"allow_code": "--allow-code-execution"})
 @click.option(
     "--batch-size",
     default="auto",
@@ -134,7 +134,7 @@ def evaluate(config: Path, as_json: bool, **options: Any) -> None:
 def parse_evaluation(
     models: tuple[str, ...], also: tuple[str, ...], tasks: tuple[str, ...], **options: Any
 ) -> dict[str, Any]:
-    """Options of `evaluate` that were given, as fields of `Request`."""
+    """Options of `evaluate` that were given, as fields of `EvaluationRequest`."""
     folders = [each.rpartition("=")[::2] for each in also]
     named = {name or Path(folder).name: Path(folder) for name, folder in folders}
     if len(named) < len(folders):

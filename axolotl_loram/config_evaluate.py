@@ -13,7 +13,7 @@ MODELS: tuple[str, ...] = get_args(Model)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Request:
+class EvaluationRequest:
     """What is to be evaluated, and how: keywords of `api.evaluate`, options of the command.
 
     Attributes:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "tests/recovery"))
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests/support"))
 import crash
+from crash_scene import Scene
 
 ROWS = Path(__file__).with_suffix(".csv")
 FAULTS = ("kill", "ENOSPC", "EIO", "full", "read-only", "random", "pairs")
@@ -52,7 +53,7 @@ def main() -> None:
     ram = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=ram if ram.is_dir() else None) as scratch:
         started = time.perf_counter()
-        scene = crash.Scene.make(Path(scratch) / "scene")
+        scene = Scene.make(Path(scratch) / "scene")
         operations = {
             name: operation
             for name, operation in scene.operations(given.plugin).items()

@@ -4,17 +4,44 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 from families import pico_config
-from warm import COMMANDS, Warm
+from warm import COMMANDS, Started, run_warm
 
 from axolotl_loram.architecture.families import FAMILIES
 
+ROOT = Path(__file__).resolve().parent
+RANKS = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "support/cpu_ranks", ROOT.parent)))}
+"""Variables of commands that start ranks on CPUs."""
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
+os.environ["DS_ACCELERATOR"] = "cpu"  # asked for when deepspeed is imported
+
+
+@pytest.hookimpl(trylast=True)  # of what markers left
+def pytest_collection_modifyitems(config, items):
+    """Whole commands first in each worker's share: what is left to steal at the end is short.
+
+    xdist deals out equal shares of the list. The tests of a file stay in one, with their fixtures.
+    """
+    workers, rest, files = getattr(config, "workerinput", {}).get("workercount", 1), [], {}
+    if workers == 1:
+        return
+    for item in items:
+        long = item.get_closest_marker("slow") or item.path.parent.name == "end_to_end"
+        (files.setdefault(item.path, []) if long else rest).append(item)
+    shares = [[] for _ in range(workers)]
+    for file in sorted(files.values(), key=len, reverse=True):
+        min(shares, key=len).extend(file)
+    for number, mine in enumerate(shares):
+        share = len(items) * (number + 1) // workers - len(items) * number // workers
+        mine += [rest.pop(0) for _ in range(min(len(rest), share - len(mine)))]
+    items[:] = [item for mine in shares for item in mine] + rest
 
 
 def build_model(family: str = "llama", seed: int = 0, **sizes):
@@ -113,25 +140,53 @@ def write_yaml(file: Path, settings: dict) -> Path:
     return file
 
 
-WARM = Warm()
+def start_command(*command: object, log: Path, variables: dict | None = None, cwd: object = "."):
+    """Start one of Axolotl's commands or ours, which are forks of a process that has imported them.
 
+    Returns an object like subprocess.Popen's.
 
-def run_command(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run an installed command of this environment, and show its output if it fails.
-
-    Axolotl's commands are forks of a process that has imported Axolotl, where nothing but their
-    input and folder is special about them, and they start no other process.
+    Args:
+        command: The program's name, and its arguments.
+        log: What the program says is added to this file.
+        variables: Added to the environment.
+        cwd: Its working directory.
     """
+    streams = [os.devnull, *(str(log.resolve()),) * 2]
+    return Started(*_called(command, variables), str(Path(cwd).resolve()), streams)
+
+
+def _called(command: Sequence[object], variables: dict | None) -> tuple[list[str], dict[str, str]]:
     programs = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     argv = [str(programs / str(command[0])), *map(str, command[1:])]
-    alone = "--launcher" not in argv or "python" in argv  # other launchers start processes
-    usual = alone and options.keys() <= {"input", "cwd"}
-    if usual and command[0] == "axolotl" and command[1] in COMMANDS:
-        folder = str(options.get("cwd") or Path.cwd())
-        result = WARM.run(argv, environment, folder, options.get("input"))
+    return argv, {**os.environ, "PATH": path, **(variables or {})}
+
+
+LAUNCHING = [("axolotl", name) for name in ("train", "evaluate", "inference")]
+
+
+def run_command(
+    *command: object,
+    check: bool = True,
+    input: str = "",
+    cwd: Path | None = None,
+    variables: dict | None = None,
+) -> subprocess.CompletedProcess:
+    """Run an installed command of this environment, or a script; show its output if it fails.
+
+    Scripts and commands that import torch are forks of a process that has (`warm`), but for those
+    of Axolotl that start `accelerate`.
+    """
+    argv, environment = _called(command, variables)
+    program, name = Path(argv[0]).name, (*argv, "")[1]
+    warm = program.endswith(".py") or name in COMMANDS.get(program, ())
+    warm |= bool({"--masked", "--fill", "--propose"} & {*argv})
+    starts_others = (program, name) in LAUNCHING and "--launcher" not in argv
+    folder = str(cwd or Path.cwd())
+    if warm and not starts_others:
+        result = run_warm(argv, environment, folder, input)
     else:
-        options = {"env": environment, **options}
+        options = {"env": environment, "cwd": folder, "input": input}
         result = subprocess.run(argv, capture_output=True, text=True, **options)
     if check and result.returncode:
         raise AssertionError(f"{command} failed:\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}")

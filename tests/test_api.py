@@ -1,7 +1,6 @@
 """The Python API: what the command line says and does, and models for PEFT and TRL."""
 
 import json
-import os
 import pkgutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_yaml
+from conftest import run_command, write_yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_recover import TOKENS, train_on
@@ -296,9 +295,6 @@ def test_what_peft_and_trl_train_is_the_update_of_the_base(
 def test_the_notebook_runs(four_bit, make_model, tmp_path):
     program = ROOT / "examples/notebook/loram.py"
     chosen = {"BASE": str(make_model()), "WORK": str(tmp_path), "FOUR_BIT": four_bit}
-    done = subprocess.run(
-        [sys.executable, program], env={**os.environ, **chosen}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_command(program, variables=chosen)
     assert "qloram" in done.stdout and str(tmp_path / "recovered-trl") in done.stdout
     assert (tmp_path / "recovered-peft/adapter_config.json").exists()

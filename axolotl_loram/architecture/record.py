@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -234,12 +235,15 @@ def losses_of(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in kept if any(name.endswith("loss") for name in entry)]
 
 
+_version = cache(version)  # reading a package's metadata takes milliseconds
+
+
 def versions() -> dict[str, str]:
     """Versions of what made an artefact, as far as installed."""
     found = {"axolotl_loram": __version__}
     for package in ("axolotl", "transformers", "peft", "torch", "bitsandbytes", "numpy"):
         try:
-            found[package] = version(package)
+            found[package] = _version(package)
         except PackageNotFoundError:
             continue
     return found

@@ -35,7 +35,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.propose.source import row_source
 from axolotl_loram.propose.survey import NUMBERS, Survey, layers_path, survey
 from axolotl_loram.propose.tracing import HIDDEN_STREAM, Labels, Unit, build_random, trace
-from axolotl_loram.propose.trial import Trial, evaluate, quiet, stored_names, try_out
+from axolotl_loram.propose.trial import Tried, quiet, read_row, stored_names, try_out
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Proposal:
 
     source: str
     family: Family
-    checks: list[Trial] = field(default_factory=list)
+    checks: list[Tried] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -98,7 +98,7 @@ def propose(raw: Mapping[str, Any]) -> Proposal:
             draft = Draft(found)
             family = draft.family()
             source = row_source(family, draft.used_sizes(family))
-            row = evaluate(source)
+            row = read_row(source)
             return Proposal(source, row, try_out(row, found), [*found.notes, *draft.notes])
     except LoRAMError:
         raise

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from axolotl_loram.architecture.blocks import decoder_sizes
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.propose.tracing import build, shapes_of
+from axolotl_loram.propose.tracing import build_from, parameter_shapes
 
 SMALL = (
     {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 44, "num_attention_heads": 6}
@@ -81,7 +81,7 @@ class Survey:
         fields = self.fields(at, **more)
         key = repr(sorted(fields.items()))
         if key not in self.seen:
-            self.seen[key] = shapes_of(build(self.model_type, fields))
+            self.seen[key] = parameter_shapes(build_from(self.model_type, fields))
         return self.seen[key]
 
     @property

@@ -31,7 +31,7 @@ Labels = dict[tuple[str, int], list[Unit | None]]
 """(Parameter, dimension) → each feature's unit, None where it is no unit's or several units'."""
 
 
-def build(model_type: str, fields: Mapping[str, Any], device: str = "meta") -> PreTrainedModel:
+def build_from(model_type: str, fields: Mapping[str, Any], device: str = "meta") -> PreTrainedModel:
     """A model of transformers' own class with these config fields, without weights on "meta"."""
     config = AutoConfig.for_model(model_type, **fields)
     with torch.device(device):
@@ -43,14 +43,14 @@ def build(model_type: str, fields: Mapping[str, Any], device: str = "meta") -> P
 def build_random(model_type: str, fields: Mapping[str, Any]) -> PreTrainedModel:
     """The same on the CPU in float64, no weight zero, so that every path carries something."""
     torch.manual_seed(0)
-    model = build(model_type, fields, "cpu").double().eval().requires_grad_(False)
+    model = build_from(model_type, fields, "cpu").double().eval().requires_grad_(False)
     for parameter in model.parameters():
         spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
         parameter.copy_(torch.randn_like(parameter) * spread + (parameter.dim() == 1))
     return model
 
 
-def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Name → shape of what a model keeps: parameters, and the buffers that checkpoints have."""
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     return {n: tuple(p.shape) for n, p in {**dict(model.named_parameters()), **buffers}.items()}

@@ -22,7 +22,13 @@ from axolotl_loram.architecture.spaces import Family
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.models.per_layer import install
 from axolotl_loram.propose.survey import Survey
-from axolotl_loram.propose.tracing import build, build_random, shapes_of, some_tokens, still_norms
+from axolotl_loram.propose.tracing import (
+    build_from,
+    build_random,
+    parameter_shapes,
+    some_tokens,
+    still_norms,
+)
 from axolotl_loram.pruning.prune import prune
 
 EXACT = 1e-9
@@ -30,7 +36,7 @@ EXACT = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Tried:
     """Something tried.
 
     Attributes:
@@ -45,7 +51,7 @@ class Trial:
     found: str
 
 
-def evaluate(source: str) -> Family:
+def read_row(source: str) -> Family:
     """The row that a source is of: what is printed is what is tried out."""
     names = {**vars(spaces), **vars(blocks), "replace": dataclasses.replace}
     return eval(source, names)
@@ -80,7 +86,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def try_out(family: Family, found: Survey) -> list[Trial]:
+def try_out(family: Family, found: Survey) -> list[Tried]:
     """Check the row's lists of parameters and stored tensors, then prune by it, and run."""
     install()
     with declared(family):
@@ -92,12 +98,12 @@ def try_out(family: Family, found: Survey) -> list[Trial]:
     return checks
 
 
-def _try(what: str, check: Any) -> Trial:
+def _try(what: str, check: Any) -> Tried:
     try:
         outcome, measured = check()
     except Exception as error:  # the row is wrong in a way that no check foresaw
-        return Trial(what, "failed", f"{type(error).__name__}: {error}")
-    return Trial(what, outcome, measured)
+        return Tried(what, "failed", f"{type(error).__name__}: {error}")
+    return Tried(what, outcome, measured)
 
 
 def _same_tensors(found: Survey) -> tuple[str, str]:
@@ -108,8 +114,8 @@ def _same_tensors(found: Survey) -> tuple[str, str]:
         usual = {**found.known, **fields}
         configs += [{**fields, flag: not usual.get(flag)} for flag in sorted(flags)]
     for fields in configs:
-        model = build(found.model_type, fields)
-        real = shapes_of(model)
+        model = build_from(found.model_type, fields)
+        real = parameter_shapes(model)
         listed = {tensor.name: tensor.shape for tensor in parameters(model.config.to_dict())}
         for name in sorted(real.keys() | listed.keys()):
             if real.get(name) != listed.get(name):

@@ -16,7 +16,7 @@ from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder, user_path
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.pruning.prune import prune, resolve
-from axolotl_loram.text.calibration import Calibration, from_rows, load_calibration
+from axolotl_loram.text.calibration import Calibration, load_calibration, pack_checked
 
 LOG = logging.getLogger(__name__)
 Rows = Callable[[], Iterator[list[int]]]
@@ -80,7 +80,7 @@ def calibrate(
 def own_text(
     settings: Pruning | FillArgs, base: Path, rows: Rows, shrink: bool = False
 ) -> Calibration:
-    """The run's own training data as calibration text; `shrink` as `calibration.pack` has it."""
+    """The run's own training data as calibration text; `shrink` as in `pack_rows`."""
     size = sizes_of(load_config(str(base)))["vocabulary"]
     known = ([token for token in row if token < size] for row in rows())  # none that the run adds
-    return from_rows(known, settings, base, OWN_TEXT, shrink=shrink)
+    return pack_checked(known, settings, base, OWN_TEXT, shrink=shrink)

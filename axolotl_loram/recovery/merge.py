@@ -59,7 +59,7 @@ def merge_masked(
     Args:
         adapter: Folder of the adapter as trained, on a sparse pruned model.
         pruned_model: Folder or hub id of that model; by default what the adapter's config names.
-        output: Folder to write, by default `default_output(adapter)`.
+        output: Folder to write, by default `merged-NAME` beside it.
         base: The base model, by default the plan's; downloaded where it is not on this machine.
         overwrite: Replace what `output` holds.
         progress: Shows the bytes written.
@@ -71,7 +71,7 @@ def merge_masked(
     Raises:
         LoRAMError: Nothing is masked, or base, pruned model and adapter do not belong together.
     """
-    output = output or default_output(adapter)
+    output = output or _default_output(adapter)
     check_vacant(output, overwrite)
     opened = Adapter.open(adapter)
     pruned = find_folder(pruned_model or opened.model)
@@ -105,7 +105,7 @@ def merge_masked(
     return {**record.as_json(), "output": str(output)}
 
 
-def default_output(adapter: Path) -> Path:
+def _default_output(adapter: Path) -> Path:
     """``run/pruned/checkpoint-7`` → ``run/pruned/merged-checkpoint-7``."""
     adapter = adapter.resolve()
     return adapter.parent / f"merged-{adapter.name}"

@@ -68,7 +68,7 @@ class Score(BaseModel):
     standard_error: float | None = None
 
 
-class Task(BaseModel):
+class TaskScores(BaseModel):
     """A task and the models' scores."""
 
     metric: str = ""
@@ -85,7 +85,7 @@ class Evaluation(BaseModel):
     plan: str | None = None
     models: dict[str, dict[str, Any]] = {}
     perplexity: dict[str, TextSet] = {}
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, TaskScores] = {}
     seed: int | None = None
     batch_size: Any = None
     device: str | None = None

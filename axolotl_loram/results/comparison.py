@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from axolotl_loram.results import statistics
-from axolotl_loram.results.artefacts import ALSO, BASE, RECOVERED, Evaluation, Paired, Task, TextSet
+from axolotl_loram.results.artefacts import (
+    ALSO,
+    BASE,
+    RECOVERED,
+    Evaluation,
+    Paired,
+    TaskScores,
+    TextSet,
+)
 from axolotl_loram.results.figures import Chart, Dot, Dots
 from axolotl_loram.results.page import UNKNOWN, Table, bounds, change, number, percent
 from axolotl_loram.results.statistics import Interval
@@ -25,7 +33,7 @@ KINDS = {"in_domain": "in domain", "out_of_domain": "out of domain"}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Gain:
     """What LoRAM came to on one set.
 
     Attributes:
@@ -48,10 +56,10 @@ class Outcome:
     shares: Mapping[str, float | None]
 
 
-def outcomes(label: str, evaluation: Evaluation) -> list[Outcome]:
+def gains(label: str, evaluation: Evaluation) -> list[Gain]:
     """What LoRAM came to on each set that both models were measured on; in-domain ones first."""
     found = [
-        Outcome(
+        Gain(
             label,
             name,
             KINDS.get(text.kind, text.kind),
@@ -148,14 +156,16 @@ def _size(text: TextSet) -> str:
     return f": {told}" if told else ""
 
 
-def _measured(of: TextSet | Task, key: str) -> Interval:
+def _measured(of: TextSet | TaskScores, key: str) -> Interval:
     """A model's loss, or its score."""
     if isinstance(of, TextSet):
         return statistics.normal(of.models[key].loss, of.models[key].standard_error)
-    return statistics.score(of.models[key].value, of.models[key].standard_error, of.samples)
+    return statistics.score_interval(
+        of.models[key].value, of.models[key].standard_error, of.samples
+    )
 
 
-def _pairs(measured: TextSet | Task) -> list[tuple[str, str]]:
+def _pairs(measured: TextSet | TaskScores) -> list[tuple[str, str]]:
     """Which models are held against which: all against the base, the recovered one against all."""
     keys = list(measured.models)
     against_base = [(key, BASE) for key in keys if key != BASE and BASE in keys]
@@ -163,7 +173,7 @@ def _pairs(measured: TextSet | Task) -> list[tuple[str, str]]:
     return against_base + [(RECOVERED, key) for key in others]
 
 
-def _difference(measured: TextSet | Task, key: str, other: str) -> tuple[Interval, str]:
+def _difference(measured: TextSet | TaskScores, key: str, other: str) -> tuple[Interval, str]:
     """Ours minus theirs, and whether samples were paired."""
     for ours, theirs, sign in ((key, other, 1), (other, key, -1)):
         found: Paired | None = measured.paired.get(ours)
@@ -211,22 +221,22 @@ def _difference_table(title: str, text: TextSet, evaluation: Evaluation) -> Tabl
     return Table(f"Differences, {title}", columns, rows, texts=2)
 
 
-def _task_title(name: str, task: Task) -> str:
+def _task_title(name: str, task: TaskScores) -> str:
     shots = "" if task.num_fewshot is None else f", {task.num_fewshot}-shot"
     return f"{name}{shots}" + (f" ({task.metric.partition(',')[0]})" if task.metric else "")
 
 
-def _is_rate(task: Task) -> bool:
+def _is_rate(task: TaskScores) -> bool:
     return all(0 <= score.value <= 1 for score in task.models.values())
 
 
-def _score_text(task: Task, key: str) -> str:
+def _score_text(task: TaskScores, key: str) -> str:
     if key not in task.models:
         return "not measured"
     return _with_bounds(_measured(task, key), percent if _is_rate(task) else number)
 
 
-def _difference_row(task: Task, key: str, other: str, evaluation: Evaluation) -> list[str]:
+def _difference_row(task: TaskScores, key: str, other: str, evaluation: Evaluation) -> list[str]:
     found, how = _difference(task, key, other)
 
     def points(value: float) -> str:

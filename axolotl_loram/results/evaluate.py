@@ -19,7 +19,7 @@ import numpy as np
 
 from axolotl_loram.architecture.config_json import layer_fields, load_config
 from axolotl_loram.architecture.record import versions
-from axolotl_loram.config_evaluate import Request
+from axolotl_loram.config_evaluate import EvaluationRequest
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import new_file, write_json
 from axolotl_loram.files.find import find_folder
@@ -60,7 +60,7 @@ class Step:
     key: str
 
 
-class Evaluation:
+class Evaluator:
     """All that a request asks for, checked before any model is loaded.
 
     Args:
@@ -70,7 +70,7 @@ class Evaluation:
         LoRAMError: Something that is asked for does not exist or does not belong together.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: EvaluationRequest) -> None:
         self.request = request
         self.settings = read_yaml(request.config)
         check_settings(self.settings, request.config)
@@ -251,9 +251,9 @@ class Evaluation:
         return {name: tensor.read().view(np.float64) for name, tensor in stored.items()}, about
 
 
-def evaluate(request: Request, progress: Progress = no_progress) -> dict[str, Any]:
-    """Evaluate; see `Evaluation`."""
-    return Evaluation(request).run(progress)
+def evaluate(request: EvaluationRequest, progress: Progress = no_progress) -> dict[str, Any]:
+    """Evaluate; see `Evaluator`."""
+    return Evaluator(request).run(progress)
 
 
 def _by_model(steps: list[Step]) -> dict[tuple[str, str | None], list[Step]]:

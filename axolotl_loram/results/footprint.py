@@ -9,7 +9,7 @@ from typing import Any
 from axolotl_loram.memory.tables import GIB, memory_rows
 from axolotl_loram.results.artefacts import Artefact, training_of
 from axolotl_loram.results.figures import Bar, Bars
-from axolotl_loram.results.page import KeyFigure, Section, Table, arrow
+from axolotl_loram.results.page import Chapter, KeyFigure, Table, arrow
 
 TITLES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}
 LOGGED = "memory/max_allocated (GiB)"  # what Axolotl logs of each step
@@ -45,9 +45,9 @@ class Footprint:
         return ("GiB", GIB) if large else ("MiB", 2**20)
 
 
-def memory_section(runs: Sequence[Artefact]) -> Section:
+def memory_section(runs: Sequence[Artefact]) -> Chapter:
     """Charts and tables of memory; what was not measured is named."""
-    section, prints = Section("memory", "Memory"), footprints(runs)
+    section, prints = Chapter("memory", "Memory"), footprints(runs)
     for found in prints:
         section.items += [_chart(found), _table(found)]
     if prints:

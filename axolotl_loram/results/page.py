@@ -46,7 +46,7 @@ class KeyFigure:
 
 
 @dataclass
-class Section:
+class Chapter:
     """A part of the page: text, then charts and tables in order.
 
     `missing` names what was not measured, and how to.
@@ -66,7 +66,7 @@ class Report:
     headline: str
     lead: str
     figures: Sequence[KeyFigure]
-    sections: Sequence[Section]
+    sections: Sequence[Chapter]
 
     @property
     def missing(self) -> list[str]:

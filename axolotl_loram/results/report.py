@@ -10,13 +10,13 @@ from typing import Any
 from axolotl_loram.architecture.record import Kind, refit_summary
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.results.artefacts import Artefact, Evaluation, read, training_of
-from axolotl_loram.results.comparison import Outcome, outcomes, perplexity_parts, task_parts
+from axolotl_loram.results.comparison import Gain, gains, perplexity_parts, task_parts
 from axolotl_loram.results.figures import Lines, Series, Strips
 from axolotl_loram.results.footprint import memory_figure, memory_section
 from axolotl_loram.results.page import (
+    Chapter,
     KeyFigure,
     Report,
-    Section,
     Table,
     arrow,
     count,
@@ -51,7 +51,7 @@ def _build(runs: Sequence[Artefact]) -> Report:
     evaluations = [(run.label, run.evaluation) for run in runs if run.evaluation is not None]
     if len(evaluations) == 1:
         evaluations = [("", evaluations[0][1])]  # nothing to tell it from
-    found = [each for label, evaluation in evaluations for each in outcomes(label, evaluation)]
+    found = [each for label, evaluation in evaluations for each in gains(label, evaluation)]
     sections = [
         _perplexities(evaluations),
         _tasks(evaluations),
@@ -63,7 +63,7 @@ def _build(runs: Sequence[Artefact]) -> Report:
     return Report(_headline(runs, found), _lead(runs, found), _figures(runs, found), sections)
 
 
-def _headline(runs: Sequence[Artefact], found: Sequence[Outcome]) -> str:
+def _headline(runs: Sequence[Artefact], found: Sequence[Gain]) -> str:
     """The one sentence to take away, of in-domain text where that was measured."""
     first = [outcome for outcome in found if outcome.kind == found[0].kind]
     shared = [share for o in first for share in o.shares.values() if share is not None]
@@ -96,7 +96,7 @@ def _headline_unmeasured(runs: Sequence[Artefact]) -> str:
     return "A run of plain LoRA"
 
 
-def _lead(runs: Sequence[Artefact], found: Sequence[Outcome]) -> str:
+def _lead(runs: Sequence[Artefact], found: Sequence[Gain]) -> str:
     """What was compared, in a sentence or two."""
     bases = list(dict.fromkeys(filter(None, map(_base_name, runs))))
     about = f"Base model: {', '.join(bases)}. " if bases else ""
@@ -114,7 +114,7 @@ def _lead(runs: Sequence[Artefact], found: Sequence[Outcome]) -> str:
     return said
 
 
-def _figures(runs: Sequence[Artefact], found: Sequence[Outcome]) -> list[KeyFigure]:
+def _figures(runs: Sequence[Artefact], found: Sequence[Gain]) -> list[KeyFigure]:
     figures = []
     if found:
         first = found[0]
@@ -147,8 +147,8 @@ def _counts(run: Artefact) -> dict[str, Any] | None:
     return found if {"base_parameters", "pruned_parameters"} <= found.keys() else None
 
 
-def _perplexities(evaluations: Sequence[tuple[str, Evaluation]]) -> Section:
-    section = Section("perplexity", "Perplexity")
+def _perplexities(evaluations: Sequence[tuple[str, Evaluation]]) -> Chapter:
+    section = Chapter("perplexity", "Perplexity")
     for label, evaluation in evaluations:
         section.items += perplexity_parts(label, evaluation)
     if not section.items:
@@ -168,8 +168,8 @@ def _perplexities(evaluations: Sequence[tuple[str, Evaluation]]) -> Section:
     return section
 
 
-def _tasks(evaluations: Sequence[tuple[str, Evaluation]]) -> Section:
-    section = Section("tasks", "Tasks")
+def _tasks(evaluations: Sequence[tuple[str, Evaluation]]) -> Chapter:
+    section = Chapter("tasks", "Tasks")
     for label, evaluation in evaluations:
         section.items += task_parts(label, evaluation)
     if not section.items:
@@ -182,9 +182,9 @@ def _tasks(evaluations: Sequence[tuple[str, Evaluation]]) -> Section:
     return section
 
 
-def _curves(runs: Sequence[Artefact]) -> Section:
+def _curves(runs: Sequence[Artefact]) -> Chapter:
     """Training loss and held-out loss of every run that was trained."""
-    section, trained = Section("curves", "Training"), [r for r in runs if r.trained]
+    section, trained = Chapter("curves", "Training"), [r for r in runs if r.trained]
     colors = _colors(trained)
     training = [
         Series(run.label, colors[run.label], curve)
@@ -223,8 +223,8 @@ def _colors(trained: Sequence[Artefact]) -> dict[str, str]:
     return {run.label: next(palettes[run.kind]) for run in trained}
 
 
-def _widths(runs: Sequence[Artefact]) -> Section:
-    section, shown = Section("widths", "What was kept"), set()
+def _widths(runs: Sequence[Artefact]) -> Chapter:
+    section, shown = Chapter("widths", "What was kept"), set()
     for run in runs:
         digest = run.record.get("plan")
         if run.widths and digest not in shown:
@@ -253,8 +253,8 @@ def _width_table(run: Artefact) -> Table:
     return Table(f"Every layer of {run.label}", ["layer", *run.widths], rows, hidden=True)
 
 
-def _provenance(runs: Sequence[Artefact]) -> Section:
-    section = Section("provenance", "What was run")
+def _provenance(runs: Sequence[Artefact]) -> Chapter:
+    section = Chapter("provenance", "What was run")
     for run in runs:
         rows = [[name, text] for name, text in _facts(run).items() if text]
         section.items.append(Table(f"{run.label}: {_kind(run)}", ["", ""], rows, texts=2))

@@ -162,7 +162,7 @@ def normal(value: float, standard_error: float | None) -> Interval:
     return Interval(value, value - Z * standard_error, value + Z * standard_error)
 
 
-def score(value: float, standard_error: float | None, samples: int | None) -> Interval:
+def score_interval(value: float, standard_error: float | None, samples: int | None) -> Interval:
     """Interval of a task's score in 0…1; of other scores, `normal`.
 
     A rate of 0 or 1 has a standard error of 0, which says nothing: 0 of 20 may well be a model that

@@ -77,18 +77,18 @@ def load_calibration(settings: Calibrated, model_folder: Path) -> Calibration:
     tokenizer = load_tokenizer(model_folder)
     if suffix in YAML:
         rows = token_rows(run_of(path, tokenizer), settings.seed)
-        return from_rows(rows, settings, model_folder, source)
+        return pack_checked(rows, settings, model_folder, source)
     if suffix in TEXT:
         size = WINDOWS_PER_DOCUMENT * settings.calibration_length * CHARACTERS_PER_TOKEN
         texts = blocks_of(path, size, settings.seed)
     else:
-        found = rows_of(path, settings.seed) if suffix else hub_rows(source, settings.seed)
+        found = file_rows(path, settings.seed) if suffix else hub_rows(source, settings.seed)
         texts = (text_of(row, tokenizer, where) for row, where in found)
     ids = (token_ids(tokenizer, text) for text in texts)
-    return from_rows(ids, settings, model_folder, source, tokenizer.eos_token_id)
+    return pack_checked(ids, settings, model_folder, source, tokenizer.eos_token_id)
 
 
-def from_rows(
+def pack_checked(
     rows: Iterable[Sequence[int]],
     settings: Calibrated,
     model_folder: Path,
@@ -96,7 +96,7 @@ def from_rows(
     separator: int | None = None,
     shrink: bool = False,
 ) -> Calibration:
-    """`pack` as the settings say, and checked against the model in a folder.
+    """`pack_rows` as the settings say, and checked against the model in a folder.
 
     Raises:
         LoRAMError: The sequences are longer than the model reads, have tokens that it lacks, or
@@ -110,7 +110,7 @@ def from_rows(
             f"{config['max_position_embeddings']} tokens, found {length}: give a shorter "
             "--calibration-length"
         )
-    packed = pack(rows, samples, length, settings.seed, source, separator, shrink)
+    packed = pack_rows(rows, samples, length, settings.seed, source, separator, shrink)
     largest = int(packed.tokens.max())
     if largest >= config["vocab_size"]:
         raise LoRAMError(
@@ -120,7 +120,7 @@ def from_rows(
     return packed
 
 
-def pack(
+def pack_rows(
     sequences: Iterable[Sequence[int]],
     samples: int,
     length: int,
@@ -267,7 +267,7 @@ def blocks_of(path: Path, size: int, seed: int) -> Iterator[str]:
         yield text[cuts[block] : cuts[block + 1]]
 
 
-def rows_of(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
+def file_rows(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
     """Rows of a file in a drawn order, and where each stands: JSON lines, or one JSON array.
 
     Of lines, only where they begin is held in memory, and only those asked for are parsed.

@@ -18,8 +18,8 @@ from axolotl_loram.text.calibration import (
     TEXT,
     YAML,
     blocks_of,
+    file_rows,
     hub_rows,
-    rows_of,
     run_of,
     suffix_of,
     text_of,
@@ -118,7 +118,7 @@ def held_out(
         texts = blocks_of(path, length * CHARACTERS_PER_TOKEN, seed)
         limited = itertools.islice((_all(tokenizer, text) for text in texts), limit)
     else:
-        found = rows_of(path, seed) if suffix else hub_rows(source, seed)
+        found = file_rows(path, seed) if suffix else hub_rows(source, seed)
         encoded = (_encode(row, tokenizer, where) for row, where in found)
         limited = itertools.islice(encoded, limit or (None if suffix else HUB_DOCUMENTS))
     stem = path.stem if suffix else source.split(":")[0].rpartition("/")[2]

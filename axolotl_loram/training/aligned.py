@@ -151,7 +151,7 @@ def _write_weights(trained: Path, pruned: Path, folder: Path, frozen: set[str]) 
 
 
 @dataclass(frozen=True)
-class Part:
+class _Part:
     """A weight to write: where it is, and the dtype to write it in."""
 
     source: StoredTensor
@@ -184,12 +184,12 @@ class Part:
             yield block
 
 
-def _part(tensor: StoredTensor, stored: StoredTensor | None, frozen: bool) -> Part:
+def _part(tensor: StoredTensor, stored: StoredTensor | None, frozen: bool) -> _Part:
     if stored is None or stored.dtype == tensor.dtype:
-        return Part(tensor, tensor.dtype)
+        return _Part(tensor, tensor.dtype)
     if frozen or not {stored.dtype, tensor.dtype} <= set(FLOATS):
-        return Part(stored, stored.dtype)
-    return Part(tensor, stored.dtype)
+        return _Part(stored, stored.dtype)
+    return _Part(tensor, stored.dtype)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.matrix
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_two_ranks_train_as_one(kind, lora_settings, tmp_path):  # noqa: F811
+def test_two_ranks_train_as_one(kind, lora_settings, tmp_path):
     loram = {**lora_settings["loram"], "anchor": "base", "cache_dir": str(tmp_path / "cache")}
     common = {**lora_settings, "loram": loram}
     adapters = []

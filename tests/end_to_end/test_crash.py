@@ -34,15 +34,25 @@ def campaign(*options: object) -> dict:
     return result["counts"]
 
 
-def test_killed_at_any_call_that_changes_a_file():
-    counts = campaign("--faults", "kill", "--quick")
-    assert len(counts) >= OPERATIONS and min(each["kill"] for each in counts.values()) > 12
+EVERY_THIRD = [3, pytest.param(1, marks=pytest.mark.matrix)]
 
 
-def test_failing_calls_and_full_disks_are_told():
-    """Every third of the calls, and of the disks."""
-    counts = campaign("--faults", "ENOSPC", "EIO", "full", "read-only", "--step", 3, "--quick")
-    assert len(counts) >= OPERATIONS and min(each["EIO"] for each in counts.values()) > 3
+@pytest.mark.parametrize("step", EVERY_THIRD)
+def test_killed_at_any_call_that_changes_a_file(step):
+    counts = campaign("--faults", "kill", "--step", step, "--quick")
+    assert len(counts) >= OPERATIONS and min(each["kill"] for each in counts.values()) > 12 // step
+
+
+@pytest.mark.parametrize("step", EVERY_THIRD)
+def test_failing_calls_are_told(step):
+    counts = campaign("--faults", "ENOSPC", "EIO", "--step", step, "--quick")
+    assert len(counts) >= OPERATIONS and min(each["EIO"] for each in counts.values()) > 12 // step
+
+
+@pytest.mark.parametrize("step", EVERY_THIRD)
+def test_full_disks_are_told(step):
+    """Full after any number of pages, or every third."""
+    counts = campaign("--faults", "full", "read-only", "--step", step, "--quick")
     if os.getuid() == 0:
         assert all(each["full"] and each["read-only"] for each in counts.values())
 

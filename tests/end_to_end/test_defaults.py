@@ -96,7 +96,7 @@ def test_the_readme_section_prunes_by_what_readme_says(make_model, settings, tmp
 def test_the_run_is_calibrated_on_its_own_data(make_model, settings, text_file, tmp_path):
     """The tokens whose hash is in `loram.json` are those of the run's rows."""
     from axolotl_loram.text.axolotl_text import load_yaml, token_rows
-    from axolotl_loram.text.calibration import from_rows
+    from axolotl_loram.text.calibration import pack_checked
 
     base, cache = make_model(), tmp_path / "cache"
     section = {"pruning": {"ratio": 0.5, "calibration_length": 64}, "cache_dir": str(cache)}
@@ -106,7 +106,7 @@ def test_the_run_is_calibrated_on_its_own_data(make_model, settings, text_file, 
     rows = list(token_rows(load_yaml(file)))
     text = "".join(json.loads(line)["text"] for line in text_file.read_text().splitlines())
     assert all(byte_tokenizer().decode(row, skip_special_tokens=True) in text for row in rows)
-    wanted = from_rows(rows, PruningArgs(**section["pruning"]).resolve(), base, "").tokens
+    wanted = pack_checked(rows, PruningArgs(**section["pruning"]).resolve(), base, "").tokens
     digest = hashlib.sha256(np.ascontiguousarray(wanted, "<i8").tobytes()).hexdigest()
     assert record["calibration"]["sha256"] == digest
 

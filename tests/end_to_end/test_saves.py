@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import write_yaml, zero_on_cpus
+from conftest import RANKS, start_command, write_yaml, zero_on_cpus
 from safetensors.torch import load_file
 
 from axolotl_loram.config import PruningArgs
@@ -19,7 +17,6 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
 
-HERE = Path(__file__).resolve().parents[1]
 STEPS, HELD = 6, 3
 WHOLE = ["embed_tokens", "lm_head"]
 SAVED = {f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")}
@@ -52,20 +49,13 @@ class Runs:
         """Start `axolotl train`; what it says goes to a log."""
         yaml_file = write_yaml(self.folder / "loram.yml", {**self.settings, **changes})
         variables = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join([str(HERE / "support/cpu_ranks"), str(HERE.parent)]),
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
+            **RANKS,
             "WITNESS": str(self.folder / "witness"),
             **({"HOLD_STEP": str(hold)} if hold else {}),
             **({"DISKS": str(self.folder)} if disks else {}),
         }
-        command = ("axolotl", "train", str(yaml_file), "--launcher", *(launcher or ("python",)))
-        with (self.folder / "log").open("a") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=log, env=variables, start_new_session=True
-            )
+        command = ("axolotl", "train", yaml_file, "--launcher", *(launcher or ("python",)))
+        return start_command(*command, log=self.folder / "log", variables=variables)
 
     @property
     def log(self):

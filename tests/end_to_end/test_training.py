@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, write_yaml, zero_on_cpus
+from conftest import RANKS, run_command, start_command, write_yaml, zero_on_cpus
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_recover import train_on
@@ -215,9 +213,8 @@ def test_a_killed_run_is_recovered_from_a_checkpoint_and_resumes(
     train(write_yaml(tmp_path / "whole.yml", whole))
 
     yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **changes))
-    program = Path(sys.executable).parent / "axolotl"
-    command = [program, "train", yaml_file, "--launcher", "python"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ("axolotl", "train", yaml_file, "--launcher", "python")
+    process = start_command(*command, log=tmp_path / "log")
     checkpoint = tmp_path / "out/pruned/checkpoint-4"
     deadline = time.monotonic() + 300
     while not (checkpoint / "loram.json").exists() and time.monotonic() < deadline:
@@ -249,15 +246,14 @@ def test_an_interrupted_run_leaves_an_adapter_to_recover(pruned, make_model, set
         "num_epochs": 9999,
     }
     yaml_file = write_yaml(tmp_path / "loram.yml", settings(make_model(), **changes))
-    program = Path(sys.executable).parent / "axolotl"
-    command = [program, "train", yaml_file, "--launcher", "python"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + 300
-        while "'loss'" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGINT)
-        assert process.wait(timeout=120) == 0
+    log = tmp_path / "log"
+    log.touch()
+    process = start_command("axolotl", "train", yaml_file, "--launcher", "python", log=log)
+    deadline = time.monotonic() + 300
+    while "'loss'" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 0
     assert not (tmp_path / "out/adapter_config.json").exists()
     record = recover(tmp_path / "out/pruned")
     steps = record["trained"]["steps"]
@@ -313,29 +309,12 @@ def test_refusals_reach_the_user_before_training(
 
 
 def test_two_ranks_under_zero_3_leave_one_complete_adapter(pruned, make_model, settings, tmp_path):
-    root = Path(__file__).resolve().parents[1]
     changes = {
         "loram": {"pruned_model_path": str(pruned)},
         "deepspeed": str(zero_on_cpus(tmp_path)),
     }
     yaml_file = write_yaml(tmp_path / "loram.yml", settings(make_model(), **changes))
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(root / "support/cpu_ranks"),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = (
-        "axolotl",
-        "train",
-        yaml_file,
-        "--launcher",
-        "torchrun",
-        "--",
-        "--nproc_per_node",
-        "2",
-    )
-    log = run_command(*command, env=environment)
+    ranks = ("--launcher", "torchrun", "--", "--nproc_per_node", "2")
+    log = run_command("axolotl", "train", yaml_file, *ranks, variables=RANKS)
     assert "world_size" in log.stdout + log.stderr
     check_output(tmp_path / "out", make_model())

@@ -1,15 +1,12 @@
 """What ZeRO holds where: the arithmetic against DeepSpeed itself, and `plan --stage align`."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
-from conftest import build_model, write_yaml
+from conftest import build_model, run_command, write_yaml
 from test_cli import loram
 from test_model import LLAMA_2_13B
 from test_predict import kept_for_backward, settings_for
@@ -33,20 +30,15 @@ WEIGHTS = [
 """Of the model in zero_ranks.py."""
 
 
+RANKS_SCRIPT = ROOT / "tests/support/zero_ranks.py"
+
+
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory):
     """What two ranks of DeepSpeed on a CPU hold under each config: rank → name → bytes."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    files = [str(CONFIGS / f"{name}.json") for name in RUN]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, str(ROOT / "tests/support/zero_ranks.py"), *files, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
+    files = [CONFIGS / f"{name}.json" for name in RUN]
+    run_command("torchrun", "--nproc_per_node", "2", RANKS_SCRIPT, *files, folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -103,13 +95,8 @@ def test_nvme_offload_steps(tmp_path):
     for what in ("optimizer", "param"):
         config["zero_optimization"][f"offload_{what}"]["nvme_path"] = str(tmp_path / "nvme")
     (tmp_path / "nvme.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
-    command += [
-        str(ROOT / "tests/support/zero_ranks.py"),
-        str(tmp_path / "nvme.json"),
-        str(tmp_path),
-    ]
-    subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True)
+    one = ("torchrun", "--nproc_per_node", "1")
+    run_command(*one, RANKS_SCRIPT, tmp_path / "nvme.json", tmp_path)
 
 
 @pytest.mark.parametrize(("precision", "attention"), [("fp32", "sdpa"), ("bf16", "eager")])

@@ -16,7 +16,7 @@ from axolotl_loram.cli import main
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.propose.propose import propose
 from axolotl_loram.propose.survey import survey
-from axolotl_loram.propose.tracing import build
+from axolotl_loram.propose.tracing import build_from
 from axolotl_loram.propose.trial import declared, try_out
 
 
@@ -49,7 +49,7 @@ def test_proposes_what_is_declared(family, kv_groups):
     """Fused projections, heads that cannot go, flags, and a norm over all heads."""
     raw = {"model_type": family}
     proposal, row = propose(raw), FAMILIES[family]
-    config = build(family, survey(raw).fields(1)).config.to_dict()
+    config = build_from(family, survey(raw).fields(1)).config.to_dict()
     assert kept_of_each(proposal.family, config) == kept_of_each(row, config)
     for name in ("groups", "layers", "stored", "defaults", "refused"):
         assert getattr(proposal.family, name) == getattr(row, name)

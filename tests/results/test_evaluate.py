@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from axolotl_loram.architecture.plan import Base
 from axolotl_loram.cli import main
 from axolotl_loram.config import PruningArgs
-from axolotl_loram.config_evaluate import Request
+from axolotl_loram.config_evaluate import EvaluationRequest
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
@@ -176,7 +176,7 @@ def test_adapters_come_off_as_they_went_on(make_model, tmp_path):
 
 def requests(run, **changes):
     text = str(run / "heldout.jsonl")
-    return Request(run / "loram.yml", **{"in_domain": [text], "device": "cpu", **changes})
+    return EvaluationRequest(run / "loram.yml", **{"in_domain": [text], "device": "cpu", **changes})
 
 
 def test_all_four_models_are_what_they_are_called(run, make_model, tmp_path):
@@ -276,11 +276,11 @@ def test_what_does_not_belong_together_is_refused(run, make_model, tmp_path):
     section = {"loram": {"pruned_model_path": str(run / "pruned-model")}}
     file = write_yaml(tmp_path / "other.yml", settings | section)
     with pytest.raises(LoRAMError, match="fine-tuned"):
-        evaluate(Request(file))
+        evaluate(EvaluationRequest(file))
     settings["output_dir"] = str(tmp_path / "untrained")
     file = write_yaml(tmp_path / "other.yml", settings | section)
     with pytest.raises(LoRAMError, match="run `axolotl train` first"):
-        evaluate(Request(file))
+        evaluate(EvaluationRequest(file))
 
 
 def test_the_command_prints_a_table_or_json(run):
@@ -325,7 +325,7 @@ def test_training_evaluates_the_recovered_adapter_and_is_not_disturbed(
     assert len(found) == 3  # before the first step, after the third, after the last
     assert len(logged[1]) - len(found) == len(logged[0]) > 0
     last = float(found[-1].split("eval_loram_recovered_loss")[1].split(",")[0].strip("': "))
-    result = evaluate(Request(file, models=["base+recovered"], device="cpu"))
+    result = evaluate(EvaluationRequest(file, models=["base+recovered"], device="cpu"))
     assert result["perplexity"]["validation"]["models"]["base+recovered"]["loss"] == pytest.approx(
         last, rel=1e-4
     )

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from test_evaluate import TOKENS, run  # noqa: F401  (run is a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_loram.config_evaluate import Request
+from axolotl_loram.config_evaluate import EvaluationRequest
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.results.candidates import Candidate, load_model, put_on
 from axolotl_loram.results.evaluate import evaluate
@@ -41,7 +41,7 @@ def continuation(model, tokenizer, prompt):
 
 
 @pytest.fixture(scope="module")
-def tasks(run, make_model, tmp_path_factory):  # noqa: F811
+def tasks(run, make_model, tmp_path_factory):
     """Two tasks of which base + recovered adapter gets exactly the first three of eight right."""
     folder = tmp_path_factory.mktemp("tasks")
     tokenizer = AutoTokenizer.from_pretrained(make_model())
@@ -69,8 +69,8 @@ def tasks(run, make_model, tmp_path_factory):  # noqa: F811
     ]
 
 
-def test_merged_and_recovered_score_the_same_and_what_they_should(run, tasks, tmp_path):  # noqa: F811
-    request = Request(
+def test_merged_and_recovered_score_the_same_and_what_they_should(run, tasks, tmp_path):
+    request = EvaluationRequest(
         run / "loram.yml",
         models=["base", "base+recovered", "pruned+adapter"],
         also={"merged": run / "merged"},
@@ -94,7 +94,7 @@ def test_merged_and_recovered_score_the_same_and_what_they_should(run, tasks, tm
     assert "validation" not in evaluate(request)["perplexity"]  # the YAML holds nothing out
 
 
-def test_a_limit_and_another_question_set_are_other_results(run, tasks):  # noqa: F811
+def test_a_limit_and_another_question_set_are_other_results(run, tasks):
     (task,) = resolve_tasks([f"{tasks[0]}:0"])
     candidate = Candidate("base", "somewhere")
     base = AutoModelForCausalLM.from_pretrained(run / "merged")

@@ -7,32 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from conftest import write_yaml
-from datasets import Dataset
-from safetensors.torch import load_file, save_file
-from test_recover import train_on
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture.pairing import check_pruned
-from axolotl_loram.architecture.plan import PruningPlan
-from axolotl_loram.architecture.record import Record
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.pruning.prune import prune
-from axolotl_loram.recovery.recover import recover
 from axolotl_loram.text.axolotl_text import load_yaml, training_data
 from axolotl_loram.training.align import (
     Alignment,
@@ -42,9 +26,6 @@ from axolotl_loram.training.align import (
     heldout_losses,
     label_tokens,
 )
-from axolotl_loram.training.align_trainer import prepare_trainer
-from axolotl_loram.training.aligned import assemble
-from axolotl_loram.training.run import begin_training
 from axolotl_loram.training.sharding import check_deepspeed, check_sharding
 from axolotl_loram.training.support import check_supported
 
@@ -270,203 +251,6 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed_from(run, tmp_path):
         Alignment(**vars(with_record)).write_record(folder / f"checkpoint-{step}", 1.5)
     begin_alignment(run)
     assert run.resume_from_checkpoint == str(folder / "checkpoint-10")
-
-
-def trained_folder(pruned, folder, change=lambda name, weight: weight + 0.125, shards=1):
-    """What a trainer saves: the pruned model, its weights changed."""
-    shutil.copytree(pruned, folder)
-    (folder / "loram_plan.safetensors").unlink()
-    weights = {n: change(n, w) for n, w in load_file(pruned / "model.safetensors").items()}
-    weights = {name: weight for name, weight in weights.items() if weight is not None}
-    if shards == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return weights
-    (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = {n: weights[n] for n in sorted(weights)[shard::shards]}
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return weights
-
-
-def test_the_aligned_checkpoint_is_a_pruned_one(pruned, tmp_path):
-    """Shards move over without a copy; an earlier result goes; the record grows by an entry."""
-    trained, output = tmp_path / "out/training", tmp_path / "out"
-    output.mkdir()
-    trained_folder(pruned, trained)
-    assemble(trained, pruned, output, {"steps": 1})
-    weights = trained_folder(pruned, tmp_path / "again", lambda n, w: w * 2, shards=3)
-    shutil.rmtree(trained)
-    shutil.move(tmp_path / "again", trained)
-    inode = (trained / "model-00001-of-00003.safetensors").stat().st_ino
-    record = assemble(trained, output, output, {"steps": 2})
-
-    assert (output / "model-00001-of-00003.safetensors").stat().st_ino == inode
-    assert not list(trained.glob("*.safetensors*")) and not (output / "model.safetensors").exists()
-    assert record == Record.load(output).as_json() and [
-        a["steps"] for a in record["alignments"]
-    ] == [1, 2]
-    plan = PruningPlan.load(output)
-    check_pruned(output, plan)
-    assert plan.digest == PruningPlan.load(pruned).digest == record["plan"]
-    assert (output / "config.json").read_bytes() == (pruned / "config.json").read_bytes()
-    hashes = {file.name for file in output.iterdir() if file.is_file()} - {"loram.json"}
-    assert record["files"].keys() == hashes >= {"tokenizer.json", "loram_plan.safetensors"}
-    model = AutoModelForCausalLM.from_pretrained(output)
-    for name, weight in weights.items():
-        assert torch.equal(model.state_dict()[name], weight)
-
-
-def test_weights_keep_the_dtype_of_the_pruned_checkpoint(pruned, tmp_path):
-    """Those that were frozen keep their bits too."""
-    stored = {n: w.bfloat16() for n, w in load_file(pruned / "model.safetensors").items()}
-    half = tmp_path / "half"
-    shutil.copytree(pruned, half)
-    save_file(stored, half / "model.safetensors", metadata={"format": "pt"})
-    weights = trained_folder(pruned, tmp_path / "trained")
-    assemble(tmp_path / "trained", half, tmp_path / "out", {}, ["lm_head.weight"])
-    made = load_file(tmp_path / "out/model.safetensors")
-    assert torch.equal(made.pop("lm_head.weight"), stored["lm_head.weight"])
-    for name, weight in made.items():
-        assert torch.equal(weight, weights[name].bfloat16()) and weight.dtype == torch.bfloat16
-
-
-NORM = "model.norm.weight"
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (lambda weight: None, f"found no {NORM}"),
-        (lambda weight: weight[:0], rf"expected {NORM} of shape \[32\] .*, found \[0\]"),
-        (lambda weight: weight * torch.nan, f"NaN or infinity in {NORM}: the alignment diverged"),
-        (lambda weight: (weight * torch.inf).bfloat16(), f"NaN or infinity in {NORM}"),
-    ],
-)
-def test_no_incomplete_checkpoint_is_published(value, message, pruned, tmp_path):
-    trained_folder(pruned, tmp_path / "good")
-    assemble(tmp_path / "good", pruned, tmp_path / "out", {})
-    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    trained_folder(pruned, tmp_path / "bad", lambda n, w: value(w) if n == NORM else w)
-    with pytest.raises(LoRAMError, match=message):
-        assemble(tmp_path / "bad", pruned, tmp_path / "out", {})
-    assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    assert (tmp_path / "bad/model.safetensors").exists()
-
-
-def test_an_aligned_checkpoint_is_trained_on_and_recovered(pruned, make_model, tmp_path):
-    trained_folder(pruned, tmp_path / "trained")
-    assemble(tmp_path / "trained", pruned, tmp_path / "aligned", {})
-    settings = {
-        "base_model": str(make_model()),
-        "output_dir": str(tmp_path / "out"),
-        "loram": {"pruned_model_path": str(tmp_path / "aligned")},
-    }
-    begun = begin_training(DictDefault(settings))
-    assert begun.pruned == tmp_path / "aligned"
-    train_on(begun.pruned, begun.trained)
-    record = recover(begun.trained, str(begun.pruned), begun.output, begun.base, update=True)
-    assert record["plan"] == begun.plan.digest and (tmp_path / "out/adapter_config.json").exists()
-
-
-def rows_of(lengths):
-    """Rows of tokens; as Axolotl's sample packing has them, the second half of each is a sample."""
-    ids = [[(7 * i + j) % 250 + 3 for j in range(n)] for i, n in enumerate(lengths)]
-    masks = [[1] * (n // 2) + [2] * (n - n // 2) for n in lengths]
-    return Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": ids})
-
-
-def make_trainer(begun, cfg, lengths=(8, 6, 8, 8, 4, 8, 8, 8), max_steps=3):
-    arguments = TrainingArguments(
-        begun.trained,
-        per_device_train_batch_size=2,
-        max_steps=max_steps,
-        save_steps=1,
-        learning_rate=0.01,
-        lr_scheduler_type="constant",
-        warmup_steps=2,
-        report_to=[],
-        use_cpu=True,
-        seed=1,
-        logging_steps=1,
-        disable_tqdm=True,
-    )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(begun.pruned)
-    trainer = Trainer(
-        AutoModelForCausalLM.from_pretrained(begun.pruned),
-        arguments,
-        DataCollatorForSeq2Seq(tokenizer),
-        rows_of(lengths),
-        rows_of([8, 8, 5]),
-        processing_class=tokenizer,
-    )
-    prepare_trainer(begun, cfg, trainer)
-    return trainer
-
-
-def test_what_the_trainer_measures(run, pruned, tmp_path):
-    """Loss before and after, tokens without padding, and the same after a resume, once."""
-    begun = begin_alignment(run)
-    trainer = make_trainer(begun, run)
-    model = AutoModelForCausalLM.from_pretrained(pruned)
-    head = model.lm_head.weight.detach().clone()
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    whole = dict(begun.outcome)
-    assert whole["heldout_loss"]["before"] == pytest.approx(before, rel=1e-6)
-    assert whole["heldout_loss"]["after"] == pytest.approx(trainer.evaluate()["eval_loss"])
-    assert whole["heldout_loss"]["tokens"] == 21 and whole["trained"]["lm_head"] is False
-    assert whole["steps"] == 3 and 38 <= whole["tokens"] <= 48 and whole["warmup_steps"] == 2
-    batches = trainer.callback_handler.train_dataloader
-    assert whole["tokens"] == sum(len(ids[ids != 2]) for ids in seen(batches, steps=3))
-    assert torch.equal(trainer.model.lm_head.weight, head)
-
-    for checkpoint in (1, 3):  # in the middle, and where nothing is left but to publish
-        cfg = DictDefault({**run, "base_model": str(pruned), "output_dir": str(tmp_path / "out")})
-        cfg.resume_from_checkpoint = str(tmp_path / f"out/training/checkpoint-{checkpoint}")
-        again = begin_alignment(cfg)
-        resumed = make_trainer(again, cfg)
-        resumed.train(resume_from_checkpoint=cfg.resume_from_checkpoint)
-        for key in ("steps", "tokens", "heldout_loss"):
-            assert again.outcome[key] == pytest.approx(whole[key]), (checkpoint, key)
-        before = Record.load(Path(cfg.resume_from_checkpoint)).seconds
-        assert again.outcome["seconds"] >= round(before, 1)
-        for name, weight in trainer.model.state_dict().items():
-            torch.testing.assert_close(resumed.model.state_dict()[name], weight)
-
-    resumed.save_model(again.trained)
-    finish_alignment(again)
-    assert Record.load(tmp_path / "out").alignments[-1]["tokens"] == whole["tokens"]
-    assert Checkpoint(tmp_path / "out").fingerprint() != begun.fingerprint
-
-
-def seen(batches, steps):
-    batches.set_epoch(0)
-    return [
-        ids for _, batch in zip(range(steps), batches, strict=False) for ids in batch["input_ids"]
-    ]
-
-
-def test_the_lm_head_and_the_vocabulary(run, make_model, tmp_path):
-    """Tied to the embedding, neither is trained unless asked for; a resized one is refused."""
-    tied = make_model(tie_word_embeddings=True)
-    prune(str(tied), tmp_path / "tied", PruningArgs(ratio=0.5))
-    for train_lm_head in (False, True):
-        cfg = DictDefault({**run, "base_model": str(tmp_path / "tied")})
-        cfg.loram = {"stage": "align", "train_lm_head": train_lm_head}
-        begun = begin_alignment(cfg)
-        make_trainer(begun, cfg)
-        trained = {"lm_head": train_lm_head, "embedding": train_lm_head}
-        assert begun.outcome["trained"] == trained
-        assert ("model.embed_tokens.weight" in begun.frozen) is not train_lm_head
-    trainer = make_trainer(begun, cfg)
-    trainer.model.resize_token_embeddings(300)
-    with pytest.raises(LoRAMError, match=r"vocabulary of the pruned model .* found 300"):
-        prepare_trainer(begun, cfg, trainer)
 
 
 def test_losses_are_of_the_first_and_the_last_step():

@@ -1,14 +1,12 @@
 """Alignment by `axolotl train` itself: on one process, and on two under DeepSpeed on the CPU."""
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, write_yaml
+from conftest import RANKS, run_command, write_yaml
 from safetensors.torch import load_file, save_file
 
 from axolotl_loram.architecture.pairing import check_pruned
@@ -17,7 +15,6 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.pruning.prune import prune
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).resolve().parents[1]
 STEPS, ROW = 6, 64
 ZERO3 = {
     "zero_optimization": {
@@ -88,20 +85,11 @@ def train(work, name, *launcher, check=True, environment=None, **changes):
     """Run `axolotl train` and return what it says."""
     witness = work / f"witness-{name}"
     witness.mkdir(exist_ok=True)
-    paths = [str(HERE / "support/cpu_ranks"), os.environ.get("PYTHONPATH", "")]
-    variables = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "WITNESS": str(witness),
-        **(environment or {}),
-    }
+    variables = {**RANKS, "WITNESS": str(witness), **(environment or {})}
     yaml_file = write_yaml(work / f"{name}.yml", settings(work, name, **changes))
     launcher = launcher or ("python",)
     command = ("axolotl", "train", yaml_file, "--launcher", *launcher)
-    result = run_command(*command, check=check, env=variables)
+    result = run_command(*command, check=check, variables=variables)
     return result.stdout + result.stderr
 
 

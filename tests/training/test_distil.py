@@ -313,7 +313,7 @@ def test_axolotl_train_distils(make_model, settings, tmp_path):
     changes = {"adapter": None, "lora_target_linear": None, "max_steps": 12}
     config = {k: v for k, v in settings(tmp_path / "pruned", **changes).items() if v is not None}
     file = write_yaml(tmp_path / "align.yml", {**config, "loram": section})
-    run_command("axolotl", "train", file)
+    run_command("axolotl", "train", file, "--launcher", "python")
     record = json.loads((tmp_path / "out/loram.json").read_text())["alignments"][0]
     assert record["objective"] == "distillation" and record["teacher"]["id"] == str(base)
     assert record["teacher"]["top_k"] == 32 and record["steps"] == 12
