@@ -21,6 +21,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import write_json
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import check_free, resumable
+from axolotl_loram.memory.data import place_bytes
 from axolotl_loram.training.teacher import (
     TEACHER_FILE,
     Row,
@@ -156,7 +157,7 @@ def make_served(
         "top_k": top_k,
         "computed_in": f"{server.model}, served",
     }
-    check_free(output, record, record["places"] * (8 * top_k + 4), "choose another disk")
+    check_free(output, record, record["places"] * place_bytes(top_k), "choose another disk")
     with resumable(output, record) as work, ThreadPoolExecutor(AT_ONCE) as pool:
         done = progress(len(sequences), "asking", "row")
         for part, name in zip(parts, record["files"], strict=True):
