@@ -16,7 +16,7 @@ from typing import Any
 
 from axolotl_loram.architecture.config_json import Config, is_tied, layer_fields
 from axolotl_loram.architecture.lora_names import PARTNERS, split_name
-from axolotl_loram.architecture.model import embedding_module
+from axolotl_loram.architecture.model import embedding_module, parameters
 from axolotl_loram.config_loram import Server
 from axolotl_loram.recovery.adapter import EXACT_INITS
 
@@ -40,6 +40,8 @@ VLLM_EMBEDDINGS: Mapping[str, Collection[str]] = {
 """Family → `embedding_modules` of its class; it has none in the others."""
 VLLM_STACKED = ("gpt_oss",)
 """Families with `is_3d_moe_weight`, whose stacked experts are taken without further settings."""
+LLAMA_CPP_NO_HEAD = ("gemma", "gemma2", "cohere", "cohere2")
+"""Families whose architecture has no tensor for a head of its own."""
 SGLANG_MODULES = frozenset(
     (
         *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
@@ -176,6 +178,12 @@ def _tied(subject: Subject) -> str | None:
     return f"LoRA on {', '.join(adapted)}, which are one tensor in the base" if tied else None
 
 
+def _unbiased(subject: Subject) -> str | None:
+    biases = [name for name in subject.tensors if name.endswith(".lora_B.bias")]
+    biased = {t.module for t in parameters(subject.config) if t.bias} if subject.config else ()
+    return next((name for name in biases if split_name(name)[0] not in biased), None)
+
+
 def _experts(subject: Subject) -> str | None:
     adapted = "experts" in subject.ends or subject.settings.get("target_parameters")
     return "LoRA on stacked experts" if adapted else None
@@ -194,11 +202,10 @@ def _tower(subject: Subject) -> str | None:
     return f"LoRA on {inside}" if inside else None
 
 
-def _ends(named: Collection[str], family: str | None = None) -> Callable[[Subject], str | None]:
+def _on(module: str, families: Collection[str]) -> Callable[[Subject], str | None]:
     def found(subject: Subject) -> str | None:
-        adapted = sorted(subject.ends.intersection(named))
-        mine = adapted and family in (None, subject.family)
-        return f"LoRA on {', '.join(adapted)}" if mine else None
+        adapted = module in subject.ends and subject.family in families
+        return f"LoRA on {module} of {subject.family}" if adapted else None
 
     return found
 
@@ -302,6 +309,18 @@ RULES: tuple[Rule, ...] = (
         },
     ),
     Rule(
+        "no LoRA on the lm_head of a family that it has none for",
+        _on("lm_head", LLAMA_CPP_NO_HEAD),
+        "train without it in lora_target_modules",
+        {"llama.cpp": "gguf-py/gguf/constants.py (MODEL_TENSORS)"},
+    ),
+    Rule(
+        "biases of LoRA only where the layer has a bias",
+        _unbiased,
+        "train without lora_bias",
+        {"merge-lora": "peft/tuners/lora/layer.py"},
+    ),
+    Rule(
         "no LoRA on stacked experts (target_parameters)",
         _experts,
         "adapt linear layers alone",
@@ -324,13 +343,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "no LoRA on gate_up_proj of GLM-4-0414, which it takes for two modules",
-        _ends({"gate_up_proj"}, "glm4"),
+        _on("gate_up_proj", ("glm4",)),
         "leave it out of lora_target_modules",
         {"vllm": "lora/worker_manager.py, model_executor/models/glm4.py"},
     ),
     Rule(
         "no LoRA on kv_b_proj, which is taken apart",
-        _ends({"kv_b_proj"}),
+        _on("kv_b_proj", ("deepseek_v3",)),
         "leave it out of lora_target_modules",
         {"llama.cpp": "conversion/deepseek.py"},
     ),
