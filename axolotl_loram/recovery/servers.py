@@ -130,14 +130,24 @@ def _variant(subject: Subject) -> str | None:
     return next((f"{name}: {value}" for name, value in said.items() if value), None)
 
 
-def _whole(subject: Subject) -> str | None:
-    """Tensors that are no LoRA matrices. PEFT saves embeddings with LoRA too: harmless copies."""
-    vocabulary = subject.config and layer_fields(subject.config, None).get("vocab_size")
+def _tokens(subject: Subject) -> tuple[int, int] | None:
+    """Tokens of the vocabulary that it was trained with, and of the base's, where these differ."""
+    base = (subject.config and layer_fields(subject.config, None).get("vocab_size")) or 0
     for name, shape in subject.tensors.items():
-        copied = name.endswith(".base_layer.weight")
-        if copied and vocabulary and shape[0] != vocabulary:
-            return f"{name} of {shape[0]} tokens, where the base has {vocabulary}"
-        if not copied and split_name(name)[1] not in PARTNERS:
+        module, part = split_name(name)
+        embeds = part == "weight" and module.rpartition(".")[2] in EMBEDDINGS
+        if embeds and base and shape[0] != base:
+            return shape[0], base
+    return None
+
+
+def _whole(subject: Subject) -> str | None:
+    """Tensors that are no LoRA matrices; copies of embeddings, which PEFT adds, do no harm."""
+    grown = _tokens(subject)
+    if grown:
+        return f"a vocabulary of {grown[0]} tokens, where the base has {grown[1]}"
+    for name in subject.tensors:
+        if not name.endswith(".base_layer.weight") and split_name(name)[1] not in PARTNERS:
             return f"{name}, which is no matrix of LoRA"
     for key in () if subject.tensors else ("modules_to_save", "trainable_token_indices"):
         if subject.settings.get(key):
@@ -154,11 +164,9 @@ def _rslora(subject: Subject) -> str | None:
     return f"use_rslora, where it scales by alpha / r (lora_alpha {same:.10g} were the same)"
 
 
-def _pattern(name: str) -> Callable[[Subject], str | None]:
-    def found(subject: Subject) -> str | None:
-        return f"{name}: {subject.settings[name]}" if subject.settings.get(name) else None
-
-    return found
+def _patterned(subject: Subject) -> str | None:
+    found = [key for key in ("rank_pattern", "alpha_pattern") if subject.settings.get(key)]
+    return f"{found[0]}: {subject.settings[found[0]]}" if found else None
 
 
 def _rank(subject: Subject) -> str | None:
@@ -252,11 +260,7 @@ RULES: tuple[Rule, ...] = (
         "plain LoRA: no DoRA, biases, replicated layers, or first weights that change the base",
         _variant,
         "train plain LoRA",
-        {
-            "vllm": _VLLM,
-            "llama.cpp": _CONVERTER,
-            "sglang": "srt/lora/lora_manager.py",
-        },
+        {"vllm": _VLLM, "llama.cpp": _CONVERTER, "sglang": "srt/lora/lora_manager.py"},
     ),
     Rule(
         "matrices of LoRA alone: no module saved whole, no new or trained token, no norm",
@@ -273,19 +277,13 @@ RULES: tuple[Rule, ...] = (
         _rslora,
         "write that with use_rslora false into adapter_config.json where there is one rank, or "
         "train without peft_use_rslora",
-        {"llama.cpp": "src/llama-adapter.h", "sglang": _SGLANG},
+        {"sglang": _SGLANG},
     ),
     Rule(
-        "one alpha",
-        _pattern("alpha_pattern"),
-        "train without lora_alpha_pattern",
-        {"llama.cpp": "src/llama-adapter.h", "sglang": _SGLANG},
-    ),
-    Rule(
-        "one rank",
-        _pattern("rank_pattern"),
-        "train without lora_rank_pattern",
-        {"sglang": "srt/lora/mem_pool.py"},
+        "one rank and one alpha",
+        _patterned,
+        "train without lora_rank_pattern and lora_alpha_pattern",
+        {"sglang": f"{_SGLANG}, srt/lora/mem_pool.py"},
     ),
     Rule(
         f"rank {VLLM_RANKS[-1]} at most",
@@ -303,10 +301,7 @@ RULES: tuple[Rule, ...] = (
         "no LoRA on embeddings that are tied",
         _tied,
         "train without them in lora_target_modules",
-        {
-            "merge-lora": "peft/tuners/lora/layer.py",
-            "llama.cpp": f"{_CONVERTER}, src/llama-adapter.cpp, src/llama-graph.cpp",
-        },
+        {"merge-lora": "peft/tuners/lora/layer.py", "llama.cpp": "src/llama-{adapter,graph}.cpp"},
     ),
     Rule(
         "no LoRA on the lm_head of a family that it has none for",
@@ -336,10 +331,7 @@ RULES: tuple[Rule, ...] = (
         "LoRA on the language tower alone",
         _tower,
         "name modules of the language tower in lora_target_modules",
-        {
-            "llama.cpp": f"{_CONVERTER} (filter_tensors)",
-            "sglang": "srt/models (should_apply_lora)",
-        },
+        {"llama.cpp": f"{_CONVERTER} (filter_tensors)", "sglang": "srt/models (should_apply_lora)"},
     ),
     Rule(
         "no LoRA on gate_up_proj of GLM-4-0414, which it takes for two modules",
@@ -380,20 +372,25 @@ def _max_rank(subject: Subject) -> str | None:
     return f"--max-lora-rank {needed}" if needed > 16 else None
 
 
+def _scaled(subject: Subject) -> str | None:
+    found = [key for key in ("use_rslora", "alpha_pattern") if subject.settings.get(key)]
+    return f"axolotl-loram export, as its own converter passes over {found[0]}" if found else None
+
+
+def _resized(subject: Subject) -> str | None:
+    grown = _tokens(subject)
+    return f"base.resize_token_embeddings({grown[0]}) first" if grown else None
+
+
 def _stacked(subject: Subject) -> str | None:
     if not _experts(subject) or subject.family in VLLM_STACKED:
         return None
     return '--enable-mixed-moe-lora-format, and "is_3d_lora_weight": true in --lora-modules'
 
 
-def _grown(subject: Subject) -> str | None:
-    found = _whole(subject) or ""
-    tokens = re.search(r" of (\d+) tokens", found)
-    return f"base.resize_token_embeddings({tokens[1]}) first" if tokens else None
-
-
 SETTINGS: tuple[tuple[Server, Callable[[Subject], str | None]], ...] = (
-    ("peft", _grown),
+    ("peft", _resized),
+    ("llama.cpp", _scaled),
     ("vllm", _max_rank),
     ("vllm", lambda subject: _tower(subject) and "--enable-tower-connector-lora (experimental)"),
     ("vllm", _stacked),

@@ -36,12 +36,12 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 STACKED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 SERVE = {"vllm", "llama.cpp", "sglang"}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-HEAD = [*QV, "lm_head"]
+HEAD, HEADS = [*QV, "lm_head"], ["embed_tokens", "lm_head"]
 CASES = {
     "plain": ("llama", {}, {"target_modules": LINEAR}, set()),
     "patterned ranks": ("llama", {}, {"rank_pattern": {"v_proj": 4}}, {"sglang"}),
-    "rank-stabilized": ("llama", {}, {"use_rslora": True}, {"llama.cpp", "sglang"}),
-    "patterned alpha": ("llama", {}, {"alpha_pattern": {"v_proj": 4}}, {"llama.cpp", "sglang"}),
+    "rank-stabilized": ("llama", {}, {"use_rslora": True}, {"sglang"}),
+    "patterned alpha": ("llama", {}, {"alpha_pattern": {"v_proj": 4}}, {"sglang"}),
     "DoRA": ("llama", {}, {"use_dora": True}, SERVE),
     "biases": ("llama", {}, {"lora_bias": True}, {*SERVE, "merge-lora"}),
     "biases beside others": ("qwen2", {}, {"lora_bias": True}, SERVE),
@@ -49,6 +49,7 @@ CASES = {
     "norm saved whole": ("llama", {}, {"modules_to_save": ["input_layernorm"]}, SERVE),
     "tokens": ("llama", {}, {"trainable_token_indices": [1, 2]}, SERVE),
     "grown": ("llama", {"vocabulary": 272}, {"target_modules": [*QV, "embed_tokens"]}, SERVE),
+    "grown, saved whole": ("llama", {"vocabulary": 272}, {"modules_to_save": HEADS}, SERVE),
     "rank of 600": ("llama", {}, {"r": 600}, {"vllm"}),
     "embedding": ("llama", {}, {"target_modules": [*QV, "embed_tokens", "lm_head"]}, set()),
     "embedding of Mistral": ("mistral", {}, {"target_modules": [*QV, "embed_tokens"]}, {"vllm"}),
@@ -134,6 +135,8 @@ def test_peft_loads_what_is_said_to_be_for_it(case, adapters, make_model):
         ("experts of gpt-oss", "vllm", ""),
         ("vision tower", "vllm", "--enable-tower-connector-lora"),
         ("plain", "vllm", ""),
+        ("rank-stabilized", "llama.cpp", "axolotl-loram export, as its own"),
+        ("patterned alpha", "llama.cpp", "axolotl-loram export, as its own"),
     ],
 )
 def test_settings_of_the_server(case, server, settings, adapters):
@@ -153,7 +156,7 @@ def test_vllm_gets_the_smallest_rank_that_it_allows(rank, needed, make_model, tm
 def test_what_is_said_to_be_the_same_is(adapters, make_model, tmp_path):
     """The way out of rsLoRA that the sentence names."""
     folder, expected = adapters["rank-stabilized"]
-    made = verdicts(subject_of(folder), ["llama.cpp"])
+    made = verdicts(subject_of(folder), ["sglang"])
     alpha = float(made[0].because[0].split("lora_alpha ")[1].split(" ")[0])
     model = load(make_model, "llama", {})
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -161,7 +164,7 @@ def test_what_is_said_to_be_the_same_is(adapters, make_model, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     weights = "adapter_model.safetensors"
     (tmp_path / weights).write_bytes((folder / weights).read_bytes())
-    assert not verdicts(subject_of(tmp_path), ["llama.cpp"])[0].because
+    assert not verdicts(subject_of(tmp_path), ["sglang"])[0].because
     torch.testing.assert_close(logits_of(PeftModel.from_pretrained(model, tmp_path)), expected)
 
 
@@ -177,13 +180,13 @@ def test_inspect_tells_of_a_recovered_adapter_and_its_card_too(make_model, tmp_p
     told = CliRunner().invoke(main, ["inspect", str(folder), "--servable", "--json"])
     found = {one["server"]: one for one in json.loads(told.stdout)["servable"]}
     assert found["vllm"]["settings"] == "--max-lora-rank 32" and found["vllm"]["serves"]
-    assert "use_rslora" in found["llama.cpp"]["because"][0]
+    assert "use_rslora" in found["sglang"]["because"][0] and not found["sglang"]["serves"]
     told = CliRunner().invoke(main, ["inspect", str(folder), "--servable"])
     lines = [line for line in told.stdout.splitlines() if line.startswith("vllm ")]
     assert lines and lines[0].endswith("yes, with --max-lora-rank 32"), told.stdout
     assert found.keys() == {v.server for v in al.inspect(folder, servable=True).servable}
     card = (folder / "README.md").read_text()
-    assert "Taken as it is by peft, merge-lora, vllm (--max-lora-rank 32)." in card
+    assert "Taken as it is by peft, merge-lora, vllm (--max-lora-rank 32), llama.cpp (" in card
     with pytest.raises(LoRAMError, match="expected an adapter with adapter_config"):
         al.inspect(tmp_path / "pruned", servable=True)
 
@@ -225,8 +228,16 @@ def test_llama_cpps_converter_takes_what_is_said_to_be_for_it(adapters, make_mod
     told = json.loads(done.stdout.rpartition("told ")[2])
     whole = {name for name in CASES if converted_whole(told[name], adapters[name][0])}
     servable = {name for name, case in CASES.items() if "llama.cpp" not in case[-1]}
-    loads_only = {"tied head"}  # refused by the engine, which has no such tensor
-    assert whole - loads_only == servable, told
+    engine = {"tied head"}  # refused by the engine, which has no such tensor
+    exported = {name for name in CASES if needs_export(adapters[name][0])}
+    assert exported == {"rank-stabilized", "patterned alpha"}
+    assert whole - engine == servable - exported, told
+
+
+def needs_export(folder) -> bool:
+    return verdicts(subject_of(folder), ["llama.cpp"])[0].settings.startswith(
+        "axolotl-loram export"
+    )
 
 
 def converted_whole(told, folder) -> bool:
