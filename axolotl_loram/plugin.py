@@ -44,7 +44,8 @@ from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
 from axolotl_loram.recovery.merge import merge_masked
 from axolotl_loram.recovery.recover import Filler, recover
-from axolotl_loram.recovery.servable import subject_of, verdicts
+from axolotl_loram.recovery.servable import verdicts
+from axolotl_loram.recovery.servers import Subject
 from axolotl_loram.recovery.whole import check_complete, trained_shapes
 from axolotl_loram.results.publish import publish_adapter
 from axolotl_loram.results.secrets import without_secrets
@@ -243,8 +244,9 @@ def _merge_all_of_it(cfg: Any) -> None:
     if not Path(cfg.lora_model_dir, ADAPTER_FILE).is_file():
         return
     config = load_config(str(cfg.base_model), cfg.revision_of_model)
-    subject, family = subject_of(Path(cfg.lora_model_dir), config), family_of(config)
-    (verdict,) = verdicts(subject, ["merge-lora"])
+    tensors, family = Checkpoint(Path(cfg.lora_model_dir), ADAPTER_FILE).tensors, family_of(config)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    (verdict,) = verdicts(Subject({}, shapes, config), ["merge-lora"])
     if not verdict.serves:
         raise LoRAMError(
             f"expected an adapter that can be merged, found {verdict.because[0]}, or use PEFT"
@@ -252,7 +254,7 @@ def _merge_all_of_it(cfg: Any) -> None:
     renamed = family.stored_name("lm_head.weight") != "lm_head.weight"
     left_out = [
         name
-        for name, (module, part) in ((name, split_name(name)) for name in subject.tensors)
+        for name, (module, part) in ((name, split_name(name)) for name in tensors)
         if part not in MERGED_BY_SHARDS or (renamed and module == "lm_head")
     ]
     if left_out:

@@ -6,7 +6,7 @@ is about to train.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,12 +66,8 @@ def verdicts(subject: Subject, servers: Iterable[Server] = tuple(SERVERS)) -> li
     return made
 
 
-def subject_of(folder: Path, config: Config | None = None) -> Subject:
-    """What is known of the adapter in a folder; downloads nothing.
-
-    Args:
-        folder: Of the adapter.
-        config: Of the base; by default of the one that the adapter names, if it is here.
+def subject_of(folder: Path) -> Subject:
+    """What is known of the adapter in a folder, and of its base; downloads nothing.
 
     Raises:
         LoRAMError: There is none, PEFT would not load it, or it is for a pruned model.
@@ -90,13 +86,15 @@ def subject_of(folder: Path, config: Config | None = None) -> Subject:
     weights = Checkpoint(folder, ADAPTER_FILE)
     check_names(weights)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    return Subject(settings, shapes, config or _config_of_base(settings))
+    return Subject(settings, shapes, _config_of_base(settings))
 
 
-def _config_of_base(settings: Any) -> Config | None:
+def _config_of_base(settings: Mapping[str, Any]) -> Config | None:
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(base, str) or not isinstance(revision, str | None):
+        return None
     with suppress(LoRAMError):  # of a family that is not declared, less is known
-        file = find_local_file(base, "config.json", revision) if isinstance(base, str) else None
+        file = find_local_file(base, "config.json", revision)
         return load_config(str(file)) if file else None
     return None
 

@@ -135,7 +135,7 @@ def _tokens(subject: Subject) -> tuple[int, int] | None:
     base = (subject.config and layer_fields(subject.config, None).get("vocab_size")) or 0
     for name, shape in subject.tensors.items():
         module, part = split_name(name)
-        embeds = part == "weight" and module.rpartition(".")[2] in EMBEDDINGS
+        embeds = part == "weight" and module.rpartition(".")[2] in EMBEDDINGS and shape
         if embeds and base and shape[0] != base:
             return shape[0], base
     return None
