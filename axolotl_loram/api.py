@@ -236,7 +236,12 @@ def recover(
 
 
 def inspect(
-    model: Name, *, verify: bool = False, base: Name | None = None, revision: str | None = None
+    model: Name,
+    *,
+    verify: bool = False,
+    base: Name | None = None,
+    revision: str | None = None,
+    servable: bool = False,
 ) -> Inspection:
     """Tell what a folder or a model on the hub is, and whether what LoRAM made is whole.
 
@@ -248,15 +253,17 @@ def inspect(
         base: Folder or hub id of the base model for that; by default the recorded one, where it
             is on this machine.
         revision: Branch, tag or commit on the hub.
+        servable: Tell which servers take the adapter: see `Inspection.servable`.
 
     Raises:
-        LoRAMError: No such model; without `verify`, files that do not fit one another.
+        LoRAMError: No such model, or with `servable` no adapter; without `verify`, files that
+            do not fit one another.
     """
     from axolotl_loram.results.inspect import inspect as look
 
     named_base = None if base is None else str(base)
     with progress_bar("verifying") as progress:
-        found = look(str(model), revision, verify, named_base, progress)
+        found = look(str(model), revision, verify, named_base, progress, servable)
     return Inspection(found, str(model))
 
 

@@ -13,6 +13,7 @@ from axolotl_loram.tables import evaluation_table, lines
 
 if TYPE_CHECKING:
     from axolotl_loram.architecture.plan import PruningPlan
+    from axolotl_loram.recovery.servable import Verdict
     from axolotl_loram.results.inspect import Check
 
 Json = Mapping[str, Any]
@@ -155,6 +156,14 @@ class Inspection(Found):
         from axolotl_loram.results.inspect import Check
 
         return tuple(Check(**check) for check in self.found.get("checks", ()))
+
+    @property
+    def servable(self) -> tuple[Verdict, ...]:
+        """What each server makes of the adapter, where `servable=True` asked for it."""
+        from axolotl_loram.recovery.servable import Verdict
+
+        found = self.found.get("servable", ())
+        return tuple(Verdict(**one | {"because": tuple(one["because"])}) for one in found)
 
     @property
     def failed(self) -> tuple[Check, ...]:

@@ -40,6 +40,12 @@ from axolotl_loram.config_evaluate import EvaluationRequest
     "is on this machine.",
 )
 @click.option(
+    "--servable",
+    is_flag=True,
+    help="Tell which of PEFT, merge-lora, vLLM, llama.cpp and SGLang take the adapter as it is, "
+    "with which setting, or why not.",
+)
+@click.option(
     "--propose",
     "proposing",
     is_flag=True,
@@ -52,6 +58,7 @@ def inspect(
     model: str,
     verifying: bool,
     base: str | None,
+    servable: bool,
     proposing: bool,
     revision: str | None,
     as_json: bool,
@@ -68,7 +75,7 @@ def inspect(
             proposal = propose(stored_config(model, revision))
         click.echo(json.dumps(proposal.summary()) if as_json else proposal.text())
         return
-    found = api.inspect(model, verify=verifying, base=base, revision=revision)
+    found = api.inspect(model, verify=verifying, base=base, revision=revision, servable=servable)
     print_result(found, as_json)
     found.require_whole()
 

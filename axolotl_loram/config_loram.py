@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from axolotl_loram.config import Fill, PruningArgs, Section
 from axolotl_loram.errors import LoRAMError
 
+Server = Literal["peft", "merge-lora", "vllm", "llama.cpp", "sglang"]
 TEACHER_KEYS = ("teacher_path", "teacher_revision", "teacher_top_k", "next_token_share")
 ALIGN_KEYS = ("train_lm_head", "objective")
 """Keys of the `loram:` section that only `stage: align` has; TRAIN_KEYS, those it has not."""
@@ -27,6 +28,7 @@ TRAIN_KEYS = (
     "evaluate_recovered_path",
     "evaluate_recovered_documents",
     "evaluate_recovered_device",
+    "serve_with",
 )
 
 
@@ -103,6 +105,12 @@ class LoRAMConfig(Section):
     )
     evaluate_recovered_device: Literal["cpu", "cuda"] = Field(
         default="cpu", description="Where the base is held for that."
+    )
+    serve_with: tuple[Server, ...] | None = Field(
+        default=None,
+        description="A list of servers that are to take the adapter as it is: one that would not "
+        "ends the run before its work, with the setting that avoids it. By default a warning tells "
+        "of vllm and llama.cpp.",
     )
     stage: Literal["train", "align"] = Field(
         default="train",

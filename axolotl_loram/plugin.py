@@ -44,6 +44,8 @@ from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
 from axolotl_loram.recovery.merge import merge_masked
 from axolotl_loram.recovery.recover import Filler, recover
+from axolotl_loram.recovery.servable import verdicts
+from axolotl_loram.recovery.servers import Subject
 from axolotl_loram.recovery.whole import check_complete, trained_shapes
 from axolotl_loram.results.publish import publish_adapter
 from axolotl_loram.results.secrets import without_secrets
@@ -62,6 +64,7 @@ from axolotl_loram.training.memory_log import correct_prediction, measure_run, s
 from axolotl_loram.training.monitor import RecoveredEvaluation, check_can_evaluate
 from axolotl_loram.training.recoverable import check_recoverable
 from axolotl_loram.training.run import Run, begin_training, use_recovered_adapter
+from axolotl_loram.training.serving import check_adapter_to_be
 from axolotl_loram.training.support import aligns, check_router_losses, check_supported
 
 LOG = logging.getLogger(__name__)
@@ -148,12 +151,13 @@ class LoRAMPlugin(BasePlugin):
         if self.run is None:
             return
         self.run.trained_shapes.update(trained_shapes(trainer.model))
-        check_recoverable(self.run, trainer.model)
+        adapter = check_recoverable(self.run, trainer.model)
+        section = LoRAMConfig.model_validate(dict(cfg.loram))
+        check_adapter_to_be(adapter, section, self.run.plan.config)
         warn_of_masked_labels(trainer)
         correct_prediction(self.run.memory["predicted"], trainer.model, cfg)
         if self.run.masked:
             confine_update(self.run, trainer.model)
-        section = cfg.loram
         if section.anchor == "base":
             found = prepare_anchor(self.run, section.anchor_path, section.cache_dir, trainer)
             self.run.anchor.update(found)
@@ -239,8 +243,14 @@ def _merge_all_of_it(cfg: Any) -> None:
     """Have PEFT merge what Axolotl's merging by shards (0.19) leaves out without a word."""
     if not Path(cfg.lora_model_dir, ADAPTER_FILE).is_file():
         return
-    tensors = Checkpoint(Path(cfg.lora_model_dir), ADAPTER_FILE).tensors
-    family = family_of(load_config(str(cfg.base_model), cfg.revision_of_model))
+    config = load_config(str(cfg.base_model), cfg.revision_of_model)
+    tensors, family = Checkpoint(Path(cfg.lora_model_dir), ADAPTER_FILE).tensors, family_of(config)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    (verdict,) = verdicts(Subject({}, shapes, config), ["merge-lora"])
+    if not verdict.serves:
+        raise LoRAMError(
+            f"expected an adapter that can be merged, found {verdict.because[0]}, or use PEFT"
+        )
     renamed = family.stored_name("lm_head.weight") != "lm_head.weight"
     left_out = [
         name

@@ -1,8 +1,8 @@
 """Writes what of docs/ and README follows from the code: `make docs`.
 
 keys.md from the field descriptions of the schemas; the tables of families.md, which-gpu.md,
-which-way.md and README.md between their marks. tests/test_project.py holds the files against
-`pages`.
+which-way.md, serving.md and README.md between their marks. tests/test_project.py holds the files
+against `pages`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from axolotl_loram.memory.gpus import that_hold
 from axolotl_loram.memory.predict import GIB, compare, pruned_config
 from axolotl_loram.memory.settings import TrainingArgs
 from axolotl_loram.memory.tables import ways_markdown
+from axolotl_loram.recovery.servers import RULES
 
 DOCS = Path(__file__).resolve().parent
 SCHEMAS = {
@@ -148,10 +149,20 @@ def short_ways() -> str:
     return ways("way", "GPU, GiB", "fits", "host, GiB", "PCIe, GB a step", "tokens/s ≤")
 
 
+def rules() -> str:
+    """What servers ask of an adapter, of whom it is asked, and where that was read."""
+    lines = ["| what is asked | by whom, read in |", "|---|---|"]
+    for rule in RULES:
+        read = ", ".join(f"{server} (`{files}`)" for server, files in rule.read_in.items())
+        lines.append(f"| {rule.name} | {read} |")
+    return "\n".join(lines)
+
+
 PARTS = {
     "families.md": families,
     "which-gpu.md": gpus,
     "which-way.md": ways,
+    "serving.md": rules,
     "../README.md": short_ways,
 }
 

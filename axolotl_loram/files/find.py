@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def find_local_weights(model: str, revision: str | None = None) -> Path | None:
 def find_local_file(model: str, name: str, revision: str | None = None) -> Path | None:
     """A file of a folder, or of a model in the hub's cache, or None: downloads nothing."""
     if is_folder(model) or _looks_local(model):
-        return Path(model, name) if Path(model, name).is_file() else None
+        with suppress(OSError):  # a name that no file system takes
+            return Path(model, name) if Path(model, name).is_file() else None
+        return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

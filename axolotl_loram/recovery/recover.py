@@ -26,6 +26,8 @@ from axolotl_loram.files.tensors import ADAPTER_FILE, write_safetensors
 from axolotl_loram.files.untrusted import copy_files
 from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.scatter import Moved
+from axolotl_loram.recovery.servable import one_line, verdicts
+from axolotl_loram.recovery.servers import Subject
 from axolotl_loram.recovery.whole import check_adapter
 
 LOG = logging.getLogger(__name__)
@@ -88,7 +90,9 @@ def recover(
             fill=about,
         )
         record.save(scratch)
-        text = model_card(base, _steps(record.trained or {}) + card)
+        shapes = {m.stored.name: m.shape for m in moved}
+        served = one_line(verdicts(Subject(adapter.settings, shapes, plan.config)))
+        text = model_card(base, _steps(record.trained or {}) + f"{served}\n\n" + card)
         (scratch / "README.md").write_text(text, encoding="utf-8")
         copy_files(adapter.folder, scratch, TOKENIZER_PATTERNS)
     return {**record.as_json(), "output": str(output)}

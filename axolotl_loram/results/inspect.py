@@ -28,8 +28,9 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.tensors import Checkpoint, has_weights
+from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.recovery.servable import Verdict, as_json, subject_of, verdicts
 from axolotl_loram.results import checks
 from axolotl_loram.results.artefacts import EVALUATION_FILE
 from axolotl_loram.results.checks import Failed, Subject, Unknown
@@ -37,7 +38,7 @@ from axolotl_loram.tables import lines
 
 SMALL_PATTERNS = ("config.json", "loram*", ADAPTER_CONFIG, EVALUATION_FILE)
 ALL_PATTERNS = (*MODEL_PATTERNS, ADAPTER_CONFIG, EVALUATION_FILE, "*.py")
-STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions")
+STRUCTURED = ("alignments", "calibration", "memory", "checks", "failed", "versions", "servable")
 """Entries with parts of their own, which people see on lines of their own."""
 PRUNING = ("method", "ratio", "sparsity", "allocation", "quantize")
 TOLD = ("weight_bytes", "calibration", "alignments", "masked")
@@ -145,6 +146,7 @@ def inspect(
     verifying: bool = False,
     base: str | None = None,
     progress: Progress = no_progress,
+    servable: bool = False,
 ) -> dict[str, Any]:
     """Tell what a model or an adapter is, and with `verifying` whether what LoRAM made is whole.
 
@@ -154,21 +156,24 @@ def inspect(
         verifying: Make every check of `verify`.
         base: Folder or hub id of the base model, for the checks.
         progress: Shows the bytes hashed.
+        servable: Tell which servers take the adapter.
 
     Returns:
-        What `loram.json` says; "checks" and "failed" (how many) where they were made. Of a folder
-        without one, what `describe_ordinary` finds.
+        What `loram.json` says; "checks" and "failed" (how many) where they were made; "servable",
+        a verdict for each server. Of a folder without a record, what `describe_ordinary` finds.
 
     Raises:
         LoRAMError: No such model, nothing to verify it by, or (without `verifying`) files that do
             not fit one another.
     """
-    folder = find_folder(model, revision, ALL_PATTERNS if verifying else SMALL_PATTERNS)
+    patterns = (*SMALL_PATTERNS, ADAPTER_FILE) if servable else SMALL_PATTERNS
+    folder = find_folder(model, revision, ALL_PATTERNS if verifying else patterns)
     record = Record.load(folder)
+    served = {"servable": as_json(verdicts(subject_of(folder)))} if servable else {}
     if not record and not verifying:
-        return describe_ordinary(folder, model)
+        return describe_ordinary(folder, model) | served
     made = verify(folder, base, progress) if verifying else []
-    told = _told(folder, record)
+    told = _told(folder, record) | served
     try:
         if (folder / PLAN_FILE).exists():
             plan = PruningPlan.load(folder)
@@ -317,8 +322,9 @@ def _units(counts: Mapping[str, int]) -> str:
 
 def report(found: Mapping[str, Any]) -> str:
     """What `inspect` returns, for people."""
+    served = "\n\n" + servable_lines(found["servable"]) if "servable" in found else ""
     if found["kind"] in ("model", "adapter"):
-        return lines(_shown(found))
+        return lines(_shown({n: v for n, v in found.items() if n != "servable"})) + served
     named = {name: value for name, value in found.items() if name not in STRUCTURED}
     if found.get("calibration"):
         named["calibration"] = calibration_line(found["calibration"])
@@ -326,7 +332,7 @@ def report(found: Mapping[str, Any]) -> str:
         named[f"alignment {index}"] = alignment_line(alignment)
     if found.get("versions"):
         named["made with"] = ", ".join(f"{n} {v}" for n, v in found["versions"].items())
-    told = lines(named)
+    told = lines(named) + served
     return f"{told}\n\n{check_lines(found['checks'])}" if "checks" in found else told
 
 
@@ -370,3 +376,10 @@ def check_lines(checks: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(
         f"{check['outcome']:<11}  {check['name']:<{width}}  {check['detail']}" for check in checks
     )
+
+
+def servable_lines(made: Sequence[Mapping[str, Any]]) -> str:
+    """Verdicts of servers, one to a line."""
+    versions = ", ".join(one["version"] for one in made)
+    told = {one["server"]: Verdict(**one) for one in made}
+    return f"taken as it is, by the rules of {versions}:\n{lines(told)}"

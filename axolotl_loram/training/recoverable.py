@@ -33,12 +33,15 @@ class _Unwritten(StoredTensor):
         return np.broadcast_to(np.zeros((), self.bits), self.shape)
 
 
-def check_recoverable(run: Run, model: Any) -> None:
+def check_recoverable(run: Run, model: Any) -> Adapter:
     """Refuse, before the first step, an adapter that the run could not recover after the last.
 
     Args:
         run: The run.
         model: The PEFT model, before the trainer shards it; ZeRO-3 may have done so already.
+
+    Returns:
+        The adapter that PEFT would write, without its values.
 
     Raises:
         LoRAMError: Something is trained that PEFT will not save, or saved that is not recovered.
@@ -60,6 +63,7 @@ def check_recoverable(run: Run, model: Any) -> None:
     if run.merges:
         base = Checkpoint(find_folder(run.base.id, run.base.revision))
         check_mergeable(adapter, moved, run.plan, base)
+    return adapter
 
 
 def adapter_to_be(run: Run, model: Any, name: str = "default") -> Adapter:

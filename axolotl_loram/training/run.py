@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.lora_names import is_saved_whole
 from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.pairing import check_pair, check_recorded_base
@@ -30,6 +31,7 @@ from axolotl_loram.recovery.recover import gather_adapter
 from axolotl_loram.text.axolotl_text import token_rows
 from axolotl_loram.training.checkpoints import choose_checkpoint, is_first_rank
 from axolotl_loram.training.memory_log import predict_run
+from axolotl_loram.training.serving import check_yaml
 from axolotl_loram.training.sharding import check_adapter_saves
 from axolotl_loram.training.support import switch_off_kernels, trains_masked
 
@@ -123,6 +125,8 @@ def begin_training(cfg: Any) -> Run:
             "first, and prune that"
         )
     model, revision = str(cfg.base_model), cfg.revision_of_model
+    if section.serve_with:
+        check_yaml(cfg, section, load_config(model, revision))
     if section.pruned_model_path:
         pruned = find_folder(section.pruned_model_path, section.pruned_model_revision)
         formats = decide_formats(section, cfg, pruned)

@@ -41,6 +41,7 @@ from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.recovery.scatter import match
+from axolotl_loram.recovery.servable import subject_of, verdicts
 from axolotl_loram.results.artefacts import EVALUATION_FILE, TRAINER_STATE
 from axolotl_loram.results.inspect import inspect
 from axolotl_loram.results.report import build
@@ -246,6 +247,11 @@ def _inspect(whole: Artefacts, suspect: Path) -> None:
     inspect(str(suspect), verifying=True)
 
 
+def _servable(whole: Artefacts, suspect: Path) -> None:
+    (suspect / RECORD_FILE).unlink(missing_ok=True)  # it says that the adapter is not recovered
+    assert all(map(str, verdicts(subject_of(suspect))))
+
+
 def _tokenizer(whole: Artefacts, suspect: Path) -> None:
     check_adapter_tokenizer(suspect, whole.pruned)
 
@@ -298,6 +304,7 @@ DOORS = {
     "adapter names": Door(_match, "adapter", (ADAPTER_FILE,)),
     "pruned, verified": Door(_inspect, "pruned", (RECORD_FILE, PLAN_FILE, "config.json", INDEX)),
     "adapter, verified": Door(_inspect, "adapter", (RECORD_FILE, ADAPTER_CONFIG, ADAPTER_FILE)),
+    "adapter to serve": Door(_servable, "adapter", (ADAPTER_CONFIG, ADAPTER_FILE)),
     "adapter record": Door(_recover, "adapter", (RECORD_FILE,)),
     "tokenizer": Door(_tokenizer, "pruned", ("tokenizer.json",)),
     "plan of a YAML": Door(_plan_yaml, "settings", ("run.yml",)),
