@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from axolotl_loram.api import (
         evaluate,
+        export,
         inspect,
         load_pruned,
         plan_memory,
@@ -23,6 +24,7 @@ __all__ = [
     "PruningPlan",
     "__version__",
     "evaluate",
+    "export",
     "inspect",
     "load_pruned",
     "plan_memory",

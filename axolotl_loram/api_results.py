@@ -237,3 +237,13 @@ class Published(Found):
         from axolotl_loram.results.publish import report
 
         return report(self.found)
+
+
+@dataclass(frozen=True)
+class Exported(Found):
+    """An adapter in another program's format."""
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return Path(self.found["file"])

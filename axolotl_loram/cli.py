@@ -24,7 +24,7 @@ from axolotl_loram.cli_options import (
     show,
     training_options,
 )
-from axolotl_loram.cli_outcomes import evaluate, inspect, publish, report
+from axolotl_loram.cli_outcomes import evaluate, export, inspect, publish, report
 from axolotl_loram.config import FillArgs, LayerwiseArgs
 from axolotl_loram.errors import LoRAMError, WrongUse
 
@@ -206,7 +206,7 @@ def anchor(
     show({"output": str(output), **record}, as_json)
 
 
-for outcome in (inspect, evaluate, report, publish):
+for outcome in (inspect, evaluate, report, publish, export):
     main.add_command(outcome)
 
 

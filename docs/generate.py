@@ -1,8 +1,8 @@
 """Writes what of docs/ and README follows from the code: `make docs`.
 
-keys.md from the field descriptions of the schemas; the tables of families.md, which-gpu.md,
-which-way.md, serving.md and README.md between their marks. tests/test_project.py holds the files
-against `pages`.
+keys.md from the field descriptions of the schemas; the tables of families.md, gguf.md,
+which-gpu.md, which-way.md, serving.md and README.md between their marks. tests/test_project.py
+holds the files against `pages`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from axolotl_loram.memory.predict import GIB, compare, pruned_config
 from axolotl_loram.memory.settings import TrainingArgs
 from axolotl_loram.memory.tables import ways_markdown
 from axolotl_loram.recovery.servers import RULES
+from axolotl_loram.results.gguf import ARCHITECTURES, as_they_are, joint_thirds, rotary_pairs
 
 DOCS = Path(__file__).resolve().parent
 SCHEMAS = {
@@ -133,6 +134,19 @@ def families() -> str:
     return table()
 
 
+def architectures() -> str:
+    """llama.cpp's name of each model type, and how it orders rows."""
+    orders = {
+        as_they_are: "as they are",
+        rotary_pairs: "q and k: halves of each head interleaved",
+        joint_thirds: "q, k and v apart",
+    }
+    lines = ["| model type | llama.cpp's architecture | its rows |", "|---|---|---|"]
+    for name, (called, order) in ARCHITECTURES.items():
+        lines.append(f"| `{name}` | `{called}` | {orders[order]} |")
+    return "\n".join(lines)
+
+
 def ways(*heads: str) -> str:
     """The ways to train Llama 3.1 70B on an RTX 4090, 2,048 tokens, 16 forward passes a step."""
     found = plan_memory(
@@ -160,6 +174,7 @@ def rules() -> str:
 
 PARTS = {
     "families.md": families,
+    "gguf.md": architectures,
     "which-gpu.md": gpus,
     "which-way.md": ways,
     "serving.md": rules,

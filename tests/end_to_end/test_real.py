@@ -5,12 +5,16 @@ Gemma 3 270M has sliding windows, 262,144 tokens, and an embedding that is scale
 """
 
 import json
+from contextlib import nullcontext
 
 import data
+import llamacpp
+import numpy as np
 import pretrained
 import pytest
 import torch
 from conftest import run_command, write_yaml
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -253,3 +257,48 @@ def test_anchored_the_recovered_adapter_is_better(smollm2, story, texts, tmp_pat
         found[anchor], _ = perplexities(file, "--models", "base,base+recovered")
     assert found["none"]["base"] == found["base"]["base"] > found["none"]["base+recovered"]
     assert found["base"]["base+recovered"] < found["none"]["base+recovered"]
+
+
+@TIER
+def test_served_by_llama_cpp_as_by_peft(smollm2, story, texts, tmp_path):
+    """What follows 100 questions, by llama.cpp on the GGUF that the base was unpacked from.
+
+    llama.cpp rounds the inputs of 4-bit weights to 8 bits: the two differ without an adapter too.
+    """
+    pruning = {"ratio": 0.5, "calibration_samples": 8, "calibration_length": 128}
+    train(story(smollm2, pruning, max_steps=20, test_datasets=None))
+    file, out = pretrained.gguf_of(pretrained.SMOLLM2), tmp_path / "gguf"
+    told = loram("export", tmp_path / "out", out, "--base-gguf", file)
+    assert told["tensors"] == 420 and told["template"]
+    assert "<|im_start|>user\n{{ .Prompt }}<|im_end|>" in (out / "Modelfile").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    engine = llamacpp.Engine(file, out / "adapter.gguf")
+    divergence, agreed, moved = {True: [], False: []}, 0, 0
+    for ids in questions(texts, tokenizer)[:100]:
+        first = {}
+        for adapted in (True, False):
+            with nullcontext() if adapted else model.disable_adapter(), torch.no_grad():
+                right = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1).numpy()
+            found = engine.logprobs(ids, len(right), scale=float(adapted))
+            divergence[adapted].append((np.exp(right) * (right - found)).sum())
+            first[adapted] = right.argmax()
+            agreed += adapted and right.argmax() == found.argmax()
+        moved += first[True] != first[False]
+    assert moved > 50 and agreed >= 95
+    assert np.mean(divergence[True]) <= np.mean(divergence[False]) + 0.02
+
+
+def questions(texts, tokenizer):
+    """The shortest of the quickstart's, as tokens."""
+    rows = [
+        json.loads(line)["messages"][:1]
+        for file in ("train.jsonl", "heldout.jsonl")
+        for line in (texts / file).read_text(encoding="utf-8").splitlines()
+    ]
+    asked = (
+        tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=True)
+        for row in rows
+    )
+    return sorted((each["input_ids"] for each in asked), key=len)

@@ -1,0 +1,1 @@
+"""Scripts that run in llama.cpp's own sources."""
