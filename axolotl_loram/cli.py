@@ -25,6 +25,7 @@ from axolotl_loram.cli_options import (
     training_options,
 )
 from axolotl_loram.cli_outcomes import evaluate, export, inspect, publish, report
+from axolotl_loram.cli_package import examples, schema
 from axolotl_loram.config import FillArgs, LayerwiseArgs
 from axolotl_loram.errors import LoRAMError, WrongUse
 
@@ -206,8 +207,8 @@ def anchor(
     show({"output": str(output), **record}, as_json)
 
 
-for outcome in (inspect, evaluate, report, publish, export):
-    main.add_command(outcome)
+for other in (inspect, evaluate, report, publish, export, examples, schema):
+    main.add_command(other)
 
 
 if __name__ == "__main__":
