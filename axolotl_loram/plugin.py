@@ -65,6 +65,7 @@ from axolotl_loram.training.monitor import RecoveredEvaluation, check_can_evalua
 from axolotl_loram.training.recoverable import check_recoverable
 from axolotl_loram.training.run import Run, begin_training, use_recovered_adapter
 from axolotl_loram.training.serving import check_adapter_to_be
+from axolotl_loram.training.sharding import check_offloads
 from axolotl_loram.training.support import aligns, check_router_losses, check_supported
 
 LOG = logging.getLogger(__name__)
@@ -154,6 +155,8 @@ class LoRAMPlugin(BasePlugin):
         adapter = check_recoverable(self.run, trainer.model)
         section = LoRAMConfig.model_validate(dict(cfg.loram))
         check_adapter_to_be(adapter, section, self.run.plan.config)
+        if cfg.layer_offloading:
+            check_offloads(trainer)
         warn_of_masked_labels(trainer)
         correct_prediction(self.run.memory["predicted"], trainer.model, cfg)
         if self.run.masked:

@@ -32,7 +32,11 @@ from axolotl_loram.text.axolotl_text import token_rows
 from axolotl_loram.training.checkpoints import choose_checkpoint, is_first_rank
 from axolotl_loram.training.memory_log import predict_run
 from axolotl_loram.training.serving import check_yaml
-from axolotl_loram.training.sharding import check_adapter_saves
+from axolotl_loram.training.sharding import (
+    check_adapter_saves,
+    check_offloading,
+    settle_checkpointing,
+)
 from axolotl_loram.training.support import switch_off_kernels, trains_masked
 
 LOG = logging.getLogger(__name__)
@@ -118,6 +122,8 @@ def begin_training(cfg: Any) -> Run:
     """
     section = LoRAMConfig.model_validate(dict(cfg.loram))
     check_adapter_saves(cfg)
+    check_offloading(cfg)
+    settle_checkpointing(cfg)
     if cfg.rl in STARTS_ANEW and cfg.lora_model_dir:
         raise LoRAMError(
             f"expected no lora_model_dir with rl: {cfg.rl}, found {cfg.lora_model_dir}: Axolotl "

@@ -83,6 +83,73 @@ def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
         )
 
 
+def settle_checkpointing(cfg: Any) -> None:
+    """Under ZeRO-3, have LoRA's layers recomputed reentrantly: the other way fails.
+
+    Non-reentrant checkpointing holds what it recomputes against the shapes of before; but DeepSpeed
+    0.18 empties a frozen weight in place when a module's forward pass is over, that of the
+    recomputation too (transformers' issue 47254; trained weights are saved detached, so that
+    alignment is free of it). Axolotl 0.19 takes the reentrant way by itself, but not with `rl`.
+
+    Args:
+        cfg: Axolotl's cfg, with its defaults filled in; `use_reentrant` is set where it is not.
+
+    Raises:
+        LoRAMError: The YAML asks for the other way.
+    """
+    if not cfg.get("deepspeed") or zero_stage(read_deepspeed(cfg["deepspeed"])) != 3:
+        return
+    offloads = cfg.get("activation_offloading")  # all but one of its ways recompute nothing
+    if offloads != "hidden_states" and (offloads or not cfg.get("gradient_checkpointing")):
+        return
+    settings = cfg.get("gradient_checkpointing_kwargs") or {}
+    if cfg.get("selective_checkpointing"):
+        raise LoRAMError(
+            "expected no `selective_checkpointing` with ZeRO-3, found it: it is never reentrant, "
+            "and fails in the first backward pass (transformers' issue 47254); take it out"
+        )
+    if settings.get("use_reentrant") is False:
+        raise LoRAMError(
+            "expected gradient_checkpointing_kwargs: use_reentrant: true with ZeRO-3, found false: "
+            "the first backward pass would end in a CheckpointError, since DeepSpeed 0.18 empties "
+            "frozen weights when they were recomputed (transformers' issue 47254); take it out"
+        )
+    cfg["gradient_checkpointing_kwargs"] = {**settings, "use_reentrant": True}
+
+
+def check_offloading(cfg: Mapping[str, Any]) -> None:
+    """Refuse Axolotl's `layer_offloading` where something else holds the weights, too.
+
+    Raises:
+        LoRAMError: Weights are sharded, or there are several processes.
+    """
+    if not cfg.get("layer_offloading"):
+        return
+    sharded = [key for key in ("deepspeed", "fsdp", "fsdp_config") if cfg.get(key)]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if sharded or ranks > 1:
+        found = sharded[0] if sharded else f"{ranks} processes"
+        raise LoRAMError(
+            f"expected one GPU with `layer_offloading`, found {found}: ZeRO and FSDP move the "
+            "weights themselves, and DDP wants them all on the GPU; take it out, or use ZeRO-3 "
+            "with offload_param"
+        )
+
+
+def check_offloads(trainer: Any) -> None:
+    """Refuse a trainer that was to offload layers and does not: Axolotl 0.19 only warns.
+
+    Raises:
+        LoRAMError: There is no GPU, or no layers whose class is called DecoderLayer.
+    """
+    if not getattr(getattr(trainer, "_layer_offload_manager", None), "enabled", False):
+        raise LoRAMError(
+            "expected a GPU and layers that Axolotl's `layer_offloading` knows (DecoderLayer in the "
+            f"name of their class), found a {type(trainer).__name__} that offloads nothing: all "
+            "weights would stay where they are; take it out"
+        )
+
+
 def check_gathering(deepspeed: Mapping[str, Any]) -> None:
     """Refuse a ZeRO-3 configuration under which what is loaded or saved would not be whole.
 

@@ -75,8 +75,9 @@ def start(make_model, settings, tmp_path):
         ({"family": "qwen3_moe", "section": {"fill": "fitted"}}, "expected LoRA on linear layers"),
         ({"section": MASKED, "peft_trainable_token_indices": [5, 6]}, "cannot be merged"),
         ({**PREFERENCES, "section": {"evaluate_recovered_every": 2}}, "pairs and rewards alone"),
+        ({"layer_offloading": True}, "that offloads nothing"),
     ],
-    ids=["gatems", "olnorm", "unf2", "rm", "rmauto", "moefill", "spmtok", "dpoev"],
+    ids=["gatems", "olnorm", "unf2", "rm", "rmauto", "moefill", "spmtok", "dpoev", "offload"],
 )
 def test_what_is_never_recovered_is_refused_before_the_first_step(case, message, start, tmp_path):
     done = start(**case)
