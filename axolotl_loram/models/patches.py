@@ -17,8 +17,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, MutableSet, Sequence
-from contextlib import contextmanager
-from types import MethodType, ModuleType
+from contextlib import contextmanager, suppress
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,11 +65,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 # transformers
 
 
-@_until("transformers' apply_heterogeneous_modeling (its PR 45332); this steps aside for it")
+@_until("transformers' own building (its PR 45332); family by family, this steps aside for it")
 def build_each_layer_by_its_own_config() -> None:
     """Transformers 5.16 reads per-layer configs but builds every layer at full width, or raises."""
-    if hasattr(heterogeneity, "apply_heterogeneous_modeling"):
-        return
     _grant_global_access()
     _wrap(PreTrainedModel, "__init__", _prepare_layers_before)
     _wrap(PreTrainedModel, "set_attn_implementation", _tell_layers_after)
@@ -116,11 +114,24 @@ def _prepare_layers_before(
     original: Any, model: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any
 ) -> None:
     """Before a model builds its layers, see to it that they take their own layer's config."""
-    if getattr(config, "is_heterogeneous", False):
+    if getattr(config, "is_heterogeneous", False) and not _has_own_way(type(model), config):
         for cls in _decoder_layers(type(model)):
             _wrap(cls, "__init__", _with_own_config)
         _BUILT[id(config)] = itertools.count()
     original(model, config, *args, **kwargs)
+
+
+def _has_own_way(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Whether transformers builds this family: its pull request has a list of those that it does.
+
+    For another, depending on its revision, it finds nothing, or raises a ValueError.
+    """
+    find = getattr(heterogeneity, "get_heterogeneous_modeling_spec", None)
+    own = getattr(model_class, "_heterogeneous_modeling_spec", None)
+    unbuilt = SimpleNamespace(config=config, _heterogeneous_modeling_spec=own)
+    with suppress(ValueError):
+        return find is not None and find(unbuilt) is not None
+    return False
 
 
 def _tell_layers_after(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:

@@ -3,9 +3,9 @@
 transformers 5.16 reads and writes such configs but does not build such models (its pull request
 45332): it raises, or with `allow_global_per_layer_attribute_access` builds every layer at full
 width. So our checkpoints leave that key out: without this module they fail loudly. Importing it
-grants the access and makes each decoder layer receive its own layer's config. It steps aside where
-transformers brings `apply_heterogeneous_modeling`, and either way checks every model it sees: a
-layer of another width than its config says is an error, never a silent full-width model.
+grants the access and makes each decoder layer receive its own layer's config. It steps aside for
+each family that transformers builds itself, and either way checks every model it sees: a layer of
+another width than its config says is an error, never a silent full-width model.
 """
 
 from __future__ import annotations

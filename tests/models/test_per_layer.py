@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.models import patches
 from axolotl_loram.models import per_layer as heterogeneous
 from axolotl_loram.pruning.prune import prune
 
@@ -84,23 +83,64 @@ def test_a_full_width_model_is_never_built_silently(pruned):
     assert result.returncode and "AmbiguousGlobalPerLayerAttributeError" in result.stderr
 
 
+NATIVE = """
+import json, sys
+from types import SimpleNamespace
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import heterogeneity
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+SAYS, BUILDS, RAISES = json.loads(sys.argv[1])
+
+def find(model):
+    if model.config.model_type in SAYS:
+        return SimpleNamespace(layer_cls=LlamaDecoderLayer)
+    if RAISES:
+        raise ValueError("No heterogeneous modeling spec is defined")
+
+def build(layer, config, layer_idx):
+    build.calls += 1
+    whole = not (BUILDS and config.is_heterogeneous)
+    plain(layer, config if whole else config.per_layer_config[layer_idx], layer_idx)
+
+build.calls, plain = 0, LlamaDecoderLayer.__init__
+LlamaDecoderLayer.__init__ = build
+heterogeneity.get_heterogeneous_modeling_spec = find
+import axolotl_loram.heterogeneous
+
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    print(model(torch.arange(3, 40)[None]).logits.sum().item(), model.model.layers[1].mlp.up_proj)
+ours = [hasattr(cls.__init__, "_loram_per_layer") for cls in (LlamaDecoderLayer, Qwen3DecoderLayer)]
+print(ours, build.calls)
+"""
+"""A transformers that builds Llama itself, as its pull request 45332 does: it lists the families."""
+
+
+def native(*arguments):
+    command = [sys.executable, "-c", NATIVE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["finds nothing", "raises"])
+def test_it_steps_aside_for_the_families_that_transformers_builds(
+    raises, pruned, make_model, tmp_path
+):
+    prune(str(make_model("qwen3")), tmp_path / "qwen3", PruningArgs(ratio=0.5))
+    folders = (pruned, tmp_path / "qwen3")
+    expected = native("[[], false, true]", *folders).stdout.splitlines()
+    done = native(json.dumps([["llama"], True, raises]), *folders)
+    *models, ours = done.stdout.splitlines()
+    assert models == expected[:2] and all("out_features=24" in line for line in models), done.stderr
+    assert (ours, expected[2]) == ("[False, True] 4", "[True, True] 4")
+
+
 def test_an_implementation_that_builds_full_width_is_caught(pruned):
     """We step aside for transformers' own, but still look at what it built."""
-    script = (
-        "import sys; from transformers.integrations import heterogeneity\n"
-        "heterogeneity.apply_heterogeneous_modeling = lambda model: None  # does nothing\n"
-        "import axolotl_loram.heterogeneous\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "config = AutoConfig.from_pretrained(sys.argv[1])\n"
-        "AutoModelForCausalLM.from_config(config)\n"
-    )
-    file = pruned / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({"allow_global_per_layer_attribute_access": True, **config}))
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(pruned)], capture_output=True, text=True
-    )
-    assert result.returncode and "LoRAMError: expected layers.1" in result.stderr
+    done = native(json.dumps([["llama"], False, False]), pruned)
+    assert done.returncode and "LoRAMError: expected layers.1" in done.stderr
 
 
 def test_widths_are_checked_after_building(pruned):
@@ -117,18 +157,6 @@ def test_ignoring_mismatched_sizes_does_not_widen_the_model(pruned, make_model):
     )
     assert model.model.layers[2].mlp.down_proj.in_features == 24
     assert config["per_layer_config"]["2"]["intermediate_size"] == 24
-
-
-def test_it_steps_aside_for_transformers_own_implementation(monkeypatch):
-    calls = []
-    monkeypatch.setattr(patches, "_wrap", lambda cls, name, wrapper: calls.append(name))
-    own = "apply_heterogeneous_modeling"
-    monkeypatch.setattr(patches.heterogeneity, own, object(), raising=False)
-    heterogeneous.install()
-    assert calls == ["post_init"]  # its check stays
-    monkeypatch.delattr(patches.heterogeneity, own)
-    heterogeneous.install()
-    assert calls[1:] == ["__init__", "set_attn_implementation", "post_init"]
 
 
 def test_homogeneous_models_are_untouched():
