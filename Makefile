@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK := 1
 export WANDB_MODE := disabled
 
-.PHONY: quickstart test test-fast test-nodes test-saves test-real lint format bench bench-criteria bench-ablation families docs clean
+.PHONY: quickstart test test-fast test-nodes test-saves test-real test-newest lint format bench bench-criteria bench-ablation families docs clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
@@ -35,6 +35,10 @@ test-saves: .venv/installed
 # Whole stories on SmolLM2-135M and Gemma 3 270M, downloaded once: a quarter of an hour.
 test-real: .venv/installed
 	$(BIN)/python -m pytest -m real --durations 0
+
+# What breaks with the newest transformers, PEFT and DeepSpeed, in an environment of its own: fails nothing.
+test-newest: .venv/installed
+	$(BIN)/python benchmarks/newest.py
 
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not multinode and not matrix and not real'

@@ -68,8 +68,14 @@ def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
             reason = "ZeRO-3, found {}: DeepSpeed 0.18 fails in the first step (its issue 7615)"
     elif str(_fsdp_version(cfg)) == "2":
         reason = "FSDP2, found {}: Axolotl 0.19 fails when it saves the adapter in the end"
-        full = (cfg.get("fsdp_config") or {}).get("state_dict_type") == FULL
-        if full and cfg.get("save_strategy") != "no":
+        config = cfg.get("fsdp_config") or {}
+        if config.get("activation_checkpointing"):
+            raise LoRAMError(
+                "expected no activation_checkpointing in fsdp_config, found it: Axolotl 0.19 saves "
+                "the adapter under names that PEFT does not know (_checkpoint_wrapped_module); "
+                "write `gradient_checkpointing: true` instead"
+            )
+        if config.get("state_dict_type") == FULL and cfg.get("save_strategy") != "no":
             raise LoRAMError(
                 f"expected fsdp_config.state_dict_type: SHARDED_STATE_DICT, found {FULL}: "
                 "accelerate 1.13 restores such a checkpoint's adapter on rank 0 only, and a run "
@@ -144,8 +150,8 @@ def check_offloads(trainer: Any) -> None:
     """
     if not getattr(getattr(trainer, "_layer_offload_manager", None), "enabled", False):
         raise LoRAMError(
-            "expected a GPU and layers that Axolotl's `layer_offloading` knows (DecoderLayer in the "
-            f"name of their class), found a {type(trainer).__name__} that offloads nothing: all "
+            "expected a GPU and layers that Axolotl's `layer_offloading` knows (DecoderLayer in "
+            f"their class's name), found a {type(trainer).__name__} that offloads nothing: all "
             "weights would stay where they are; take it out"
         )
 

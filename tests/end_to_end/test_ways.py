@@ -1,6 +1,7 @@
 """Gradient checkpointing on two ranks under each kind of sharding, reentrant and not.
 
-Without the mend in `training/sharding`, ZeRO-3 ends in a CheckpointError where it is not reentrant.
+Without the mends in `training/sharding`, ZeRO-3 ends in a CheckpointError where it is not
+reentrant, and FSDP2's own checkpointing in an adapter that PEFT cannot load.
 """
 
 import json
@@ -59,25 +60,32 @@ def two_ranks(lora_settings, tmp_path):  # noqa: F811
             for way in ("reentrant", "not reentrant")
         ),
         *(("zero3", way) for way in ("by default", "reentrant")),
-        ("fsdp2", "by FSDP"),
     ],
 )
 def test_two_ranks_that_recompute_train_as_one_that_does_not(
     kind,
     way,
     two_ranks,
-    undisturbed,
-    tmp_path,  # noqa: F811
+    undisturbed,  # noqa: F811
+    tmp_path,
 ):
     code, log, output = two_ranks(kind, way)
     assert code == 0, log[-6000:]
     check_adapter(output, undisturbed(False), False, tmp_path / "again")
 
 
-def test_what_ends_in_a_checkpoint_error_is_refused(two_ranks):
-    code, log, output = two_ranks("zero3", "not reentrant")
-    assert code and "expected gradient_checkpointing_kwargs: use_reentrant: true with ZeRO-3" in log
-    assert "CheckpointError:" not in log and not (output / "pruned/adapter_config.json").exists()
+@pytest.mark.parametrize(
+    ("kind", "way", "said"),
+    [
+        ("zero3", "not reentrant", "expected gradient_checkpointing_kwargs: use_reentrant: true"),
+        ("fsdp2", "by FSDP", "expected no activation_checkpointing in fsdp_config, found it"),
+    ],
+)
+def test_ways_that_fail_are_refused_before_the_first_step(kind, way, said, two_ranks):
+    """In the first backward pass, or, an hour later, when the adapter is saved."""
+    code, log, output = two_ranks(kind, way)
+    assert code and said in log, log[-6000:]
+    assert "'loss'" not in log and not (output / "pruned/adapter_config.json").exists()
 
 
 def test_preferences_are_recomputed_reentrantly_too(two_ranks, tmp_path):

@@ -112,7 +112,7 @@ import axolotl_loram.heterogeneous
 
 for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    print(model(torch.arange(3, 40)[None]).logits.sum().item(), model.model.layers[1].mlp.up_proj)
+    print(model(torch.arange(3, 40)[None]).logits.sum().item())
 ours = [hasattr(cls.__init__, "_loram_per_layer") for cls in (LlamaDecoderLayer, Qwen3DecoderLayer)]
 print(ours, build.calls)
 """
@@ -130,11 +130,12 @@ def test_it_steps_aside_for_the_families_that_transformers_builds(
 ):
     prune(str(make_model("qwen3")), tmp_path / "qwen3", PruningArgs(ratio=0.5))
     folders = (pruned, tmp_path / "qwen3")
-    expected = native("[[], false, true]", *folders).stdout.splitlines()
+    expected = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
     done = native(json.dumps([["llama"], True, raises]), *folders)
-    *models, ours = done.stdout.splitlines()
-    assert models == expected[:2] and all("out_features=24" in line for line in models), done.stderr
-    assert (ours, expected[2]) == ("[False, True] 4", "[True, True] 4")
+    *sums, ours = done.stdout.splitlines()
+    sums = [float(line.split()[0]) for line in sums]
+    assert sums == pytest.approx([m(TOKENS).logits.sum().item() for m in expected]), done.stderr
+    assert ours == "[False, True] 4"
 
 
 def test_an_implementation_that_builds_full_width_is_caught(pruned):

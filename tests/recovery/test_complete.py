@@ -142,6 +142,7 @@ GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
         ({**zero3(**GATHERS), "lora_modules_to_save": ["lm_head"]}, 1, "ZeRO-3, found lm_head"),
         ({"fsdp_version": 2, "lora_modules_to_save": []}, 2, None),
         (fsdp2("SHARDED_STATE_DICT"), 2, None),
+        ({"fsdp_version": 2, "fsdp_config": {"activation_checkpointing": True}}, 2, "names that"),
         ({**fsdp2("FULL_STATE_DICT"), "save_strategy": "no"}, 2, None),
         (fsdp2("FULL_STATE_DICT"), 2, "SHARDED_STATE_DICT, found FULL_STATE_DICT.*half"),
     ],
