@@ -7,8 +7,8 @@ layers × tokens. Processor seconds are of all threads: others may be on the mac
 
 `extrapolated` is what the fit over all rows of refit_stream.csv says of a real model:
 
-    seconds = (a × layer parameters + b × neurons²) × layers × tokens        (least squares)
-    peak    = c + d × float32 bytes of a layer                               (least squares)
+    seconds = a + b × layer parameters × layers × tokens        (least squares)
+    peak    = c + d × float32 bytes of a layer                  (least squares)
 
     python benchmarks/refit_stream.py [--hidden 2048 4096] [--layers 2] [--samples 4 16] [--csv]
     python benchmarks/refit_stream.py --extrapolate docs/configs/llama-3.1-70b.json
@@ -82,22 +82,21 @@ def extrapolate(model: str) -> None:
     """Print what the rows say of a model with the default calibration (128 × 512 tokens)."""
     with ROWS.open(encoding="utf-8", newline="") as handle:
         rows = [{k: float(row[k]) for k in list(row)[:8]} for row in csv.DictReader(handle)]
-    scale = np.array([row["layers"] * row["tokens"] for row in rows])
-    sizes = np.array([[row["layer_parameters"], row["neurons"] ** 2] for row in rows])
-    seconds = np.array([row["processor_seconds"] for row in rows])
-    weights = np.linalg.lstsq(
-        np.column_stack([sizes * scale[:, None], np.ones(len(rows))]), seconds, rcond=None
-    )[0]
-    bytes_of = np.column_stack([np.ones(len(rows)), 4 * sizes[:, 0]])
-    peaks = np.array([row["peak_bytes"] for row in rows])
-    memory = np.linalg.lstsq(bytes_of, peaks, rcond=None)[0]
+    each = np.array([row["layer_parameters"] for row in rows])
+    work = each * [row["layers"] * row["tokens"] for row in rows]
+    seconds, peaks = (
+        np.array([row[n] for row in rows]) for n in ("processor_seconds", "peak_bytes")
+    )
+    start, slope = np.linalg.lstsq(np.column_stack([np.ones(len(rows)), work]), seconds)[0]
+    bytes_of = np.column_stack([np.ones(len(rows)), 4 * each])
+    memory = np.linalg.lstsq(bytes_of, peaks)[0]
     config = load_config(model)
-    each, neurons = layer_parameters(config), config["intermediate_size"]
-    total = weights[:2] @ [each, neurons**2] * layer_count(config) * DEFAULT_TOKENS
+    one = layer_parameters(config)
+    total = start + slope * one * layer_count(config) * DEFAULT_TOKENS
     errors = np.abs(bytes_of @ memory / peaks - 1).max()
-    print(f"{model}: {parameter_count(config):,} parameters, {each:,} in a layer")
+    print(f"{model}: {parameter_count(config):,} parameters, {one:,} in a layer")
     print(f"processor seconds {total:,.0f} ({total / 3600:.1f} h), {DEFAULT_TOKENS:,} tokens")
-    print(f"peak {(memory @ [1, 4 * each]) / 2**30:.1f} GiB (rows fit within {errors:.0%})")
+    print(f"peak {(memory @ [1, 4 * one]) / 2**30:.1f} GiB (rows fit within {errors:.0%})")
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ for folder in sys.argv[2:]:
 ours = [hasattr(cls.__init__, "_loram_per_layer") for cls in (LlamaDecoderLayer, Qwen3DecoderLayer)]
 print(ours, build.calls)
 """
-"""A transformers that builds Llama itself, as its pull request 45332 does: it lists the families."""
+"""A transformers that builds Llama itself, as its pull request 45332 does: it lists families."""
 
 
 def native(*arguments):
