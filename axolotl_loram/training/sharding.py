@@ -95,7 +95,8 @@ def settle_checkpointing(cfg: Any) -> None:
     Non-reentrant checkpointing holds what it recomputes against the shapes of before; but DeepSpeed
     0.18 empties a frozen weight in place when a module's forward pass is over, that of the
     recomputation too (transformers' issue 47254; trained weights are saved detached, so that
-    alignment is free of it). Axolotl 0.19 takes the reentrant way by itself, but not with `rl`.
+    alignment is free of it). Axolotl 0.19 takes the reentrant way by itself, but not with `rl`, for
+    which some of TRL's trainers do (DPO's, KTO's) and some do not (ORPO's, CPO's).
 
     Args:
         cfg: Axolotl's cfg, with its defaults filled in; `use_reentrant` is set where it is not.

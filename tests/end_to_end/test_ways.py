@@ -88,13 +88,14 @@ def test_ways_that_fail_are_refused_before_the_first_step(kind, way, said, two_r
     assert "'loss'" not in log and not (output / "pruned/adapter_config.json").exists()
 
 
-def test_preferences_are_recomputed_reentrantly_too(two_ranks, tmp_path):
-    """Where the YAML says nothing, Axolotl takes the way that fails, with `rl` alone."""
+@pytest.mark.parametrize("rl", ["simpo", "dpo"])
+def test_preferences_are_recomputed_reentrantly_too(rl, two_ranks, tmp_path):
+    """Where the YAML says nothing, Axolotl takes the way that fails; for DPO, TRL mends that."""
     said = {"prompt": "def f():", "chosen": "    return 1", "rejected": "    return 2"}
     (tmp_path / "dpo.jsonl").write_text(f"{json.dumps(said)}\n" * 40)
     data = {**PREFERENCES["datasets"][0], "path": str(tmp_path / "dpo.jsonl")}
     prepared = {"dataset_prepared_path": str(tmp_path / "prepared")}
-    changes = {**PREFERENCES, "datasets": [data], "max_steps": 2, **prepared}
+    changes = {"rl": rl, "datasets": [data], "max_steps": 2, **prepared}
     code, log, output = two_ranks("zero3", "by default", **changes)
     assert code == 0, log[-6000:]
     assert any(w.any() for name, w in tensors(output).items() if "lora_B" in name)
