@@ -93,6 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     python, report = environment(), FOLDER / "report.xml"
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    variables["TORCH_EXTENSIONS_DIR"] = str(FOLDER / "extensions")  # DeepSpeed's are of a version
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
     report.unlink(missing_ok=True)
     subprocess.run([*command, *options.tests], cwd=ROOT, env=variables, check=False)

@@ -1,16 +1,16 @@
 """What pruning by `activation` with the refit takes: processor seconds and host memory of a CPU.
 
-Makes Llama checkpoints of random bfloat16 weights, all layers pruned at 0.85, and prunes each by
+Makes Llama checkpoints of random bfloat16 weights, all layers pruned, and prunes each by
 `axolotl-loram prune --method activation` on the same text, as a whole process. One layer is in
 memory at a time, in float32, so that the peak follows the layer and not the model; the time follows
 layers × tokens. Processor seconds are of all threads: others may be on the machine.
 
-`extrapolated` is what the fit over all rows of refit_stream.csv says of a real model:
+--extrapolate says what a fit over all rows of that ratio says of a real model:
 
     seconds = a + b × layer parameters × layers × tokens        (least squares)
     peak    = c + d × float32 bytes of a layer                  (least squares)
 
-    python benchmarks/refit_stream.py [--hidden 2048 4096] [--layers 2] [--samples 4 16] [--csv]
+    python benchmarks/refit_stream.py [--hidden 2048 4096] [--layers 2] [--samples 4 16] [--ratio 0.5] [--csv]
     python benchmarks/refit_stream.py --extrapolate docs/configs/llama-3.1-70b.json
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from measure import ROOT, append_row, surroundings, timed
-from prune_stream import LLAMA_3_8B, RATIO, make_checkpoint
+from prune_stream import LLAMA_3_8B, make_checkpoint
 
 from axolotl_loram.architecture.config_json import layer_count, load_config
 from axolotl_loram.architecture.model import parameter_count, tensors
@@ -50,7 +50,7 @@ def layer_parameters(config: dict) -> int:
     return sum(math.prod(t.shape) for t in tensors(config) if t.layer == middle)
 
 
-def run(config: dict, samples: int, folder: Path) -> dict[str, object]:
+def run(config: dict, samples: int, ratio: float, folder: Path) -> dict[str, object]:
     """One row."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/support")]
     from conftest import byte_tokenizer
@@ -60,13 +60,14 @@ def run(config: dict, samples: int, folder: Path) -> dict[str, object]:
     byte_tokenizer().save_pretrained(base)
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:20]
     text.write_text("\n".join(file.read_text(encoding="utf-8") for file in sources), "utf-8")
-    options = ["--method", "activation", "--pruning-ratio", str(RATIO), "--device", "cpu"]
+    options = ["--method", "activation", "--pruning-ratio", str(ratio), "--device", "cpu"]
     options += ["--calibration", str(text), "--protect-first", "0", "--protect-last", "0"]
     options += ["--calibration-samples", str(samples), "--calibration-length", str(LENGTH)]
     before = processor_seconds()
     command = [sys.executable, "-m", "axolotl_loram.cli", "prune", str(base), str(output)]
     wall, peak = timed([*command, *options])
     return {
+        "ratio": ratio,
         "hidden": config["hidden_size"],
         "neurons": config["intermediate_size"],
         "layers": layer_count(config),
@@ -78,10 +79,11 @@ def run(config: dict, samples: int, folder: Path) -> dict[str, object]:
     }
 
 
-def extrapolate(model: str) -> None:
-    """Print what the rows say of a model with the default calibration (128 × 512 tokens)."""
+def extrapolate(model: str, ratio: float) -> None:
+    """Print what a ratio's rows say of a model with the default calibration (128 × 512 tokens)."""
     with ROWS.open(encoding="utf-8", newline="") as handle:
-        rows = [{k: float(row[k]) for k in list(row)[:8]} for row in csv.DictReader(handle)]
+        rows = [{k: float(row[k]) for k in list(row)[:9]} for row in csv.DictReader(handle)]
+    rows = [row for row in rows if row["ratio"] == ratio]
     each = np.array([row["layer_parameters"] for row in rows])
     work = each * [row["layers"] * row["tokens"] for row in rows]
     seconds, peaks = (
@@ -102,13 +104,14 @@ def extrapolate(model: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", action="store_true", help="add rows to refit_stream.csv")
+    parser.add_argument("--ratio", type=float, default=0.85)
     parser.add_argument("--hidden", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--layers", type=int, nargs="+", default=[2])
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--extrapolate", metavar="MODEL", nargs="+", default=[])
     options = parser.parse_args()
     for model in options.extrapolate:
-        extrapolate(model)
+        extrapolate(model, options.ratio)
     cases = [(h, n, s) for h in options.hidden for n in options.layers for s in options.samples]
     for hidden, layers, samples in [] if options.extrapolate else cases:
         shape = {**LLAMA_3_8B, "hidden_size": hidden, "intermediate_size": 7 * hidden // 2}
@@ -116,7 +119,7 @@ def main() -> None:
         shape |= {"num_hidden_layers": layers}
         (ROOT / "build").mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=ROOT / "build") as scratch:
-            row = run(shape, samples, Path(scratch))
+            row = run(shape, samples, options.ratio, Path(scratch))
         print(json.dumps(row), flush=True)
         if options.csv:
             append_row(ROWS, {**row, **surroundings("transformers")})

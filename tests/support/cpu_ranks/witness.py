@@ -41,7 +41,7 @@ class WitnessPlugin(BasePlugin):
                 for _ in range(1200):
                     time.sleep(0.1)
             with Path(os.environ["WITNESS"], f"rank-{RANK}.jsonl").open("a") as file:
-                rows = inputs["input_ids"].tolist()
+                rows = inputs.get("input_ids", torch.empty(0)).tolist()  # pairs have other names
                 file.write(json.dumps({"step": done, "rows": rows}) + "\n")
             return step(model, inputs, *args, **kwargs)
 
