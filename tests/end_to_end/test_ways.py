@@ -95,7 +95,8 @@ def test_preferences_are_recomputed_reentrantly_too(rl, two_ranks, tmp_path):
     (tmp_path / "dpo.jsonl").write_text(f"{json.dumps(said)}\n" * 40)
     data = {**PREFERENCES["datasets"][0], "path": str(tmp_path / "dpo.jsonl")}
     prepared = {"dataset_prepared_path": str(tmp_path / "prepared")}
-    changes = {"rl": rl, "datasets": [data], "max_steps": 2, **prepared}
+    own = {"rl_beta": 2.0, "cpo_alpha": 1.0, "simpo_gamma": 0.5} if rl == "simpo" else {}
+    changes = {"rl": rl, "datasets": [data], "max_steps": 2, **prepared, **own}
     code, log, output = two_ranks("zero3", "by default", **changes)
     assert code == 0, log[-6000:]
     assert any(w.any() for name, w in tensors(output).items() if "lora_B" in name)
