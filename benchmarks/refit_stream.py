@@ -10,7 +10,7 @@ layers × tokens. Processor seconds are of all threads: others may be on the mac
     seconds = a + b × layer parameters × layers × tokens        (least squares)
     peak    = c + d × float32 bytes of a layer                  (least squares)
 
-    python benchmarks/refit_stream.py [--hidden 2048 4096] [--layers 2] [--samples 4 16] [--ratio 0.5] [--csv]
+    python benchmarks/refit_stream.py [--hidden 2048 4096] [--samples 4 16] [--ratio 0.5] [--csv]
     python benchmarks/refit_stream.py --extrapolate docs/configs/llama-3.1-70b.json
 """
 
