@@ -39,7 +39,7 @@ WAYS = {
 
 
 @pytest.fixture
-def two_ranks(lora_settings, tmp_path):  # noqa: F811
+def two_ranks(lora_settings, tmp_path):
     """Starts a run of two ranks under one kind of sharding, to its end."""
 
     def run(kind, way, **changes):
@@ -66,7 +66,7 @@ def test_two_ranks_that_recompute_train_as_one_that_does_not(
     kind,
     way,
     two_ranks,
-    undisturbed,  # noqa: F811
+    undisturbed,
     tmp_path,
 ):
     code, log, output = two_ranks(kind, way)
@@ -102,7 +102,7 @@ def test_preferences_are_recomputed_reentrantly_too(rl, two_ranks, tmp_path):
     assert any(w.any() for name, w in tensors(output).items() if "lora_B" in name)
 
 
-def test_alignment_may_be_either(lora_settings, tmp_path):  # noqa: F811
+def test_alignment_may_be_either(lora_settings, tmp_path):
     """All weights of the layers are trained, and those are saved detached."""
     ours = {name: value for name, value in lora_settings.items() if not name.startswith("lora_")}
     ours |= {"base_model": ours["loram"]["pruned_model_path"], "loram": {"stage": "align"}}
