@@ -210,7 +210,7 @@ def check_base_weights(base: Base, model: str, weights: Path, commit: str | None
     raise LoRAMError(
         f"expected base_model to be {base.id} (fingerprint {str(base.fingerprint)[:19]}…), found "
         f"{model} of the same shape with {fingerprint[:19]}…: it is another model, such as a "
-        "fine-tuned one, or a mixture of two"
+        "fine-tuned one, or a mixture of two, or the same one stored in another format"
     )
 
 

@@ -273,6 +273,25 @@ def merge_without_nf4(merge_lora: ModuleType) -> None:
     _UNDONE_BY.append(lambda: setattr(merge_lora, name, original))
 
 
+@_until("Axolotl's merging (0.19) knowing MXFP4, and experts stored one by one in FP8")
+def merge_into(merge_lora: ModuleType, plain: Callable[[Any], Any]) -> None:
+    """Axolotl puts FP8 back into FP8, and leaves out what it does not know, such as MXFP4.
+
+    Args:
+        merge_lora: Axolotl's module.
+        plain: Gives, for cfg, a `with` block in which there is a base in plain numbers.
+    """
+    original = merge_lora.do_merge_lora
+
+    def from_plain(*, cfg: Any) -> Any:
+        with plain(cfg) as base:
+            cfg.base_model = cfg.base_model_config = base
+            return original(cfg=cfg)
+
+    merge_lora.do_merge_lora = from_plain  # type: ignore[attr-defined]
+    _UNDONE_BY.append(lambda: setattr(merge_lora, "do_merge_lora", original))
+
+
 @_until("Axolotl's merging by shards knowing what checkpoints call a language tower")
 def find_language_tower(lora_merge: ModuleType, names: dict[str, str]) -> None:
     """Axolotl merges without a word what it finds: of Gemma 3, the vision tower alone.

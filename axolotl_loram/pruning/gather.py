@@ -31,6 +31,7 @@ from axolotl_loram.files.tensors import (
     TensorShape,
     ahead,
     finite,
+    write_index,
     write_safetensors,
 )
 from axolotl_loram.files.untrusted import read_json
@@ -126,7 +127,7 @@ def write_weights(
             finished[file] = _write_file(folder / file, parts, done, packing)
             _note_finished(folder, identity, finished)
     if len(files) > 1:
-        _write_index(folder, files, packing)
+        write_index(folder, {file: _all_stored(parts, packing) for file, parts in files.items()})
     (folder / FINISHED).unlink(missing_ok=True)
     return finished
 
@@ -187,6 +188,10 @@ def _stored(described: TensorShape, packing: Packing | None) -> list[TensorShape
     return packed_parts(name, shape, packing.block) if packing and packed else [described]
 
 
+def _all_stored(parts: Iterable[Part], packing: Packing | None) -> list[TensorShape]:
+    return [kept for part in parts for kept in _stored(part.described, packing)]
+
+
 def _size(described: Iterable[TensorShape]) -> int:
     return sum(math.prod(shape) * ELEMENT_BYTES[dtype] for _, dtype, shape in described)
 
@@ -209,24 +214,11 @@ def _write_file(
                 yield counted(part)
 
     partial = file.with_name(f"{file.name}.partial")
-    described = [kept for part in parts for kept in _stored(part.described, packing)]
+    described = _all_stored(parts, packing)
     digest = write_safetensors(partial, described, data())
     sync(partial)
     partial.replace(file)
     return digest
-
-
-def _write_index(
-    folder: Path, files: Mapping[str, Sequence[Part]], packing: Packing | None
-) -> None:
-    held = {
-        file: [kept for part in parts for kept in _stored(part.described, packing)]
-        for file, parts in files.items()
-    }
-    weight_map = {name: file for file, described in held.items() for name, *_ in described}
-    size = sum(map(_size, held.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_json(folder / f"{MODEL_FILE}.index.json", index)
 
 
 def _identity(
