@@ -97,6 +97,7 @@ class LoRAMPlugin(BasePlugin):
         _log_as_axolotl_does()
         patches.keep_errors_from_telemetry(FIELDS_TO_REDACT)
         check_supported(cfg)
+        patches.load_fp8()
         if aligns(cfg):
             return
         cfg.adapter = ADAPTERS[cfg.adapter]
@@ -254,11 +255,14 @@ def _merge_all_of_it(cfg: Any) -> None:
         raise LoRAMError(
             f"expected an adapter that can be merged, found {verdict.because[0]}, or use PEFT"
         )
-    renamed = family.stored_name("lm_head.weight") != "lm_head.weight"
+    renamed = ("lm_head",) if family.stored_name("lm_head.weight") != "lm_head.weight" else ()
+    one_by_one = tuple(f".{weight.module}" for weight in family.layer if weight.each)
     left_out = [
         name
         for name, (module, part) in ((name, split_name(name)) for name in tensors)
-        if part not in MERGED_BY_SHARDS or (renamed and module == "lm_head")
+        if part not in MERGED_BY_SHARDS
+        or module in renamed
+        or module.partition(".base_layer")[0].endswith(one_by_one)
     ]
     if left_out:
         LOG.info("merging by `merge_method: legacy`: by shards, %s would be left out", left_out[0])

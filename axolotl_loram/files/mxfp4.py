@@ -59,10 +59,10 @@ class _Matrix(Quantized):
 @functools.cache
 def _pairs() -> np.ndarray:
     """Two numbers in BF16 for each exponent and byte, at 256 · exponent + byte."""
-    values = np.array([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)], np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = values * np.ldexp(np.float32(1), np.arange(256)[:, None] - 127)
-    numbers = (scaled.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    values = np.array([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)])
+    with np.errstate(over="ignore"):
+        scaled = np.ldexp(values, np.arange(256)[:, None] - 127).astype(np.float32)
+    numbers = (scaled.view(np.uint32) >> 16).astype(np.uint16)
     byte = np.arange(256)
     pairs = np.stack([numbers[:, byte & 15], numbers[:, byte >> 4]], -1)
     return np.ascontiguousarray(pairs).view(np.uint32).reshape(-1)

@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from axolotl_loram.architecture.config_json import Config
 from axolotl_loram.files.quantized import FORMATS, QUANTIZATION, format_of
+from axolotl_loram.models.patches import load_fp8
 
 
 def qlora_config(compute: torch.dtype, **options: Any) -> transformers.BitsAndBytesConfig:
@@ -31,5 +32,6 @@ def dequantized(config: Config) -> dict[str, Any]:
     form = format_of(config)
     if form not in FORMATS:
         return {}
+    load_fp8()
     kind: Any = Mxfp4Config if form == "mxfp4" else FineGrainedFP8Config
     return {"quantization_config": kind(**{**config[QUANTIZATION], "dequantize": True})}

@@ -275,12 +275,7 @@ def merge_without_nf4(merge_lora: ModuleType) -> None:
 
 @_until("Axolotl's merging (0.19) knowing MXFP4, and experts stored one by one in FP8")
 def merge_into(merge_lora: ModuleType, plain: Callable[[Any], Any]) -> None:
-    """Axolotl puts FP8 back into FP8, and leaves out what it does not know, such as MXFP4.
-
-    Args:
-        merge_lora: Axolotl's module.
-        plain: Gives, for cfg, a `with` block in which there is a base in plain numbers.
-    """
+    """Into what `plain` of cfg gives: Axolotl rounds to FP8 again, and leaves MXFP4 out."""
     original = merge_lora.do_merge_lora
 
     def from_plain(*, cfg: Any) -> Any:
@@ -290,6 +285,15 @@ def merge_into(merge_lora: ModuleType, plain: Callable[[Any], Any]) -> None:
 
     merge_lora.do_merge_lora = from_plain  # type: ignore[attr-defined]
     _UNDONE_BY.append(lambda: setattr(merge_lora, "do_merge_lora", original))
+
+
+@_until("transformers that loads FP8 models (5.16.1 fails on each that can be split over ranks)")
+def load_fp8() -> None:
+    """It looks up by which plan experts are split, and has one for a single implementation."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    plans: dict[str | None, dict[str, str]] = FP8Experts._impl_tp_layer_overrides  # type: ignore
+    plans |= {name: {} for name in (None, "eager", "batched_mm", "grouped_mm", "deepgemm")}
 
 
 @_until("Axolotl's merging by shards knowing what checkpoints call a language tower")
