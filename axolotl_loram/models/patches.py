@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed, heterogeneity
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from axolotl_loram.errors import LoRAMError
 
@@ -347,7 +348,11 @@ def plain_projections(model: nn.Module, kernels: ModuleType) -> None:
             attention.apply_o = MethodType(kernels.original_apply_o, attention)
 
 
-# bitsandbytes
+@_until("transformers that loads stacked experts in 4 bits")
+def load_4bit_with(quantizer: Any) -> None:
+    """Have a quantizer load what comes, or goes, in bitsandbytes' 4 bits."""
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = quantizer
+
 
 _OPERATOR = "bitsandbytes::dequantize_4bit"
 
@@ -365,7 +370,7 @@ def take_any_width() -> None:
     """
     modules = sys.modules.get("bitsandbytes.nn.modules")
     if modules is not None:
-        vars(modules)["has_avx512bf16"] = _never
+        vars(modules)["has_avx512bf16"] = bool  # called without arguments: false
         _dequantize_flat()
 
 
@@ -393,7 +398,3 @@ def _dequantize_flat() -> torch.library.Library:
         warnings.simplefilter("ignore")  # torch warns of every override, also of one it is told of
         library.impl(name, flat, "CPU", with_keyset=True, allow_override=True)
     return library
-
-
-def _never() -> bool:
-    return False
