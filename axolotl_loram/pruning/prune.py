@@ -232,10 +232,13 @@ def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
             f"found {method}: calibration text goes through language models only"
         )
     kinds = {kind for count in sketch.counts.values() for kind in count}
-    if "expert_neurons" in kinds and CRITERIA[method].calibrated:
+    if "expert_neurons" in kinds and not CRITERIA[method].inside:
+        able = [
+            name for name, criterion in CRITERIA.items() if criterion.units and criterion.inside
+        ]
         raise LoRAMError(
-            f"expected method {' or '.join(UNCALIBRATED)} for expert_neurons, found {method}: "
-            "stacked experts do not show what goes into each neuron"
+            f"expected method {' or '.join(able)} for expert_neurons, found {method}, which knows "
+            "no gradient of each of them"
         )
 
 
@@ -292,6 +295,7 @@ def choose_units(job: Job, work: Work) -> PruningPlan:
             {layer: counts[layer][group.kind] for layer in having},
             settings.allocation == "global",
             criterion.comparable,
+            {layer: group.fewest(evidence.sizes(layer)) for layer in having},
         )
         kept |= {family.entry(layer, group): units for layer, units in chosen.items()}
         so_far = replace(so_far, kept=dict(kept))

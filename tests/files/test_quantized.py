@@ -284,7 +284,7 @@ def test_train_evaluate_and_merge_into_what_was_published(family, published, set
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged", dtype=torch.float32)
     changed = set()
     for name, value in merged.state_dict().items():
-        torch.testing.assert_close(value, adapted[name].bfloat16().float(), rtol=2**-8, atol=0)
+        torch.testing.assert_close(value, adapted[name].bfloat16().float(), rtol=2**-7, atol=2**-8)
         changed |= {name.split(".")[-2 if name.endswith("weight") else -1]}
         if torch.equal(value, before[name]):
             changed -= {name.split(".")[-2 if name.endswith("weight") else -1]}
