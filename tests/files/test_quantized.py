@@ -234,6 +234,23 @@ def test_scales_of_other_weights_are_refused(held, message, tmp_path):
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_what_is_merged_into_is_the_base_in_plain_numbers(family, published, tmp_path, caplog):
+    """Any program loads it; it is gone afterwards; a base in plain numbers is taken as it is."""
+    folder, place = published(family), tmp_path / "merged-base"
+    caplog.set_level("INFO", "axolotl_loram")
+    with plain_base(str(folder), None, place, no_progress) as base:
+        found, expected = (
+            AutoModelForCausalLM.from_pretrained(at, dtype=torch.bfloat16, **options).state_dict()
+            for at, options in ((base, {}), (folder, dequantized(load_config(str(folder)))))
+        )
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        assert found.keys() == expected.keys()
+        with plain_base(base, None, tmp_path / "other", no_progress) as again:
+            assert again == base and not (tmp_path / "other").exists()
+    assert not place.exists() and "the merged model is stored in BF16" in caplog.text
+
+
 def test_no_room_for_a_plain_copy_is_said_before(published, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -249,9 +266,8 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", [pytest.param("gpt_oss"), pytest.param("qwen3_moe", marks=pytest.mark.matrix)]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
 def test_train_evaluate_and_merge_into_what_was_published(family, published, settings, tmp_path):
     """The merged model is, tensor by tensor, the base in plain numbers plus s B A."""
     base = published(family)

