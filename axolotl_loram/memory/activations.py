@@ -112,7 +112,8 @@ class Activations:
         the base (with the weight that 4 and 8 bits are unpacked to) and by way of LoRA, which PEFT
         takes through float32 and back where it cast the input. At the scores of eager attention:
         their gradients before and after the softmax, in float32. In experts, for each token and
-        expert: its gradient spread out, multiplied and put in order, or those of gate, up and both.
+        expert: its gradient spread out, multiplied (by the router's float32) and put in order, or
+        those of gate, up and both.
         """
         run, c = self.run, self.run.compute_bytes
         form = self.storage.linears
@@ -124,9 +125,9 @@ class Activations:
         hidden, inner = layer.sizes["hidden"], layer.sizes.get("expert_neurons", 0)
         inner = inner or layer.sizes.get("expert_width", 0)
         if any(part_of(tensor) == "experts" for tensor in layer.tensors):
-            each = max((3 * layer.routed + 1) * hidden, 5 * layer.routed * inner)
-            gradients = max(gradients, run.tokens * each * c)
-        scores = 3 * run.tokens * layer.heads * run.sequence_len * FLOAT32
+            spread, gated = (3 * layer.routed + 1) * hidden * FLOAT32, 5 * layer.routed * inner * c
+            gradients = max(gradients, run.tokens * max(spread, gated))
+        scores = 3 * run.tokens * layer.heads * run.sequence_len * (c if _sinks(layer) else FLOAT32)
         return max(gradients, scores if run.attention == "eager" else 0)
 
     def _casts(self, form: str) -> bool:
@@ -195,7 +196,8 @@ class Activations:
             kept += output + (kept - output) // 2
         if self.run.attention == "flash":
             return (kept + output) * c + layer.heads * FLOAT32
-        scores = layer.heads * self.run.sequence_len * (FLOAT32 + (c if c != FLOAT32 else 0))
+        each = c if _sinks(layer) else FLOAT32 + (c if c != FLOAT32 else 0)
+        scores = layer.heads * self.run.sequence_len * each
         return 3 * output * c + scores
 
     def _mlp(self, layer: Layer) -> int:
@@ -219,6 +221,11 @@ class Activations:
                 values += layer.routed * ((6 if tensor.transposed else 3) * inner + hidden)
                 routers += experts * FLOAT32
         return values * self.run.compute_bytes + routers
+
+
+def _sinks(layer: Layer) -> bool:
+    """Whether attention has gpt-oss's sinks, whose softmax is in the compute dtype."""
+    return any(tensor.name.endswith(".sinks") for tensor in layer.tensors)
 
 
 def loss_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:

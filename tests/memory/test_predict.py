@@ -2,7 +2,6 @@
 
 import json
 import math
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 from bitsandbytes import nn as bnb
 from conftest import build_model
 from families import PICO, pico_config
+from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from test_model import LLAMA_2_13B, LLAMA_2_70B, LLAMA_31_70B
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import axolotl_loram.heterogeneous  # noqa: F401
@@ -430,36 +428,6 @@ def test_kept_activations_of_a_4_bit_model_to_the_byte(tmp_path, autocast_as_on_
     model = get_peft_model(base, lora).train()
     kept = kept_for_backward(model, True)
     assert kept == predicted_kept(model, settings_for("bf16"), four_bit=True)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The peak of bytes in storages that operators made and that are still there."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {s._cdata for s in self.storages((args, kwargs))}
-        result = function(*args, **(kwargs or {}))
-        for storage in self.storages(result):
-            if storage._cdata not in given and storage._cdata not in self.seen:
-                self.add(storage._cdata, storage)
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def storages(self, tree):
-        return [t.untyped_storage() for t in tree_leaves(tree) if torch.is_tensor(t)]
-
-    def add(self, key, storage):
-        size = storage.nbytes()
-        self.now += size
-        self.seen[key] = weakref.ref(storage, lambda _: self.drop(key, size))
-
-    def drop(self, key, size):
-        self.now -= size
-        del self.seen[key]
 
 
 @pytest.mark.parametrize("vocabulary", [264, 4000])
