@@ -335,9 +335,10 @@ def _patch_merge(cfg: Any) -> None:
 @contextmanager
 def _base_to_merge_into(cfg: Any) -> Iterator[str]:
     place = Path(cfg.output_dir) / PLAIN_FOLDER
+    stored_in = str(cfg.torch_dtype) if cfg.merge_method == "legacy" else None
     with (
         progress_bar("dequantizing") as progress,
-        plain_base(cfg.base_model, cfg.revision_of_model, place, progress) as base,
+        plain_base(cfg.base_model, cfg.revision_of_model, place, progress, stored_in) as base,
     ):
         yield base
 

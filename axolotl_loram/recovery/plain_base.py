@@ -33,7 +33,9 @@ LOG = logging.getLogger(__name__)
 
 
 @contextmanager
-def plain_base(model: str, revision: str | None, place: Path, progress: Progress) -> Iterator[str]:
+def plain_base(
+    model: str, revision: str | None, place: Path, progress: Progress, stored_in: str | None = None
+) -> Iterator[str]:
     """The base in plain numbers: itself, or a copy that is gone when the block ends.
 
     Args:
@@ -41,6 +43,7 @@ def plain_base(model: str, revision: str | None, place: Path, progress: Progress
         revision: Of a hub id.
         place: Folder for the copy; there must be room for two, as what is merged is as large.
         progress: Shows the bytes written.
+        stored_in: What the merged model will be stored in, by default what the copy is.
 
     Raises:
         LoRAMError: Its weights are packed otherwise than its config says, or there is no room.
@@ -59,10 +62,10 @@ def plain_base(model: str, revision: str | None, place: Path, progress: Progress
     dtypes = ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()}))
     LOG.info(
         "%s is stored in %s: it is merged into as plain numbers, and the merged model is stored in "
-        "%s (%.3g GiB)",
+        "%s (%.3g GiB in the copy)",
         model,
         form,
-        dtypes,
+        stored_in or dtypes,
         size / 2**30,
     )
     place.mkdir(parents=True)

@@ -305,4 +305,6 @@ def test_train_evaluate_and_merge_into_what_was_published(family, published, set
         if torch.equal(value, before[name]):
             changed -= {name.split(".")[-2 if name.endswith("weight") else -1]}
     assert changed == {*projections, "gate_up_proj", "down_proj"}
-    assert {t.dtype for t in Checkpoint(tmp_path / "out/merged").tensors.values()} == {"BF16"}
+    dtype, told = ("BF16", "BF16") if family == "gpt_oss" else ("F32", "torch.float32")
+    assert {t.dtype for t in Checkpoint(tmp_path / "out/merged").tensors.values()} == {dtype}
+    assert f"the merged model is stored in {told} " in log.stdout + log.stderr
