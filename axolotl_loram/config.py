@@ -163,8 +163,9 @@ class PruningArgs(Section):
     )
     quantize: Literal["nf4"] | None = Field(
         default=None,
-        description="Store the linear layers and the lm_head in 4 bits, as QLoRA has them in "
-        "memory (NF4, double quantization), in the format that transformers loads.",
+        description="Store the linear layers, the experts and the lm_head in 4 bits, as QLoRA has "
+        "them in memory (NF4, double quantization), in the format that transformers loads "
+        "(experts: with this package).",
     )
     quantize_block_size: int = Field(
         default=64,

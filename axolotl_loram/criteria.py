@@ -24,6 +24,7 @@ class Criterion:
         comparable: Whether scores of different layers mean the same as they are; others are
             standardized within each layer before layers compete.
         keeps_states: Whether hidden states of all layers lie on disk at once, or of two.
+        inside: Whether neurons of each expert are scored, too.
     """
 
     units: str | None = None
@@ -32,6 +33,7 @@ class Criterion:
     calibrated: bool = False
     comparable: bool = False
     keeps_states: bool = False
+    inside: bool = True
 
     def score(self, evidence: Any) -> None:
         """Save the scores of units."""
@@ -59,12 +61,18 @@ CRITERIA = {
         about="FLAP: variance of the inputs",
         calibrated=True,
     ),
+    "reap": Criterion(
+        "axolotl_loram.pruning.moments:reap",
+        about="REAP: an expert's output norm times its router weight, on average; else activation",
+        calibrated=True,
+    ),
     "taylor": Criterion(
         "axolotl_loram.pruning.taylor:taylor",
         about="LLM-Pruner: first-order change of the loss",
         calibrated=True,
         comparable=True,
         keeps_states=True,
+        inside=False,
     ),
     "wanda": Criterion(weights="axolotl_loram.pruning.sparsegpt:by_wanda", calibrated=True),
     "sparsegpt": Criterion(weights="axolotl_loram.pruning.sparsegpt:by_sparsegpt", calibrated=True),

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from axolotl_loram.models.masked import confine
 from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
 from axolotl_loram.recovery.merge import merge_masked
+from axolotl_loram.recovery.plain_base import plain_base
 from axolotl_loram.recovery.recover import Filler, recover
 from axolotl_loram.recovery.servable import verdicts
 from axolotl_loram.recovery.servers import Subject
@@ -70,6 +72,7 @@ from axolotl_loram.training.support import aligns, check_router_losses, check_su
 
 LOG = logging.getLogger(__name__)
 MERGED_FOLDER = "merged"
+PLAIN_FOLDER = "merged-base"
 MERGED_BY_SHARDS = ("lora_A.weight", "lora_B.weight", "weight", ORIGINAL)
 NOT_ANCHORED = (
     "trained on the pruned model's own loss: on SmolLM2 and GSM8K `anchor: base` in loram: kept "
@@ -95,6 +98,7 @@ class LoRAMPlugin(BasePlugin):
         _log_as_axolotl_does()
         patches.keep_errors_from_telemetry(FIELDS_TO_REDACT)
         check_supported(cfg)
+        patches.load_fp8()
         if aligns(cfg):
             return
         cfg.adapter = ADAPTERS[cfg.adapter]
@@ -124,7 +128,7 @@ class LoRAMPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         """Outside training, give the original base its recovered adapter."""
-        if self.run is None and not aligns(cfg):
+        if self.run is None and not aligns(cfg) and not cfg.merge_lora:  # `register` did
             use_recovered_adapter(cfg)
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
@@ -254,11 +258,14 @@ def _merge_all_of_it(cfg: Any) -> None:
         raise LoRAMError(
             f"expected an adapter that can be merged, found {verdict.because[0]}, or use PEFT"
         )
-    renamed = family.stored_name("lm_head.weight") != "lm_head.weight"
+    renamed = ("lm_head",) if family.stored_name("lm_head.weight") != "lm_head.weight" else ()
+    one_by_one = tuple(f".{weight.module}" for weight in family.layer if weight.each)
     left_out = [
         name
         for name, (module, part) in ((name, split_name(name)) for name in tensors)
-        if part not in MERGED_BY_SHARDS or (renamed and module == "lm_head")
+        if part not in MERGED_BY_SHARDS
+        or module in renamed
+        or module.partition(".base_layer")[0].endswith(one_by_one)
     ]
     if left_out:
         LOG.info("merging by `merge_method: legacy`: by shards, %s would be left out", left_out[0])
@@ -325,6 +332,18 @@ def _patch_merge(cfg: Any) -> None:
     names = {f"^{re.escape(theirs)}": name for name, theirs in family.stored if family.section}
     patches.merge_without_nf4(merge_lora)
     patches.find_language_tower(lora_merge, names)
+    patches.merge_into(merge_lora, _base_to_merge_into)
+
+
+@contextmanager
+def _base_to_merge_into(cfg: Any) -> Iterator[str]:
+    place = Path(cfg.output_dir) / PLAIN_FOLDER
+    stored_in = str(cfg.torch_dtype) if cfg.merge_method == "legacy" else None
+    with (
+        progress_bar("dequantizing") as progress,
+        plain_base(cfg.base_model, cfg.revision_of_model, place, progress, stored_in) as base,
+    ):
+        yield base
 
 
 def _yaml_details(cfg: Any) -> str:

@@ -118,6 +118,12 @@ def layer_pieces(config: Config, layer: int | None) -> dict[str, list[list[Tenso
     return found
 
 
+def stack_shape(pieces: list[list[Tensor]]) -> tuple[int, ...]:
+    """The shape of the parameter that pieces of experts, as `layer_pieces` gives them, make up."""
+    rows = sum(piece.shape[0] for piece in pieces[0])
+    return (len(pieces), rows, *pieces[0][0].shape[1:])
+
+
 def _as_stored(pieces: list[list[Tensor]], family: Family) -> list[list[Tensor]]:
     return [
         [replace(piece, name=family.stored_name(piece.name)) for piece in of_expert]

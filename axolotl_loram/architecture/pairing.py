@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
-from axolotl_loram.architecture.config_json import Config, family_of, load_config
-from axolotl_loram.architecture.model import parameter_count, tensors
+from axolotl_loram.architecture.config_json import Config, family_of, load_config, places
+from axolotl_loram.architecture.model import layer_pieces, parameter_count, stack_shape
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.record import RECORD_FILE, Record
 from axolotl_loram.architecture.vocabulary import differ, vocabulary_digest
@@ -28,9 +28,22 @@ FINGERPRINT_SAMPLES = 256
 LOG = logging.getLogger(__name__)
 
 
-def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape, as a config declares them."""
-    return {tensor.name: tensor.shape for tensor in tensors(config)}
+def shapes_of(config: Config, stored: Container[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape, as a config declares them.
+
+    Args:
+        config: A model's config.
+        stored: Names of tensors; experts that are stored one by one as a rule are one tensor where
+            the name of their stack is among them, as in checkpoints in 4 bits.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in places(config):
+        for name, pieces in layer_pieces(config, layer).items():
+            if len(pieces) > 1 and name in stored:
+                found[name] = stack_shape(pieces)
+            else:
+                found |= {piece.name: piece.shape for own in pieces for piece in own}
+    return found
 
 
 def check_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -44,7 +57,7 @@ def check_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]], where: 
     Raises:
         LoRAMError: A tensor is missing, has another shape, or is not declared.
     """
-    declared = shapes_of(config)
+    declared = shapes_of(config, shapes)
     for name, shape in declared.items():
         if shapes.get(name) != shape:
             found = f"{list(shapes[name])}" if name in shapes else "none"
@@ -210,7 +223,7 @@ def check_base_weights(base: Base, model: str, weights: Path, commit: str | None
     raise LoRAMError(
         f"expected base_model to be {base.id} (fingerprint {str(base.fingerprint)[:19]}…), found "
         f"{model} of the same shape with {fingerprint[:19]}…: it is another model, such as a "
-        "fine-tuned one, or a mixture of two"
+        "fine-tuned one, or a mixture of two, or the same one stored in another format"
     )
 
 

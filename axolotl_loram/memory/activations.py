@@ -10,6 +10,8 @@ PEFT is told not to upcast it). Frozen weights keep nothing of their inputs; wha
   and a mask of a byte for each value;
 * attention: queries, keys, values, output, and a float32 per head (flash), or the matrices of
   scores (eager);
+* experts in fewer bits: the weights that they are unpacked to, of which autograd wants the
+  gradient of the inputs;
 * a gated MLP: outputs of gate and up, and the activation; fused kernels recompute the last;
 * under autocast, the copies of A and B in the compute dtype.
 
@@ -57,7 +59,13 @@ class Activations:
             + self._attention(layer)
             + self._mlp(layer)
         )
-        return self.run.tokens * per_token
+        return self.run.tokens * per_token + self.unpacked_experts(layer)
+
+    def unpacked_experts(self, layer: Layer) -> int:
+        """Bytes of experts in 4 or 8 bits as they are multiplied: kept until they go backward."""
+        form, c = self.storage.experts, self.run.compute_bytes
+        stacks = [math.prod(t.shape) for t in layer.tensors if part_of(t) == "experts"]
+        return sum(stacks) * c if form in ("nf4", "int8") else 0
 
     def moments(self, layout: Layout, lora_parameters: int) -> dict[str, tuple[int, int]]:
         """Bytes of activations, and of logits, at the moments when most is allocated.
@@ -103,7 +111,9 @@ class Activations:
         At down_proj: its output and the gradient of it, and the gradients of its input by way of
         the base (with the weight that 4 and 8 bits are unpacked to) and by way of LoRA, which PEFT
         takes through float32 and back where it cast the input. At the scores of eager attention:
-        their gradients before and after the softmax, in float32.
+        their gradients before and after the softmax, in float32. In experts, for each token and
+        expert: its gradient spread out, multiplied (by the router's float32) and put in order, or
+        those of gate, up and both.
         """
         run, c = self.run, self.run.compute_bytes
         form = self.storage.linears
@@ -112,7 +122,12 @@ class Activations:
         by_lora = 4 * widest if self._casts(form) else widest
         gradients = 2 * run.tokens * layer.sizes["hidden"] * c + widest + max(by_lora, unpacked)
         gradients += widest if form == "int8" else 0  # what Linear8bitLt casts
-        scores = 3 * run.tokens * layer.heads * run.sequence_len * FLOAT32
+        hidden, inner = layer.sizes["hidden"], layer.sizes.get("expert_neurons", 0)
+        inner = inner or layer.sizes.get("expert_width", 0)
+        if any(part_of(tensor) == "experts" for tensor in layer.tensors):
+            spread, gated = (3 * layer.routed + 1) * hidden * FLOAT32, 5 * layer.routed * inner * c
+            gradients = max(gradients, run.tokens * max(spread, gated))
+        scores = 3 * run.tokens * layer.heads * run.sequence_len * (c if _sinks(layer) else FLOAT32)
         return max(gradients, scores if run.attention == "eager" else 0)
 
     def _casts(self, form: str) -> bool:
@@ -181,26 +196,36 @@ class Activations:
             kept += output + (kept - output) // 2
         if self.run.attention == "flash":
             return (kept + output) * c + layer.heads * FLOAT32
-        scores = layer.heads * self.run.sequence_len * (FLOAT32 + (c if c != FLOAT32 else 0))
+        each = c if _sinks(layer) else FLOAT32 + (c if c != FLOAT32 else 0)
+        scores = layer.heads * self.run.sequence_len * each
         return 3 * output * c + scores
 
     def _mlp(self, layer: Layer) -> int:
         """Bytes per token: outputs of gate and up, and of the activation unless that is fused.
 
-        Of experts also what they put out, which their weight in the sum multiplies.
+        Of experts also what they put out, which their weight in the sum multiplies, and the
+        router's probabilities in float32; of a shared one with a gate, too. gpt-oss, which takes
+        gate and up in turns, keeps both once more: clamped, and shifted by one; and the sigmoid.
         """
         fused = self.run.fused_kernels or self.run.fused_glu
         values = 0
         for *inputs, last in layer.mlps:
             outputs, inner = sum(tensor.shape[0] for tensor in inputs), last.shape[1]
             values += outputs + (inner if outputs >= 2 * inner and not fused else 0)
+        hidden, routers = layer.sizes["hidden"], 0
+        values += sum(hidden + 1 for tensor in layer.linears if min(tensor.shape) == 1)
         for tensor in layer.tensors:
-            if part_of(tensor) == "experts":
-                _, *shape = tensor.shape
-                outputs, inner = reversed(shape) if tensor.transposed else shape
-                is_last = outputs == layer.sizes["hidden"]
-                values += layer.routed * (outputs + (inner if is_last else 0))
-        return values * self.run.compute_bytes
+            if part_of(tensor) == "experts" and tensor.name.endswith("down_proj"):
+                experts, *shape = tensor.shape
+                inner = shape[0] if tensor.transposed else shape[1]
+                values += layer.routed * ((6 if tensor.transposed else 3) * inner + hidden)
+                routers += experts * FLOAT32
+        return values * self.run.compute_bytes + routers
+
+
+def _sinks(layer: Layer) -> bool:
+    """Whether attention has gpt-oss's sinks, whose softmax is in the compute dtype."""
+    return any(tensor.name.endswith(".sinks") for tensor in layer.tensors)
 
 
 def loss_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:

@@ -86,13 +86,14 @@ def storage_of(method: str, run: TrainingArgs, tied: bool) -> Storage:
     linears: Format = "nf4" if four_bit else "native"
     if method == "lora" and run.load_in_8bit:  # LoRAM has no 8-bit form
         linears = "int8"
+    packed = run.quantize_experts or (run.prequantized and method == "qloram")
     return Storage(
         linears=linears,
         lm_head=native if head == "native" else head,
         embedding=native if embedding == "native" else embedding,
         native=run.compute_bytes,
         block=run.block_size if method in PRUNED else BLOCK,
-        experts=linears if run.quantize_experts else "native",
+        experts=linears if packed else "native",
         double=run.double_quant,
     )
 

@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+from axolotl_loram.architecture.config_json import Config
+from axolotl_loram.files.quantized import FORMATS, QUANTIZATION, format_of
+from axolotl_loram.models.patches import load_fp8
 
 
 def qlora_config(compute: torch.dtype, **options: Any) -> transformers.BitsAndBytesConfig:
@@ -17,3 +22,16 @@ def qlora_config(compute: torch.dtype, **options: Any) -> transformers.BitsAndBy
         bnb_4bit_compute_dtype=compute,
         **options,
     )
+
+
+def dequantized(config: Config) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a model that is published quantized as plain numbers.
+
+    PEFT puts LoRA on plain numbers alone, and what is merged and pruned are they, too.
+    """
+    form = format_of(config)
+    if form not in FORMATS:
+        return {}
+    load_fp8()
+    kind: Any = Mxfp4Config if form == "mxfp4" else FineGrainedFP8Config
+    return {"quantization_config": kind(**{**config[QUANTIZATION], "dequantize": True})}

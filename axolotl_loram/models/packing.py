@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from axolotl_loram.architecture.config_json import Config, family_of
-from axolotl_loram.architecture.model import has_experts
+from axolotl_loram.architecture.config_json import Config, family_of, layer_count
+from axolotl_loram.architecture.model import has_experts, layer_pieces
+from axolotl_loram.architecture.spaces import EXPERTS
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.nf4 import NESTED_BLOCK, STATE, STATE_BYTES, packed_parts
 from axolotl_loram.files.tensors import StoredTensor, TensorShape
@@ -118,7 +119,8 @@ def plan_packing(
 ) -> Packing:
     """Ask transformers which weights of a model it holds in 4 bits.
 
-    They are those that load_in_4bit takes, and the lm_head, unless it is the embedding too.
+    They are those that load_in_4bit takes, the lm_head, unless it is the embedding too, and stacked
+    experts, under the names that the running model has for them (`packed_experts` loads them).
 
     Args:
         config: The pruned model's config, as config.json will have it.
@@ -131,9 +133,9 @@ def plan_packing(
             parts beside a decoder's linear layers that transformers would not find packed.
     """
     family = family_of(config)
-    if has_experts(config) or family.section or family.auto_class != "AutoModelForCausalLM":
+    if family.section or family.auto_class != "AutoModelForCausalLM":
         raise LoRAMError(
-            f"expected a language model without experts and towers to write it in 4 bits, found "
+            f"expected a language model without a tower to write it in 4 bits, found "
             f"{config['model_type']}: prune without quantize, and train with load_in_4bit"
         )
     import torch
@@ -147,15 +149,21 @@ def plan_packing(
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, dtype=settings.dtype or torch.bfloat16)
-    weights, quantization_config = _converted(model)
-    for name in sorted(weights):
-        dtype = stored[name].dtype if name in stored else None
-        if dtype not in ("BF16", "F16", "F32"):
+    linears, quantization_config = _converted(model)
+    pieces = {family.stored_name(name): [family.stored_name(name)] for name in sorted(linears)}
+    for layer in range(layer_count(config)) if has_experts(config) else ():
+        for name, own in layer_pieces(config, layer).items():
+            if own[0][0].role == EXPERTS:
+                pieces[name] = [piece.name for of_expert in own for piece in of_expert]
+    for name, parts in pieces.items():
+        dtypes = {stored[part].dtype if part in stored else None for part in parts}
+        if len(dtypes) > 1 or not dtypes <= {"BF16", "F16", "F32"}:
             raise LoRAMError(
-                f"expected {name} as BF16, F16 or F32 to write it in 4 bits, found {dtype}: prune "
-                "without quantize, and train with load_in_4bit"
+                f"expected {name} as BF16, F16 or F32 to write it in 4 bits, found "
+                f"{', '.join(sorted(map(str, dtypes)))}: prune without quantize, and train with "
+                "load_in_4bit"
             )
-    return Packing(weights, quantization_config, block, device)
+    return Packing(frozenset(pieces), quantization_config, block, device)
 
 
 def _converted(model: Any) -> tuple[frozenset[str], dict[str, Any]]:

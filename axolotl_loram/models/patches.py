@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed, heterogeneity
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from axolotl_loram.errors import LoRAMError
 
@@ -284,6 +285,29 @@ def merge_without_nf4(merge_lora: ModuleType) -> None:
     _UNDONE_BY.append(lambda: setattr(merge_lora, name, original))
 
 
+@_until("Axolotl's merging (0.19) knowing MXFP4, and experts stored one by one in FP8")
+def merge_into(merge_lora: ModuleType, plain: Callable[[Any], Any]) -> None:
+    """Into what `plain` of cfg gives: Axolotl rounds to FP8 again, and leaves MXFP4 out."""
+    original = merge_lora.do_merge_lora
+
+    def from_plain(*, cfg: Any) -> Any:
+        with plain(cfg) as base:
+            cfg.base_model = cfg.base_model_config = base
+            return original(cfg=cfg)
+
+    merge_lora.do_merge_lora = from_plain  # type: ignore[attr-defined]
+    _UNDONE_BY.append(lambda: setattr(merge_lora, "do_merge_lora", original))
+
+
+@_until("transformers that loads FP8 models (5.16.1 fails on each that can be split over ranks)")
+def load_fp8() -> None:
+    """It looks up by which plan experts are split, and has one for a single implementation."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    plans: dict[str | None, dict[str, str]] = FP8Experts._impl_tp_layer_overrides  # type: ignore
+    plans |= {name: {} for name in (None, "eager", "batched_mm", "grouped_mm", "deepgemm")}
+
+
 @_until("Axolotl's merging by shards knowing what checkpoints call a language tower")
 def find_language_tower(lora_merge: ModuleType, names: dict[str, str]) -> None:
     """Axolotl merges without a word what it finds: of Gemma 3, the vision tower alone.
@@ -335,7 +359,11 @@ def plain_projections(model: nn.Module, kernels: ModuleType) -> None:
             attention.apply_o = MethodType(kernels.original_apply_o, attention)
 
 
-# bitsandbytes
+@_until("transformers that loads stacked experts in 4 bits")
+def load_4bit_with(quantizer: Any) -> None:
+    """Have a quantizer load what comes, or goes, in bitsandbytes' 4 bits."""
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = quantizer
+
 
 _OPERATOR = "bitsandbytes::dequantize_4bit"
 
@@ -353,7 +381,7 @@ def take_any_width() -> None:
     """
     modules = sys.modules.get("bitsandbytes.nn.modules")
     if modules is not None:
-        vars(modules)["has_avx512bf16"] = _never
+        vars(modules)["has_avx512bf16"] = bool  # called without arguments: false
         _dequantize_flat()
 
 
@@ -381,7 +409,3 @@ def _dequantize_flat() -> torch.library.Library:
         warnings.simplefilter("ignore")  # torch warns of every override, also of one it is told of
         library.impl(name, flat, "CPU", with_keyset=True, allow_override=True)
     return library
-
-
-def _never() -> bool:
-    return False

@@ -20,7 +20,12 @@ from axolotl_loram.architecture.families import FAMILIES
 from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.spaces import EXPERTS, LINEAR
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.models.patches import build_each_layer_by_its_own_config, check_after_building
+from axolotl_loram.models.packed_experts import StackedNf4
+from axolotl_loram.models.patches import (
+    build_each_layer_by_its_own_config,
+    check_after_building,
+    load_4bit_with,
+)
 
 
 def is_heterogeneous(config: Any) -> bool:
@@ -32,6 +37,7 @@ def install() -> None:
     """Make transformers build heterogeneous models. Idempotent; done on import."""
     build_each_layer_by_its_own_config()
     check_after_building(check_widths)
+    load_4bit_with(StackedNf4)
 
 
 def check_widths(model: PreTrainedModel) -> None:

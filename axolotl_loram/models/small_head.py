@@ -25,6 +25,7 @@ from axolotl_loram.files.nf4 import packed_weights
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.formats import Formats, check_trains_packed, choose_formats
+from axolotl_loram.models.packed_experts import packed_stacks, states_of
 from axolotl_loram.models.patches import once_sized
 from axolotl_loram.models.stream import replace_linear
 
@@ -255,6 +256,10 @@ def prepare_packed(model: Any, folder: Path, dtype: torch.dtype) -> None:
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight: Any = module.weight
             module.compute_dtype = weight.quant_state.dtype = dtype
+    for stack in packed_stacks(model):
+        for state in states_of(stack):
+            state.dtype = dtype
+        model._moe_experts_quantized = True  # what Axolotl goes by: nothing becomes float32
     if isinstance(model.get_output_embeddings(), bitsandbytes.nn.Linear4bit):
         model.resize_token_embeddings = _refuse_to_resize
 
@@ -272,6 +277,9 @@ def weight_bytes(model: nn.Module) -> int:
     An `OffloadedEmbedding` has none there.
     """
     parts: dict[int, torch.Tensor] = {}
+    for stack in packed_stacks(model):
+        for state in states_of(stack):
+            parts |= {found.data_ptr(): found for found in _tensors_of(state)}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None:

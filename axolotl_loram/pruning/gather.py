@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_loram.architecture.model import Tensor, tensors
+from axolotl_loram.architecture.config_json import places
+from axolotl_loram.architecture.model import Tensor, layer_pieces, stack_shape
 from axolotl_loram.architecture.pairing import untouched_prefixes
 from axolotl_loram.architecture.plan import Features, PruningPlan, gather
 from axolotl_loram.errors import not_finite
@@ -31,6 +32,7 @@ from axolotl_loram.files.tensors import (
     TensorShape,
     ahead,
     finite,
+    write_index,
     write_safetensors,
 )
 from axolotl_loram.files.untrusted import read_json
@@ -44,7 +46,7 @@ FINISHED = "finished.json"
 class Part:
     """One tensor to write: where its pieces come from, what of each is kept, and its shape.
 
-    It has one piece, or one for each expert that it stacks.
+    It has one piece, or some for each expert that it stacks.
     """
 
     name: str
@@ -72,13 +74,9 @@ class Part:
 
 def needed_bytes(checkpoint: Checkpoint, plan: PruningPlan, packing: Packing | None = None) -> int:
     """Bytes of the pruned model's tensors: its size on disk, but for some kB of headers."""
-    dealt = _dealt(checkpoint, plan)
-    held = (
-        (name, checkpoint[name].dtype, tensor.shape if tensor else checkpoint[name].shape)
-        for found in dealt.values()
-        for name, tensor in found.items()
-    )
-    return _size(part for described in held for part in _stored(described, packing))
+    dealt = _dealt(checkpoint, plan, packing)
+    parts = (_part(checkpoint, *item, plan, {}) for held in dealt.values() for item in held.items())
+    return _size(stored for part in parts for stored in _stored(part.described, packing))
 
 
 def write_weights(
@@ -109,8 +107,8 @@ def write_weights(
     """
     replaced = replaced or {}
     files = {
-        file: [_part(checkpoint[name], tensor, plan, replaced) for name, tensor in held.items()]
-        for file, held in _dealt(checkpoint, plan).items()
+        file: [_part(checkpoint, *item, plan, replaced) for item in held.items()]
+        for file, held in _dealt(checkpoint, plan, packing).items()
     }
     plain = {file: _size(part.described for part in parts) for file, parts in files.items()}
     done = progress(sum(plain.values()), "pruning")
@@ -126,17 +124,38 @@ def write_weights(
             finished[file] = _write_file(folder / file, parts, done, packing)
             _note_finished(folder, identity, finished)
     if len(files) > 1:
-        _write_index(folder, files, packing)
+        write_index(folder, {file: _all_stored(parts, packing) for file, parts in files.items()})
     (folder / FINISHED).unlink(missing_ok=True)
     return finished
 
 
-def _dealt(checkpoint: Checkpoint, plan: PruningPlan) -> dict[str, dict[str, Tensor | None]]:
+@dataclass(frozen=True)
+class Stack:
+    """Experts that the base stores one by one, written as one tensor.
+
+    Attributes:
+        name: What the running model calls it.
+        pieces: As `layer_pieces` gives them.
+    """
+
+    name: str
+    pieces: list[list[Tensor]]
+
+
+def _dealt(
+    checkpoint: Checkpoint, plan: PruningPlan, packing: Packing | None
+) -> dict[str, dict[str, Tensor | Stack | None]]:
     """Output file → stored name → what becomes of it, None of what stays as it is.
 
-    What is neither declared nor left untouched is left out.
+    What is neither declared nor left untouched is left out. A stack is where its first piece is.
     """
-    pruned = {_name_in_base(tensor, plan): tensor for tensor in tensors(plan.pruned_config)}
+    pruned: dict[str, Tensor | Stack] = {}
+    for layer in places(plan.pruned_config):
+        for name, pieces in layer_pieces(plan.pruned_config, layer).items():
+            if packing and name in packing.weights and pieces[0][0].expert is not None:
+                pruned[_name_in_base(pieces[0][0], plan)] = Stack(name, pieces)
+            else:
+                pruned |= {_name_in_base(piece, plan): piece for own in pieces for piece in own}
     whole = untouched_prefixes(plan.config)
     shards = [
         {name: pruned.get(name) for name in names if name in pruned or name.startswith(whole)}
@@ -156,11 +175,20 @@ def _name_in_base(tensor: Tensor, plan: PruningPlan) -> str:
 
 
 def _part(
-    stored: StoredTensor,
-    tensor: Tensor | None,
+    checkpoint: Checkpoint,
+    name: str,
+    tensor: Tensor | Stack | None,
     plan: PruningPlan,
     replaced: Mapping[str, StoredTensor],
 ) -> Part:
+    if isinstance(tensor, Stack):
+        found = [
+            (checkpoint[_name_in_base(p, plan)], plan.features(p.dims, p.layer, p.expert))
+            for own in tensor.pieces
+            for p in own
+        ]
+        return Part(tensor.name, found, stack_shape(tensor.pieces))
+    stored = checkpoint[name]
     if tensor is None:
         return Part(stored.name, [(stored, [None] * max(1, len(stored.shape)))], stored.shape)
     if (new := replaced.get(stored.name)) is not None:
@@ -187,6 +215,10 @@ def _stored(described: TensorShape, packing: Packing | None) -> list[TensorShape
     return packed_parts(name, shape, packing.block) if packing and packed else [described]
 
 
+def _all_stored(parts: Iterable[Part], packing: Packing | None) -> list[TensorShape]:
+    return [kept for part in parts for kept in _stored(part.described, packing)]
+
+
 def _size(described: Iterable[TensorShape]) -> int:
     return sum(math.prod(shape) * ELEMENT_BYTES[dtype] for _, dtype, shape in described)
 
@@ -209,24 +241,11 @@ def _write_file(
                 yield counted(part)
 
     partial = file.with_name(f"{file.name}.partial")
-    described = [kept for part in parts for kept in _stored(part.described, packing)]
+    described = _all_stored(parts, packing)
     digest = write_safetensors(partial, described, data())
     sync(partial)
     partial.replace(file)
     return digest
-
-
-def _write_index(
-    folder: Path, files: Mapping[str, Sequence[Part]], packing: Packing | None
-) -> None:
-    held = {
-        file: [kept for part in parts for kept in _stored(part.described, packing)]
-        for file, parts in files.items()
-    }
-    weight_map = {name: file for file, described in held.items() for name, *_ in described}
-    size = sum(map(_size, held.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_json(folder / f"{MODEL_FILE}.index.json", index)
 
 
 def _identity(

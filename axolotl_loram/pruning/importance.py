@@ -140,29 +140,35 @@ def select(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def choose(
-    scores: Mapping[int, np.ndarray], counts: Mapping[int, int], compete: bool, comparable: bool
+    scores: Mapping[int, np.ndarray],
+    counts: Mapping[int, int],
+    compete: bool,
+    comparable: bool,
+    fewest: Mapping[int, int] | None = None,
 ) -> dict[int, np.ndarray]:
     """Which units of one kind to keep.
 
     Args:
         scores: Layer → scores (units,).
         counts: Layer → how many to keep.
-        compete: Whether all layers' units compete for the sum of the counts (every layer keeps one
-            at least); units of a kind weigh the same in every layer, so the budget is the same.
-            Units inside experts do not compete: each expert of a layer has equally many.
+        compete: Whether all layers' units compete for the sum of the counts; units of a kind weigh
+            the same in every layer, so the budget is the same. Units inside experts do not compete:
+            each expert of a layer has equally many.
         comparable: Whether scores of different layers are on one scale; they are standardized
             within their layer before they compete otherwise.
+        fewest: Layer → how many it keeps whatever the others score, by default one: of experts, as
+            many as a token goes through.
 
     Returns:
         Layer → kept units, ascending int32.
     """
-    if not compete or any(own.ndim == 2 for own in scores.values()):
+    if not compete or not counts or any(own.ndim == 2 for own in scores.values()):
         return {layer: select(scores[layer], counts[layer]) for layer in counts}
     ranked = []
     for layer in counts:
         own = scores[layer] if comparable else standardized(scores[layer])
         own = own.copy()
-        own[np.argmax(own)] = np.inf
+        own[select(own, fewest[layer] if fewest else 1)] = np.inf
         ranked.append(own)
     best = select(np.concatenate(ranked), sum(counts.values()))
     starts = np.cumsum([0, *(len(own) for own in ranked)])

@@ -10,21 +10,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from axolotl_loram.architecture.model import readers
-from axolotl_loram.architecture.spaces import per_unit
+from axolotl_loram.architecture.model import layer_weights, readers
+from axolotl_loram.architecture.spaces import EXPERTS, per_unit
 from axolotl_loram.models.stream import seen_inputs, seen_routing
 from axolotl_loram.pruning.evidence import Evidence
 
 
 @dataclass
 class Moments:
-    """First two moments of a module's inputs, each (features,), in float64."""
+    """First two moments of a module's inputs, each (features,), in float64.
+
+    Attributes:
+        count: Over how many vectors.
+        sums: Of them.
+        squares: Of them, squared.
+        norms: Of what an expert adds, the sum of lengths.
+        seen: For how many tokens an expert was chosen.
+    """
 
     count: int = 0
     sums: Any = 0.0
     squares: Any = 0.0
+    norms: Any = 0.0
+    seen: int = 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """Take in (..., features)."""
@@ -52,25 +61,44 @@ def fluctuation(evidence: Evidence) -> None:
     score_by_moments(evidence, lambda norms, moments: norms * moments.variance)
 
 
+def reap(evidence: Evidence) -> None:
+    """REAP's (arXiv 2510.13999): mean of g ‖f‖ over the tokens that an expert is chosen for.
+
+    g is the router's weight, f what the expert puts out. Other units as by `activation`.
+    """
+    score_by_moments(
+        evidence,
+        lambda norms, moments: norms * moments.squares,
+        lambda added: float(added.norms) / max(added.seen, 1),
+    )
+
+
 @torch.no_grad()
 def score_by_moments(
-    evidence: Evidence, energy: Callable[[torch.Tensor, Moments], torch.Tensor]
+    evidence: Evidence,
+    energy: Callable[[torch.Tensor, Moments], torch.Tensor],
+    of_expert: Callable[[Moments], float] | None = None,
 ) -> None:
     """Score units by an energy of each input c, from ‖W_:c‖² (inputs,) and its moments.
 
     A unit's score is the root of its inputs' energies added up. An expert's are those of what it
-    adds to the hidden state, each feature as it is.
+    adds to the hidden state, each feature as it is, if `of_expert` does not score it by these. A
+    neuron's of an expert is that of what down_proj reads, times the router's weight.
     """
     walk = evidence.walk("calibration", max(evidence.layers) + 1)
     for index, layer in walk:
         reading = readers(evidence.config, index)
         moments = {weight.module: Moments() for weight in reading}
         weights = {w.module: layer.get_submodule(w.module) for w in reading}
-        routed = [g for g in evidence.groups(index) if g.kind == "experts"]
-        added = [Moments() for _ in range(evidence.sizes(index).get("experts", 0))]
+        kinds = {group.kind for group in evidence.groups(index)}
+        count = evidence.sizes(index).get("experts", 0)
+        added = [Moments() for _ in range(count)]
+        inner = [Moments() for _ in range(count if "expert_neurons" in kinds else 0)]
+        stacks = [w.module for w in layer_weights(evidence.config, index) if w.role == EXPERTS]
+        routed = kinds & {"experts", "expert_neurons"}
         with (
             seen_inputs(layer, list(moments), partial(_take_in, moments)),
-            seen_routing(layer, routed[0].module, partial(_take_in_added, added))
+            seen_routing(layer, stacks[0], partial(_take_in_added, added, inner))
             if routed
             else nullcontext(),
             walk.advanced(index, layer),
@@ -81,10 +109,13 @@ def score_by_moments(
                     for name, found in moments.items()
                 }
                 scores = _fold(evidence, index, energies)
-                if routed:
-                    ones = torch.ones((), dtype=torch.float64)
-                    by_expert = [float(energy(ones, own).clamp(min=0).sum()) for own in added]
-                    scores["experts"] = np.sqrt(by_expert)
+                if "experts" in kinds:
+                    scores["experts"] = np.array([*map(of_expert or _of_expert(energy), added)])
+                if inner:
+                    stack = layer.get_submodule(stacks[0])
+                    scores["expert_neurons"] = np.stack(
+                        [_of_neurons(energy, stack, e, own) for e, own in enumerate(inner)]
+                    )
                 evidence.save(index, scores)
 
 
@@ -92,21 +123,53 @@ def _take_in(moments: dict[str, Moments], module: str, inputs: torch.Tensor) -> 
     moments[module].add(inputs)
 
 
+def _of_expert(energy: Callable[[torch.Tensor, Moments], torch.Tensor]) -> Any:
+    ones = torch.ones((), dtype=torch.float64)
+    return lambda added: float(torch.as_tensor(energy(ones, added)).clamp(min=0).sum().sqrt())
+
+
+def _of_neurons(energy: Any, experts: Any, expert: int, seen: Moments) -> np.ndarray:
+    """The score of each neuron of an expert, (neurons,); zero where no token came by."""
+    down = experts.down_proj[expert].float().square().double()
+    norms = down.sum(1 if experts.is_transposed else 0)
+    found = torch.as_tensor(energy(norms, seen)).clamp(min=0).sqrt()
+    return found.expand(len(norms)).cpu().numpy()
+
+
+def _read_by_down_proj(experts: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+    """What an expert's down_proj reads of hidden states (tokens, hidden), (tokens, neurons)."""
+    up = experts.gate_up_proj[expert]
+    projected = hidden @ (up if experts.is_transposed else up.T)
+    if experts.has_bias:
+        projected = projected + experts.gate_up_proj_bias[expert]
+    return experts._apply_gate(projected)
+
+
 def _take_in_added(
     added: list[Moments],
-    experts: nn.Module,
+    inner: list[Moments],
+    experts: Any,
     hidden: torch.Tensor,
     indices: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Note what each expert adds to each token's hidden state (nothing, if it is not chosen)."""
+    """Note what each expert adds to each token's hidden state (nothing, if it is not chosen).
+
+    Where there are `inner` ones, also what its down_proj reads.
+    """
     for expert, moments in enumerate(added):
         tokens, place = torch.where(indices == expert)
         if len(tokens):
             chosen = torch.full((len(tokens), 1), expert, device=indices.device)
             output = experts.forward(hidden[tokens], chosen, weights[tokens, place, None])
             moments.add(output)
-        moments.count += len(hidden) - len(tokens)
+            moments.norms = moments.norms + output.double().norm(dim=-1).sum()
+            moments.seen += len(tokens)
+            for own in inner[expert : expert + 1]:
+                read = _read_by_down_proj(experts, expert, hidden[tokens])
+                own.add(read * weights[tokens, place, None])
+        for own in (moments, *inner[expert : expert + 1]):
+            own.count += len(hidden) - len(tokens)
 
 
 def _column_energy(module: Any) -> torch.Tensor:

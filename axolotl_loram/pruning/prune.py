@@ -33,6 +33,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, commit_of, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.quantized import check_format, check_weights, without_format
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import copy_files, read_json
@@ -159,15 +160,12 @@ def prune(
     """
     check_vacant(output, overwrite)
     config = load_config(model, revision)
-    if config.get("quantization_config"):
-        raise LoRAMError(
-            f"expected a model in 16 or 32 bits to prune, found quantization_config in {model}: "
-            "load it dequantized, save it, and prune that"
-        )
+    check_format(config, model)
     resolved = resolve(settings, config, own_text=calibration is not None)
     folder = find_folder(model, revision)
     checkpoint = Checkpoint(folder)
-    config = by_weights(config, checkpoint)
+    check_weights(config, checkpoint.tensors, str(folder))
+    config = by_weights(without_format(config), checkpoint)
     check_tensors(config, {n: t.shape for n, t in checkpoint.tensors.items()}, where=str(folder))
     name = str(folder.resolve()) if Path(model).exists() else model
     base = Base(name, commit_of(folder, revision), fingerprint_of(folder))
@@ -201,7 +199,7 @@ def _plan_packing(settings: Pruning, checkpoint: Checkpoint, sketch: PruningPlan
 
 def _pruned_config(base: Path, plan: PruningPlan) -> dict[str, Any]:
     """The base's own config.json with what the plan changes."""
-    raw = read_json(base / "config.json")
+    raw = without_format(read_json(base / "config.json"))
     if is_tied(raw) and not is_tied(plan.config):
         raw = untied(raw)
     return changed(raw, plan.changes)
@@ -234,10 +232,13 @@ def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
             f"found {method}: calibration text goes through language models only"
         )
     kinds = {kind for count in sketch.counts.values() for kind in count}
-    if "expert_neurons" in kinds and CRITERIA[method].calibrated:
+    if "expert_neurons" in kinds and not CRITERIA[method].inside:
+        able = [
+            name for name, criterion in CRITERIA.items() if criterion.units and criterion.inside
+        ]
         raise LoRAMError(
-            f"expected method {' or '.join(UNCALIBRATED)} for expert_neurons, found {method}: "
-            "stacked experts do not show what goes into each neuron"
+            f"expected method {' or '.join(able)} for expert_neurons, found {method}, which knows "
+            "no gradient of each of them"
         )
 
 
@@ -294,6 +295,7 @@ def choose_units(job: Job, work: Work) -> PruningPlan:
             {layer: counts[layer][group.kind] for layer in having},
             settings.allocation == "global",
             criterion.comparable,
+            {layer: group.fewest(evidence.sizes(layer)) for layer in having},
         )
         kept |= {family.entry(layer, group): units for layer, units in chosen.items()}
         so_far = replace(so_far, kept=dict(kept))

@@ -25,7 +25,14 @@ from axolotl_loram.errors import LoRAMError, not_finite
 from axolotl_loram.files.atomic import check_vacant, new_folder, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite, write_safetensors
+from axolotl_loram.files.quantized import without_format
+from axolotl_loram.files.tensors import (
+    Checkpoint,
+    StoredTensor,
+    finite,
+    write_index,
+    write_safetensors,
+)
 from axolotl_loram.files.untrusted import copy_files, read_json
 from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.masked import add_update, pack, read_support
@@ -35,12 +42,7 @@ from axolotl_loram.recovery.scatter import Moved, vocabulary_of
 from axolotl_loram.recovery.whole import check_adapter
 
 LOG = logging.getLogger(__name__)
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    *TOKENIZER_PATTERNS,
-)
+COPIED = ("config.json", "generation_config.json", *TOKENIZER_PATTERNS)
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "weight")
 """What can be merged of what an adapter holds for a module."""
 
@@ -88,10 +90,11 @@ def merge_masked(
     with new_folder(output, overwrite) as scratch:
         files = merger.write(scratch, progress)
         copy_files(folder, scratch, COPIED)
+        config = without_format(read_json(scratch / "config.json"))
+        write_json(scratch / "config.json", config)
         vocabulary = vocabulary_of(opened.tensors, plan.config)
         if vocabulary != sizes_of(plan.config)["vocabulary"]:
-            grown = changed(read_json(scratch / "config.json"), {"vocab_size": vocabulary})
-            write_json(scratch / "config.json", grown)
+            write_json(scratch / "config.json", changed(config, {"vocab_size": vocabulary}))
             copy_files(adapter, scratch, TOKENIZER_PATTERNS)
         record = Record(
             Kind.RECOVERED_MODEL,
@@ -236,13 +239,14 @@ class _Merger:
         """
         size = sum(tensor.nbytes for tensor in self.base.tensors.values())
         done = progress(size, "merging")
-        files = {}
+        files, held = {}, {}
         for file, names in self.base.shards.items():
             stored = [self.base[name] for name in names]
-            described = [(tensor.name, tensor.dtype, self.shape(tensor)) for tensor in stored]
-            files[file] = write_safetensors(
-                folder / file, described, (self.merged(tensor, done) for tensor in stored)
-            )
+            held[file] = [(tensor.name, tensor.dtype, self.shape(tensor)) for tensor in stored]
+            data = (self.merged(tensor, done) for tensor in stored)
+            files[file] = write_safetensors(folder / file, held[file], data)
+        if len(held) > 1:
+            write_index(folder, held)
         return files
 
     def shape(self, tensor: StoredTensor) -> tuple[int, ...]:

@@ -145,8 +145,13 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
         return
     split = map(split_name, adapter.tensors)
     having = {module for module, part in split if part in LORA_AXES}
-    stacked = {tensor.module for tensor in parameters(plan.config) if tensor.role == EXPERTS}
-    extra = sorted(module for module in having - stacked if not is_named(module, settings))
+    targets = adapter.target_parameters  # stacks, and what "all-linear" takes: the router's weight
+    by_parameter = {
+        tensor.module
+        for tensor in parameters(plan.config)
+        if tensor.role == EXPERTS or _matches(tensor.name, list(targets))
+    }
+    extra = sorted(module for module in having - by_parameter if not is_named(module, settings))
     if extra:
         raise LoRAMError(
             f"expected LoRA on the target_modules in the config of {adapter.folder} alone, found "

@@ -28,7 +28,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.files.untrusted import read_json
-from axolotl_loram.models.four_bit import qlora_config
+from axolotl_loram.models.four_bit import dequantized, qlora_config
 from axolotl_loram.models.masked import confine
 from axolotl_loram.recovery.adapter import names_of_today
 from axolotl_loram.recovery.scatter import vocabulary_of
@@ -224,6 +224,8 @@ def load_model(
     if load_in_4bit:
         compute = torch.float32 if device == "cpu" else torch.bfloat16
         options["quantization_config"] = qlora_config(getattr(torch, dtype) if dtype else compute)
+    else:
+        options |= dequantized(load_config(model, revision))
     placed = device if device == "auto" else {"": device}
     try:
         loaded = auto.from_pretrained(model, revision=revision, device_map=placed, **options)

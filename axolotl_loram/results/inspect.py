@@ -28,6 +28,7 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.quantized import FORMATS, check_format, format_of
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.recovery.servable import Verdict, as_json, subject_of, verdicts
@@ -241,9 +242,10 @@ def describe_ordinary(folder: Path, model: str) -> dict[str, Any]:
 
 
 def _weights(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
-    stored = checkpoint.tensors
-    if not config.get("quantization_config"):
-        check_tensors(config, {name: t.shape for name, t in stored.items()}, str(checkpoint.folder))
+    stored = checkpoint.stored
+    if format_of(config) in (None, *FORMATS):
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        check_tensors(config, shapes, str(checkpoint.folder))
     return {
         "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),
         "stored_as": ", ".join(sorted({tensor.dtype for tensor in stored.values()})),
@@ -253,9 +255,8 @@ def _weights(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
 def _pruning(config: Config, model: str) -> dict[str, Any]:
     """Units of the layers that pruning touches, sizes at a few ratios, and the next command."""
     layers, settings = layer_count(config), PruningArgs(ratio=RATIOS[0]).resolve()
-    if config.get("quantization_config"):
-        return {"cannot_be_pruned": "its weights are quantized: save it in 16 bits first"}
     try:
+        check_format(config, model)
         sizes = list(_sizes(config, settings.protected))
     except LoRAMError as error:
         return {"cannot_be_pruned": str(error)}

@@ -152,13 +152,6 @@ def test_a_device_that_cannot_is_refused_before_pruning(make_model, tmp_path):
     assert "expected a device on which bitsandbytes does nf4, found cuda" in result.output
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
-def test_experts_and_towers_are_not_packed(family, make_model, tmp_path):
-    with pytest.raises(LoRAMError, match=f"without experts and towers.*found {family}"):
-        prune(str(make_model(family)), tmp_path / "out", settings_of())
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -20,7 +20,7 @@ from axolotl_loram.architecture.model import tensors
 from axolotl_loram.architecture.plan import PruningPlan, entries_of, gather
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files import tensors as checkpoint_module
+from axolotl_loram.files import stored as stored_module
 from axolotl_loram.files.atomic import updated_folder
 from axolotl_loram.files.tensors import (
     ELEMENT_BYTES,
@@ -73,7 +73,7 @@ def test_gathering_in_blocks_is_gathering(case, block_bytes):
     lowest = INFINITY.get(dtype, 0) & -INFINITY.get(dtype, 0)  # without it, all are finite
     whole = np.frombuffer(bits, f"u{width}").reshape(shape) & ~np.array(lowest, f"u{width}")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_module, "BLOCK_BYTES", block_bytes)
+        patch.setattr(stored_module, "BLOCK_BYTES", block_bytes)
         stored = stored_as(Path(folder) / "t.safetensors", "t", dtype, whole)
         expected = gather(whole, features)
         blocks = list(ahead(Part("t", [(stored, features)], expected.shape).blocks()))
@@ -299,7 +299,7 @@ def test_scores_in_blocks_are_dense_scores(dtype, kind, base, tmp_path, monkeypa
     rng, counts = np.random.default_rng(0), []
     members = layer_tensors(tmp_path, base[1], dtype, rng.standard_normal)
     members = [(tensor, stored) for tensor, stored in members if kind in tensor.kinds]
-    monkeypatch.setattr(checkpoint_module, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(stored_module, "BLOCK_BYTES", 500)
     scores = magnitude_scores(members, kind, counts.append)
     np.testing.assert_allclose(scores, dense_scores(members, kind), rtol=1e-6)
     assert sum(counts) == sum(stored.nbytes for _, stored in members) and max(counts) <= 500
@@ -325,7 +325,7 @@ def test_weights_that_are_not_finite_are_named(dtype, value, base, tmp_path, mon
     def values(shape):
         return np.where(np.arange(np.prod(shape)) == np.prod(shape) // 2, value, 1.0).reshape(shape)
 
-    monkeypatch.setattr(checkpoint_module, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(stored_module, "BLOCK_BYTES", 500)
     members = layer_tensors(tmp_path, base[1], dtype, values)
     for tensor, stored in members:
         with pytest.raises(LoRAMError, match=f"NaN or infinity in {tensor.name}"):

@@ -65,16 +65,112 @@ def contributions(model, layer, tokens):
     return added.double().detach()
 
 
-@pytest.mark.parametrize("method", ["activation", "fluctuation"])
+@pytest.mark.parametrize("method", ["activation", "fluctuation", "reap"])
 def test_experts_are_scored_by_what_they_add(method, moe, tmp_path):
     scores, model = scored(moe, tmp_path / "work", method), load(moe)
     for layer in (1, 2):
         added = contributions(model, layer, text_tokens())
         if method == "fluctuation":
             expected = added.var(dim=1, correction=0).sum(1).sqrt()
+        elif method == "reap":
+            lengths = added.norm(dim=2)
+            expected = lengths.sum(1) / (lengths > 0).sum(1).clamp(min=1)
         else:
             expected = added.square().sum((1, 2)).sqrt()
         np.testing.assert_allclose(scores[layer]["experts"], expected.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("method", ["activation", "fluctuation", "reap"])
+def test_neurons_of_experts_are_scored_by_what_down_proj_reads(
+    method, family, make_model, tmp_path
+):
+    """What a neuron adds to each token's hidden state: found by leaving the others out."""
+    folder, kinds = make_model(family), ("experts", "expert_neurons")
+    scores = scored(folder, tmp_path / "work", method, units=kinds)[1]["expert_neurons"]
+    model, seen = load(folder), {}
+    model.set_experts_implementation("eager")
+    experts = model.model.layers[1].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: seen.update(args=args))
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(text_tokens()))
+    experts._forward_pre_hooks.clear()
+    bias, down = getattr(experts, "down_proj_bias", None), experts.down_proj.data.clone()
+    if bias is not None:
+        bias.data.zero_()
+    assert scores.shape == (4, 48)
+    for expert, neuron in ((0, 0), (1, 17), (3, 47)):
+        experts.down_proj.data.zero_()
+        place = (expert, neuron) if family == "gpt_oss" else (expert, slice(None), neuron)
+        experts.down_proj.data[place] = down[place]
+        with torch.no_grad():
+            added = experts(*seen["args"]).double()
+        if method == "fluctuation":
+            expected = added.var(dim=0, correction=0).sum().sqrt()
+        else:
+            expected = added.square().sum().sqrt()
+        np.testing.assert_allclose(scores[expert, neuron], float(expected), rtol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["reap", "activation"])
+def test_experts_of_all_layers_compete_but_each_token_finds_enough(method, moe, tmp_path):
+    """One layer's experts score far above the others', which keep what a token goes through."""
+    from axolotl_loram.pruning.importance import choose
+
+    scores = {1: np.array([5.0, 6, 7, 8]), 2: np.array([1.0, 2, 3, 4]), 3: np.array([0.1] * 4)}
+    counts = dict.fromkeys(scores, 3)
+    kept = choose(scores, counts, True, True, dict.fromkeys(scores, 2))
+    assert [kept[layer].tolist() for layer in scores] == [[0, 1, 2, 3], [1, 2, 3], [0, 1]]
+    settings = PruningArgs(
+        method=method,
+        ratio=0.25,
+        units="experts",
+        allocation="global",
+        refit=False,
+        protect_first=0,
+        protect_last=0,
+        calibration_path=str(text_of(tmp_path)),
+        calibration_samples=4,
+        calibration_length=32,
+    )
+    with_tokenizer(moe)
+    prune(str(moe), tmp_path / "pruned", settings)
+    kept = PruningPlan.load(tmp_path / "pruned").counts
+    fields = load_config(str(tmp_path / "pruned"))
+    left = [sizes_of(fields, layer)["experts"] for layer in range(4)]
+    assert sum(left) == 12 and min(left) >= 2
+    with torch.no_grad():
+        logits = load(tmp_path / "pruned")(input_ids=torch.arange(40)[None]).logits
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("method", ["reap", "activation"])
+def test_experts_and_their_neurons_go_at_once_by_text(method, moe, tmp_path):
+    settings = PruningArgs(
+        method=method,
+        ratio=0.5,
+        units="experts,expert_neurons",
+        refit=False,
+        calibration_path=str(text_of(tmp_path)),
+        calibration_samples=4,
+        calibration_length=32,
+    )
+    with_tokenizer(moe)
+    record = prune(str(moe), tmp_path / "pruned", settings)
+    kept = record["parameters"]["kept_per_pruned_layer"]
+    assert kept == {"experts": 2, "expert_neurons": 24}
+
+
+def with_tokenizer(folder):
+    from conftest import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(folder)
+
+
+def text_of(folder):
+    file = folder / "text.txt"
+    file.write_text(json.__doc__ * 4)
+    return file
 
 
 def test_taylor_of_experts_is_the_gradient_of_a_mask_on_their_outputs(moe, tmp_path):
@@ -219,5 +315,7 @@ def test_scoring_expert_neurons_by_text_is_refused(moe, tmp_path, text_file):
     settings = PruningArgs(
         method="taylor", ratio=0.5, units="expert_neurons", calibration_path=str(text_file)
     )
-    with pytest.raises(LoRAMError, match="random or magnitude for expert_neurons"):
+    with pytest.raises(
+        LoRAMError, match=r"random or magnitude or .* for expert_neurons, found taylor"
+    ):
         prune(str(moe), tmp_path / "pruned", settings)

@@ -313,8 +313,8 @@ def test_what_cannot_be_pruned_says_why(make_model, tmp_path):
     build_model().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    assert "16 bits" in told(tmp_path)["cannot_be_pruned"]
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    assert "16 or 32 bits" in told(tmp_path)["cannot_be_pruned"]
 
 
 def test_an_ordinary_adapter_is_told(make_model, tmp_path):

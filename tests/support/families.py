@@ -111,7 +111,7 @@ def table() -> str:
         targets = f"{len(dict.fromkeys(linear))} linear"
         targets += f", {len(stacked)} stacked" if EXPERTS in weights else ""
         language = row.auto_class != "AutoModelForImageClassification"
-        four_bits = ("all but experts" if stacked else "yes") if language else "–"
+        four_bits = ("yes, experts packed" if stacked else "yes") if language else "–"
         trained = "yes" if name in ("llama", *TRAINED) else ""
         title = f"`{name}`" + (f": {ALSO[name]}" if name in ALSO else "")
         neurons = "yes" if {"neurons", "shared_neurons"} & kinds else "–"
