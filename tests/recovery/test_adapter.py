@@ -1,6 +1,7 @@
 """What PEFT writes is taken as PEFT takes it, or refused in one sentence."""
 
 import json
+import shutil
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -249,6 +250,36 @@ def test_masked_recovery_grows_the_model(form, tied, make_model, tmp_path):
         wanted = expected(TOKENS).logits
         torch.testing.assert_close(merged(TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
     assert not failures(verify(tmp_path / "merged-adapter"))
+
+
+@pytest.mark.parametrize("form", ["resized", "saved whole"])
+def test_masked_recovery_onto_a_base_that_stores_its_head_alone(form, make_model, tmp_path):
+    shutil.copytree(make_model(tie_word_embeddings=True), tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    prune(str(tmp_path / "base"), tmp_path / "sparse", PruningArgs(sparsity=0.5))
+    train_grown(tmp_path / "sparse", tmp_path / "adapter", **FORMS[form])
+    merge_masked(tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged-adapter")
+    saved = load_file(tmp_path / "adapter" / FILE)
+    for part in ("model.embed_tokens", "lm_head"):
+        weight = merged.get_submodule(part).weight
+        assert torch.equal(weight, saved[f"{PREFIX}{part}.weight"])
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("whole", ["embed_tokens", "lm_head"])
+def test_one_of_two_tied_embeddings_is_not_merged(whole, make_model, tmp_path):
+    """PEFT trains it apart from the other; a tied model would hold it as both, or lose it."""
+    sparse = make_sparse(make_model(tie_word_embeddings=True), tmp_path / "sparse")
+    form = {"target_modules": ["q_proj"], "modules_to_save": [whole]}
+    model = get_peft_model(load_model(str(sparse)), LoraConfig(r=4, **form))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LoRAMError, match="which cannot be merged"):
+        merge_masked(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("rows", [263, 270])
