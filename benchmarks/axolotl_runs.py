@@ -28,7 +28,8 @@ import numpy as np
 from axolotl_examples import examples, family_of_name
 from measure import ROOT, append_row, surroundings
 
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/support")]
+sys.path.insert(0, str(ROOT / "tests/support"))
+sys.path.insert(0, str(ROOT / "tests"))
 from conftest import build_model, byte_tokenizer, run_command, write_yaml
 from families import OWN_SIZES
 from safetensors.torch import load_file
@@ -164,7 +165,7 @@ def tokens_of(cfg: dict[str, Any]) -> list[str]:
 
 
 def train(cfg: dict[str, Any], folder: Path) -> str:
-    """ "trains", or the last error that the command ended with."""
+    """Whether it "trains", or the last error of the command."""
     file = write_yaml(folder / f"{Path(cfg['output_dir']).name}.yml", cfg)
     done = run_command("axolotl", "train", file, "--launcher", "python", check=False, cwd=folder)
     if not done.returncode:
