@@ -21,6 +21,7 @@ from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.models.masked import confine
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.adapter import unrecoverable
 from axolotl_loram.recovery.merge import merge_masked
@@ -168,6 +169,42 @@ def test_variants_of_lora_are_refused_by_name(name):
     for said in (True, [1], {"some": "setting"}):
         told = unrecoverable({name: said})
         assert told and (name in told or "DoRA" in told)
+
+
+@pytest.mark.parametrize(
+    ("family", "case", "beside"),
+    [
+        ("llama", {"target_parameters": ["q_proj.weight", "mlp.up_proj.weight"]}, "up_proj"),
+        ("mixtral", {"target_modules": "all-linear"}, "mlp.gate"),  # the router: a parameter
+        ("tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "lm_head"),
+    ],
+)
+def test_modules_that_peft_adapts_beside_target_modules(family, case, beside, make_model, tmp_path):
+    """They are named elsewhere in the config; PEFT loads what is recovered."""
+    sizes = {"tie_word_embeddings": True} if family == "tied" else {}
+    base = make_model(family.replace("tied", "llama"), **sizes)
+    prune(str(base), tmp_path / "pruned", PruningArgs(ratio=0.5))
+    train_on(tmp_path / "pruned", tmp_path / "adapter", **{"target_modules": [], **case})
+    assert any(f"{beside}.lora_A" in name for name in load_file(tmp_path / "adapter" / FILE))
+    recover(tmp_path / "adapter")
+    loaded(AutoModelForCausalLM.from_pretrained(base), tmp_path / "recovered-adapter")
+    assert not failures(verify(tmp_path / "recovered-adapter"))
+
+    def without(weights):
+        return {name: weight for name, weight in weights.items() if f"1.mlp.{beside}" not in name}
+
+    if family == "llama":
+        rewrite(tmp_path / "adapter", without)
+        with pytest.raises(LoRAMError, match=r"found none on model.layers.1.mlp.up_proj \(1 such"):
+            recover(tmp_path / "adapter", output=tmp_path / "again")
+
+
+def test_a_parameter_is_not_confined(make_model, tmp_path):
+    sparse = make_sparse(make_model(), tmp_path / "sparse")
+    config = LoraConfig(target_modules=[], target_parameters=["up_proj.weight"])
+    model = get_peft_model(load_model(str(sparse)), config)
+    with pytest.raises(LoRAMError, match="without the mask: name the layer"):
+        confine(model, PruningPlan.load(sparse), sparse)
 
 
 # --- vocabularies that grew ---
