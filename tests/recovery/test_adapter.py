@@ -207,6 +207,36 @@ def test_a_parameter_is_not_confined(make_model, tmp_path):
         confine(model, PruningPlan.load(sparse), sparse)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": "16"}, "expected lora_alpha in .* found '16'"),
+        ({"lora_alpha": None}, "expected lora_alpha in"),
+        ({"lora_alpha": float("nan")}, "expected finite numbers in lora_alpha"),
+        ({"r": "4"}, "expected r in"),
+        ({"alpha_pattern": ["q_proj"]}, "expected alpha_pattern in"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "expected finite numbers in alpha_pattern"),
+        ({"rank_pattern": {"(": 3}}, "expected regular expressions in rank_pattern"),
+        ({"target_modules": [1, 2]}, "expected names in target_modules"),
+        ({"target_modules": {"q_proj": 1}}, "expected target_modules in"),
+        ({"exclude_modules": 5}, "expected exclude_modules in"),
+        ({"target_parameters": 5}, "expected target_parameters in"),
+        ({"modules_to_save": "lm_head"}, "expected modules_to_save in"),
+        ({"layers_to_transform": "1"}, "expected layers_to_transform in"),
+        ({"use_rslora": "false"}, "expected use_rslora in"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_named(change, message, masked, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    settings = {**LoraConfig(r=4).to_dict(), **change}
+    text = json.dumps(settings, default=list)
+    (tmp_path / "adapter/adapter_config.json").write_text(text)
+    with pytest.raises(LoRAMError, match=message):
+        (merge_masked if masked else recover)(tmp_path / "adapter")
+
+
 # --- vocabularies that grew ---
 
 FORMS = {
