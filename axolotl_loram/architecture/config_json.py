@@ -76,6 +76,12 @@ def is_tied(config: Config) -> bool:
     return bool(tied or (family.tied_by_section and section_of(config, family).get(TIED)))
 
 
+def is_quantized(config: Config) -> bool:
+    """Whether the weights are stored in fewer bits than they compute in, or a tower's are."""
+    section = section_of(config, family_of(config))
+    return bool(config.get("quantization_config") or section.get("quantization_config"))
+
+
 def check_config(config: Config) -> None:
     """Refuse a config whose sizes cannot be worked out, in bounded time whatever it says.
 

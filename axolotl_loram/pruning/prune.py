@@ -14,6 +14,7 @@ from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import (
     Config,
     family_of,
+    is_quantized,
     is_tied,
     layer_count,
     layer_fields,
@@ -159,7 +160,7 @@ def prune(
     """
     check_vacant(output, overwrite)
     config = load_config(model, revision)
-    if config.get("quantization_config"):
+    if is_quantized(config):
         raise LoRAMError(
             f"expected a model in 16 or 32 bits to prune, found quantization_config in {model}: "
             "load it dequantized, save it, and prune that"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from axolotl_loram.architecture.config_json import (
     Config,
+    is_quantized,
     layer_count,
     layer_fields,
     load_config,
@@ -242,7 +243,7 @@ def describe_ordinary(folder: Path, model: str) -> dict[str, Any]:
 
 def _weights(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
     stored = checkpoint.tensors
-    if not config.get("quantization_config"):
+    if not is_quantized(config):
         check_tensors(config, {name: t.shape for name, t in stored.items()}, str(checkpoint.folder))
     return {
         "weight_bytes": sum(tensor.nbytes for tensor in stored.values()),
@@ -253,7 +254,7 @@ def _weights(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
 def _pruning(config: Config, model: str) -> dict[str, Any]:
     """Units of the layers that pruning touches, sizes at a few ratios, and the next command."""
     layers, settings = layer_count(config), PruningArgs(ratio=RATIOS[0]).resolve()
-    if config.get("quantization_config"):
+    if is_quantized(config):
         return {"cannot_be_pruned": "its weights are quantized: save it in 16 bits first"}
     try:
         sizes = list(_sizes(config, settings.protected))
