@@ -20,6 +20,7 @@ import logging
 import re
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,10 @@ def train(cfg: dict[str, Any], folder: Path) -> str:
     done = run_command("axolotl", "train", file, "--launcher", "python", check=False, cwd=folder)
     if not done.returncode:
         return "trains"
-    said = re.findall(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Exit)\b.*)$", done.stderr, re.M)
+    lines = r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Exit)\b.*(?:\n +\S.*)*)$"  # pydantic has three
+    said = [" ".join(found.split()) for found in re.findall(lines, done.stderr, re.M)]
     begun = "after the first step: " if "'loss'" in done.stdout else ""
-    return begun + (said or done.stderr.strip().splitlines() or ["no word"])[-1]
+    return textwrap.shorten(begun + (said or done.stderr.splitlines() or ["no word"])[-1], 400)
 
 
 def difference(family: str, base: Path, pruned: Path, output: Path) -> float:
