@@ -22,7 +22,10 @@ TOKENIZER_PATTERNS = (
     "*.jinja",
     "additional_chat_templates/*.jinja",
     "*.tiktoken",
+    "*processor_config.json",
+    "chat_template.json",
 )
+"""What reads text for a model, and images."""
 MODEL_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
