@@ -250,7 +250,10 @@ def trained(cfg: dict[str, Any], family: str, folder: Path, known: Known) -> dic
     told = json.dumps([family, tokens_of(cfg), plain], sort_keys=True).replace(str(folder), "")
     if told in known:
         return {**known[told], "removed": " ".join(removed)}
-    make_base(cfg, family, base)
+    try:
+        make_base(cfg, family, base)
+    except ImportError as error:  # a processor of images that wants torchvision
+        return said | {"reason": "not run: " + " ".join(str(error).split())[:80]}
     ours = plain | {"plugins": ["axolotl_loram.LoRAMPlugin"]}
     ours["loram"] = {**SECTION, "cache_dir": str(folder / "cache")}
     said["without"] = train(plain | {"output_dir": str(folder / "plain")}, folder)

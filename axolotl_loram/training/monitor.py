@@ -170,7 +170,8 @@ class RecoveredEvaluation(TrainerCallback):
     def _held_out(self) -> HeldOut:
         config = layer_fields(self.run.plan.config, None)
         length = min(LONGEST, config.get("max_position_embeddings") or LONGEST)
-        tokenizer = self.trainer.processing_class
+        reader = self.trainer.processing_class
+        tokenizer = getattr(reader, "tokenizer", reader)  # of a processor of images
         vocabulary = max(config["vocab_size"], len(tokenizer))  # with what training adds
         common: dict[str, Any] = {"length": length, "vocabulary_size": vocabulary}
         if self.source:
