@@ -130,13 +130,14 @@ def swap(cfg: dict[str, Any], base: Path, folder: Path) -> tuple[dict[str, Any],
         "dataset_prepared_path": str(folder / "prepared"),
         "sequence_len": min(512, cfg["sequence_len"]),
         "val_set_size": 0.0,
-        "micro_batch_size": min(2, cfg["micro_batch_size"]),
+        "micro_batch_size": (cfg.get("trl") or {}).get("num_generations")
+        or min(2, cfg["micro_batch_size"]),
         "gradient_accumulation_steps": 1,
         "max_steps": 2,
         "dataset_num_proc": 1,
         "dataloader_num_workers": 0,
         "save_strategy": "no",
-        "attn_implementation": "sdpa",
+        "attn_implementation": "eager" if "gpt-oss" in cfg["base_model"] else "sdpa",
         **dict.fromkeys(
             ("bf16", "fp16", "tf32", *CANNOT[CANNOT.index("lora_mlp_kernel") :][:3]), False
         ),
@@ -171,7 +172,7 @@ def train(cfg: dict[str, Any], folder: Path) -> str:
     done = run_command("axolotl", "train", file, "--launcher", "python", check=False, cwd=folder)
     if not done.returncode:
         return "trains"
-    lines = r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Exit)\b.*(?:\n +\S.*)*)$"  # pydantic has three
+    lines = r"^(?:[\w.]*\.)?(ValidationError.*\n.*\n.*|\w*(?:Error|Exception|Exit)\b.*)$"
     said = [" ".join(found.split()) for found in re.findall(lines, done.stderr, re.M)]
     begun = "after the first step: " if "'loss'" in done.stdout else ""
     return textwrap.shorten(begun + (said or done.stderr.splitlines() or ["no word"])[-1], 400)
