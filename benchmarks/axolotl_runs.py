@@ -171,7 +171,9 @@ def train(cfg: dict[str, Any], folder: Path) -> str:
     file = write_yaml(folder / f"{Path(cfg['output_dir']).name}.yml", cfg)
     done = run_command("axolotl", "train", file, "--launcher", "python", check=False, cwd=folder)
     if not done.returncode:
-        return "trains"
+        saved = Path(cfg["output_dir"], "adapter_model.safetensors")
+        weights = load_file(saved).values() if saved.exists() else ()
+        return "trains" if all(bool(w.isfinite().all()) for w in weights) else "trains to NaN"
     lines = r"^(?:[\w.]*\.)?(ValidationError.*\n.*\n.*|\w*(?:Error|Exception|Exit)\b.*)$"
     said = [" ".join(found.split()) for found in re.findall(lines, done.stderr, re.M)]
     begun = "after the first step: " if "'loss'" in done.stdout else ""
@@ -289,7 +291,13 @@ def tally() -> None:
 
 
 def _kind(said: str) -> str:
-    return said if said == "trains" else "refused" if said.startswith("LoRAMError") else "fails"
+    return (
+        said
+        if said.startswith("trains")
+        else "refused"
+        if said.startswith("LoRAMError")
+        else "fails"
+    )
 
 
 def main(checkout: Path, part: str = "") -> None:
