@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_loram.cli import main
 from axolotl_loram.results.candidates import load_model, with_adapter
 
-pytestmark = pytest.mark.matrix
+pytestmark = pytest.mark.slow
 WORDS = 259
 """As many tokens as the tokenizer has, so that one more makes the vocabulary grow."""
 TOKENS = torch.arange(3, 60)[None]
@@ -34,7 +34,11 @@ FORMS = {
     "left alone": {},
 }
 BITS = {"16": {}, "4": {"adapter": "qloram", "load_in_4bit": True}}
-PRODUCT = [(v, f, t) for v in VOCABULARIES for f in FORMS for t in (False, True)]
+ALWAYS = ("as it was", "adapted", True)
+PRODUCT = [
+    pytest.param(*case, marks=() if case == ALWAYS else pytest.mark.matrix)
+    for case in ((v, f, t) for v in VOCABULARIES for f in FORMS for t in (False, True))
+]
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def logits_of(model):
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", ["16", pytest.param("4", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize(("vocabulary", "form", "tied"), PRODUCT)
 def test_from_training_to_the_published_adapter(vocabulary, form, tied, bits, story, tmp_path):
     base, run = story(vocabulary, form, tied, **BITS[bits])
