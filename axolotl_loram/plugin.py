@@ -263,9 +263,7 @@ def _merge_all_of_it(cfg: Any) -> None:
     left_out = [
         name
         for name, (module, part) in ((name, split_name(name)) for name in tensors)
-        if part not in MERGED_BY_SHARDS
-        or (renamed and module == "lm_head")
-        or module in embeddings
+        if part not in MERGED_BY_SHARDS or (renamed and module == "lm_head") or module in embeddings
     ]
     if left_out:
         LOG.info("merging by `merge_method: legacy`: by shards, %s would be left out", left_out[0])
