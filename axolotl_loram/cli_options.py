@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -75,9 +76,13 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an ex
 
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print a result as one JSON object, or as lines of name and value for people."""
-    click.echo(json.dumps(result) if as_json else lines(result))
+    _print(json.dumps(result) if as_json else lines(result))
 
 
 def print_result(result: Result, as_json: bool) -> None:
     """Print what a function of `api` returned, as one JSON object or for people."""
-    click.echo(json.dumps(result.as_dict()) if as_json else result)
+    _print(json.dumps(result.as_dict()) if as_json else str(result))
+
+
+def _print(text: str) -> None:
+    click.echo(os.fsencode(text))  # paths as they are, also of bytes that are no UTF-8

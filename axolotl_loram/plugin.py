@@ -31,9 +31,10 @@ from axolotl.telemetry.manager import FIELDS_TO_REDACT
 from transformers import TrainerCallback
 
 import axolotl_loram.models.per_layer  # noqa: F401  (teaches transformers the pruned model's layers)
-from axolotl_loram.architecture.config_json import family_of, load_config
+from axolotl_loram.architecture.config_json import family_of, is_tied, load_config
 from axolotl_loram.architecture.counts import summary
 from axolotl_loram.architecture.lora_names import ORIGINAL, split_name
+from axolotl_loram.architecture.model import embedding_module
 from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
@@ -43,6 +44,7 @@ from axolotl_loram.models import patches
 from axolotl_loram.models.masked import confine
 from axolotl_loram.models.per_layer import check_widths
 from axolotl_loram.models.small_head import prepare_packed, store_small_once_sized
+from axolotl_loram.models.untie import untie_adapted
 from axolotl_loram.recovery.merge import merge_masked
 from axolotl_loram.recovery.plain_base import plain_base
 from axolotl_loram.recovery.recover import Filler, recover
@@ -130,6 +132,11 @@ class LoRAMPlugin(BasePlugin):
         """Outside training, give the original base its recovered adapter."""
         if self.run is None and not aligns(cfg) and not cfg.merge_lora:  # `register` did
             use_recovered_adapter(cfg)
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        """Before merge-lora merges: what is tied, and adapted apart, becomes two."""
+        if cfg.merge_lora:
+            untie_adapted(model)
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Make sure that the model about to be trained is the pruned one."""
@@ -258,6 +265,7 @@ def _merge_all_of_it(cfg: Any) -> None:
         raise LoRAMError(
             f"expected an adapter that can be merged, found {verdict.because[0]}, or use PEFT"
         )
+    embeddings = (embedding_module(config), "lm_head") if is_tied(config) else ()
     renamed = ("lm_head",) if family.stored_name("lm_head.weight") != "lm_head.weight" else ()
     one_by_one = tuple(f".{weight.module}" for weight in family.layer if weight.each)
     left_out = [
@@ -265,6 +273,7 @@ def _merge_all_of_it(cfg: Any) -> None:
         for name, (module, part) in ((name, split_name(name)) for name in tensors)
         if part not in MERGED_BY_SHARDS
         or module in renamed
+        or module in embeddings
         or module.partition(".base_layer")[0].endswith(one_by_one)
     ]
     if left_out:

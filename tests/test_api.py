@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,27 @@ def test_load_pruned_checks_plan_and_weights(pruned, make_model, tmp_path):
 
 def make_pruned_again(make_model, tmp_path):
     return al.prune(make_model(), tmp_path / "again", ratio=0.5).path
+
+
+def sectioned(make_model, folder, **fields):
+    """A Gemma 3 whose config says these things of the language tower alone."""
+    shutil.copytree(make_model("gemma3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")
+    config["text_config"] |= fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_is_said_of_the_language_tower_counts(make_model, tmp_path):
+    base = sectioned(make_model, tmp_path / "base", dtype="float32")
+    pruned = al.prune(base, tmp_path / "pruned", ratio=0.5)
+    model = al.load_pruned(pruned.path, load_in_4bit=True)
+    assert model.model.language_model.layers[1].mlp.up_proj.compute_dtype == torch.float32
+    packed = sectioned(make_model, tmp_path / "packed", quantization_config={"bits": 8})
+    with pytest.raises(al.LoRAMError, match="found quantization_config"):
+        al.prune(packed, tmp_path / "again", ratio=0.5)
+    assert "quantized" in al.inspect(packed).as_dict()["cannot_be_pruned"]
 
 
 def test_four_bits_are_qlorams(pruned, make_model, tmp_path):

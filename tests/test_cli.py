@@ -1,13 +1,17 @@
 import json
+import os
 import resource
 import subprocess
 import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import run_command
 from test_model import LLAMA_31_70B
 from test_recover import train_on
+
+from axolotl_loram.cli import main
 
 
 def loram(*arguments, check=True, **options):
@@ -52,6 +56,11 @@ def test_prune_train_recover_by_command_line(make_model, tmp_path):
     train_on(pruned, tmp_path / "adapter")
     result = loram("recover", tmp_path / "adapter", "--output", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["base"] == str(base)
+    bytes_of_old = tmp_path / os.fsdecode(b"caf\xe9")
+    told = CliRunner().invoke(
+        main, ["recover", str(tmp_path / "adapter"), "--output", str(bytes_of_old)]
+    )
+    assert told.exit_code == 0 and b"caf\xe9" in told.stdout_bytes
     shown = json.loads(loram("inspect", pruned, "--json").stdout)
     assert (shown["kind"], shown["pruned_layers"]) == ("pruned-model", 2)
     assert json.loads(loram("inspect", tmp_path / "out", "--json").stdout)["kind"] == (

@@ -5,12 +5,34 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from axolotl_loram.architecture.config_json import TIED, Config, family_of, is_tied
+from axolotl_loram.architecture.config_json import (
+    TIED,
+    Config,
+    family_of,
+    is_tied,
+    load_config,
+)
 from axolotl_loram.architecture.model import tensors
 from axolotl_loram.architecture.spaces import EMBEDDING
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.files.find import find_local_weights
 from axolotl_loram.files.tensors import Checkpoint
 
 HEAD_WEIGHT = "lm_head.weight"
+
+
+def config_of(model: str, revision: str | None = None) -> dict[str, Any]:
+    """A model's config, with its embeddings tied as its weights have it, if all are at hand.
+
+    Raises:
+        LoRAMError: No such model, or an unknown architecture.
+    """
+    config = load_config(model, revision)
+    weights = find_local_weights(model, revision) if is_tied(config) else None
+    try:
+        return by_weights(config, Checkpoint(weights)) if weights else config
+    except LoRAMError:  # a download that is not whole yet
+        return config
 
 
 def by_weights(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:

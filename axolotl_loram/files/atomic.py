@@ -120,11 +120,24 @@ def made_once(stem: Path, identity: list[Any], make: Callable[[Path], None]) -> 
 
     A file lock makes the others wait, so that no process group and no timeout is involved; each
     node makes its own where they share no disk.
+
+    Raises:
+        LoRAMError: Nothing can be written, or locked, there.
     """
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = stem.with_name(f"{stem.name}-{digest[:16]}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter where a disk knows no locks
+        raise LoRAMError(
+            f"expected {folder.parent} to be a folder to write in, found {error}: name another "
+            "(cache_dir, or output_dir)"
+        ) from None
+    try:
         if not folder.exists():
             make(folder)
+    finally:
+        lock.release()
     return folder

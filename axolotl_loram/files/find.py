@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,10 @@ TOKENIZER_PATTERNS = (
     "*.jinja",
     "additional_chat_templates/*.jinja",
     "*.tiktoken",
+    "*processor_config.json",
+    "chat_template.json",
 )
+"""What reads text for a model, and images."""
 MODEL_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -48,6 +52,7 @@ def find_folder(
     Raises:
         LoRAMError: There is no such folder and no such model within reach.
     """
+    _check_unicode(model)
     if is_folder(model):
         return Path(model)
     if _looks_local(model):
@@ -64,6 +69,20 @@ def find_folder(
             f"no such model: expected a folder or a model that the hub gives out, found {model!r} "
             f"({reason(error)}): check the name, the connection, and `hf auth whoami` for gated "
             "models; what was downloaded so far is kept"
+        ) from None
+
+
+def _check_unicode(name: str) -> None:
+    """Refuse a name that no record could hold: bytes of a path that are no UTF-8.
+
+    Raises:
+        LoRAMError: It is such a name.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise LoRAMError(
+            f"expected the name of a model in UTF-8, found {os.fsencode(name)!r}: rename the folder"
         ) from None
 
 

@@ -25,8 +25,9 @@ ACTIVATIONS = ".activation_scale"
 
 
 def format_of(config: Mapping[str, Any]) -> str | None:
-    """The ``quant_method`` that a model's config names, None of one in plain numbers."""
-    found = config.get(QUANTIZATION)
+    """The ``quant_method`` that a config names, or its section, None of plain numbers."""
+    sections = (part for part in (config, *config.values()) if isinstance(part, Mapping))
+    found = next((part[QUANTIZATION] for part in sections if part.get(QUANTIZATION)), None)
     return str(found.get("quant_method")) if isinstance(found, Mapping) else None
 
 

@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict, replace
 from typing import Any
 
-from axolotl_loram.architecture.config_json import Config, family_of, load_config
+from axolotl_loram.architecture.config_json import Config, family_of
 from axolotl_loram.architecture.counts import (
     plan_of_size,
     planned_nonzero,
@@ -16,6 +16,7 @@ from axolotl_loram.architecture.counts import (
 )
 from axolotl_loram.architecture.model import embedding_module
 from axolotl_loram.architecture.plan import Base, PruningPlan
+from axolotl_loram.architecture.ties import config_of
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.memory.data import anchor_costs
 from axolotl_loram.memory.gpus import that_hold
@@ -84,7 +85,7 @@ def report(result: dict[str, Any]) -> str:
 def _fit(asked: Request, budget: int) -> tuple[Request, dict[str, Any]]:
     """The request at the smallest ratio that fits, and what to say of it."""
     assert asked.pruning is not None  # `request` saw to it
-    config = load_config(asked.model, asked.revision)
+    config = config_of(asked.model, asked.revision)
     protected, units = asked.pruning.protected, asked.pruning.units
     ratio = smallest_ratio(config, asked.run, protected, budget, asked.adapter, units)
     fitted = pruned_config(config, ratio, protected, units) if ratio else config
@@ -108,7 +109,7 @@ def sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
             found.pruned_config,
             summary(found.config, found.counts),
         )
-    base, settings = load_config(asked.model, asked.revision), asked.pruning
+    base, settings = config_of(asked.model, asked.revision), asked.pruning
     if settings is None:
         return base, base, summary(base, {})
     sketch = plan_of_size(base, Base(asked.model, asked.revision), settings)

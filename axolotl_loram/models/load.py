@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from axolotl_loram.architecture.config_json import family_of
+from axolotl_loram.architecture.config_json import family_of, layer_fields
 from axolotl_loram.architecture.pairing import check_pruned
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import NATIVE, QLORAM
@@ -74,7 +74,8 @@ def load_pruned(
 
 def _compute_dtype(dtype: torch.dtype | str | None, plan: PruningPlan) -> torch.dtype:
     """What 4-bit layers compute in: what is asked for, else what the model is stored in."""
-    stored = plan.config.get("dtype") or plan.config.get("torch_dtype") or "bfloat16"
+    fields = layer_fields(plan.config, None)
+    stored = fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
     named = stored if dtype in (None, "auto") else dtype
     found = getattr(torch, named, None) if isinstance(named, str) else named
     if not isinstance(found, torch.dtype):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -187,7 +187,8 @@ def confine(
         How many layers there were.
 
     Raises:
-        LoRAMError: The checkpoint's weights no longer have the zeros that the plan was made with.
+        LoRAMError: The checkpoint's weights no longer have the zeros that the plan was made with,
+            or an update cannot be confined.
     """
     checkpoint, count = Checkpoint(folder), 0
     for path, module in model.named_modules():
@@ -195,6 +196,12 @@ def confine(
         if name not in plan.masks or not isinstance(module, LoraLayer):
             continue
         if adapter_name in module.lora_A:
+            if isinstance(module, ParamWrapper):
+                raise LoRAMError(
+                    f"expected LoRA on linear layers with a masked update, found it on {name} as a "
+                    "parameter, which PEFT computes without the mask: name the layer in "
+                    "target_modules (lora_target_modules) instead of lora_target_parameters"
+                )
             support = read_support(checkpoint, plan, name)
             layer: Any = module.get_base_layer()
             own = has_these_zeros(layer.weight, support)

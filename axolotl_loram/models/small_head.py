@@ -16,9 +16,10 @@ import bitsandbytes
 import torch
 from torch import nn
 
-from axolotl_loram.architecture.config_json import Config, load_config
+from axolotl_loram.architecture.config_json import Config
 from axolotl_loram.architecture.model import tensors
 from axolotl_loram.architecture.spaces import HEAD
+from axolotl_loram.architecture.ties import config_of
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.nf4 import packed_weights
@@ -77,7 +78,7 @@ def decide_formats(section: LoRAMConfig, cfg: Any, pruned: Path | None) -> Forma
     Raises:
         LoRAMError: They cannot be had, or a model in 4 bits is not trained as one.
     """
-    config = load_config(str(pruned or cfg.base_model), None if pruned else cfg.revision_of_model)
+    config = config_of(str(pruned or cfg.base_model), None if pruned else cfg.revision_of_model)
     if pruned:
         packed = packed_weights(Checkpoint(pruned).tensors)
         is_packed, packed_head = bool(packed), head_name(config) in packed

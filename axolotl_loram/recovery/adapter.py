@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.record import Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, StoredTensor
-from axolotl_loram.files.untrusted import read_json
+from axolotl_loram.files.untrusted import check_types, read_json
 
 EXACT_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Those of PEFT's initializations that leave the base weights as they are, so that BA is all."""
@@ -26,6 +27,17 @@ UNDERSTOOD = {
     "use_rslora",
 }
 """What PEFT's config of LoRA can switch on, or give settings of, and the update still is BA."""
+NAMES = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+NOTHING = type(None)
+TYPES: dict[str, type | tuple] = {
+    **dict.fromkeys(NAMES[:2], (list, str, NOTHING)),
+    **dict.fromkeys(NAMES[2:], (list, NOTHING)),
+    **dict.fromkeys(PATTERNS, (dict, NOTHING)),
+    **dict.fromkeys(("use_rslora", "ensure_weight_tying"), (bool, NOTHING)),
+    **{"r": int, "lora_alpha": (int, float), "layers_to_transform": (list, int, NOTHING)},
+}
+"""What of an adapter's config is read here, or by PEFT on our account."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class Adapter:
         refusal = unrecoverable(settings)
         if refusal:
             raise LoRAMError(f"{folder} cannot be recovered: {refusal}")
+        check_settings(settings, folder / ADAPTER_CONFIG)
         weights = Checkpoint(folder, ADAPTER_FILE)
         check_names(weights)
         return cls(folder, settings, Record.load(folder), weights, weights.tensors)
@@ -129,6 +142,39 @@ def unrecoverable(settings: Mapping[str, Any]) -> str | None:
             "another than BA: train without it"
         )
     return None
+
+
+def check_settings(settings: Mapping[str, Any], where: Path) -> None:
+    """Refuse an adapter's config in which something is of another type, or no finite number.
+
+    Raises:
+        LoRAMError: The first that is.
+    """
+    check_types(settings, TYPES, where)
+    for name in NAMES:
+        named = settings.get(name)
+        if isinstance(named, list) and not all(isinstance(part, str) for part in named):
+            raise LoRAMError(f"expected names in {name} of {where}, found {str(named)[:80]}")
+    patterns = {name: settings.get(name) or {} for name in PATTERNS}
+    patterns["lora_alpha"] = {"": settings.get("lora_alpha", 0)}
+    for name, numbers in patterns.items():
+        for expression, number in numbers.items():
+            _check_expression(expression, f"{name} of {where}")
+            if not isinstance(number, int | float) or not math.isfinite(number):
+                raise LoRAMError(
+                    f"expected finite numbers in {name} of {where}, found {number!r:.80}: the file "
+                    "is damaged"
+                )
+
+
+def _check_expression(expression: str, where: str) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise LoRAMError(
+            f"expected regular expressions in {where}, found {expression[:80]!r} ({error}): the "
+            "file is damaged"
+        ) from None
 
 
 def check_names(weights: Checkpoint) -> None:

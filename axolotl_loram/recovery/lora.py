@@ -23,7 +23,8 @@ from axolotl_loram.recovery.scatter import Moved
 def scaling(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """LoRA's s of a module, as PEFT chooses it from an adapter's config."""
     patterns = settings.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), settings["lora_alpha"])
+    usual = settings.get("lora_alpha", 8)  # PEFT's default
+    alpha = patterns.get(get_pattern_key(list(patterns), module), usual)
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

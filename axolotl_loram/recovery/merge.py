@@ -202,12 +202,14 @@ def _updates(adapter: list[Moved], plan: PruningPlan, base: Checkpoint) -> dict[
             raise _unmergeable(moved)
         update = found.setdefault(family.stored_name(f"{module}.weight"), _Update(module))
         update.parts[part] = moved
-    head = found.get("lm_head.weight")
-    if tied and head and "lm_head.weight" not in base.tensors:
-        other = found.get(f"{embedding}.weight", head).whole
-        if not (head.whole and other and np.array_equal(head.whole.read(), other.read())):
-            raise _unmergeable(next(iter(head.parts.values())))
-        del found["lm_head.weight"]
+    stored = {family.stored_name(f"{module}.weight") for module in tied}
+    lost = next(iter(stored - base.tensors.keys()), None)  # of tied ones either may be stored
+    trained = [found[name] for name in stored if name in found]
+    if lost and trained:
+        wholes = [update.whole.read() for update in trained if update.whole]
+        if len(wholes) < 2 or not np.array_equal(wholes[0], wholes[1]):
+            raise _unmergeable(next(iter(trained[0].parts.values())))
+        del found[lost]
     for name, update in found.items():
         if name not in base.tensors:
             raise _unmergeable(next(iter(update.parts.values())))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_loram.architecture.config_json import is_tied
 from axolotl_loram.architecture.lora_names import PARTNERS, split_name
 from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.pairing import check_adapter_tokenizer, check_trained_under
@@ -145,26 +146,38 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
         return
     split = map(split_name, adapter.tensors)
     having = {module for module, part in split if part in LORA_AXES}
-    targets = adapter.target_parameters  # stacks, and what "all-linear" takes: the router's weight
-    by_parameter = {
+    targets = list(adapter.target_parameters)  # stacks; under "all-linear" the router's weight too
+    allowed = _tied_with_embedding(adapter, plan) | {
         tensor.module
         for tensor in parameters(plan.config)
-        if tensor.role == EXPERTS or _matches(tensor.name, list(targets))
+        if tensor.role == EXPERTS or _matches(tensor.name, targets)
     }
-    extra = sorted(module for module in having - by_parameter if not is_named(module, settings))
+    extra = sorted(module for module in having - allowed if not is_named(module, settings))
     if extra:
         raise LoRAMError(
             f"expected LoRA on the target_modules in the config of {adapter.folder} alone, found "
             f"it on {extra[0]} too ({len(extra)} such): config and tensors are of two adapters"
         )
-    linear = (tensor for tensor in parameters(plan.config) if tensor.linear)
-    named = {t.module for t in linear if is_named(t.module, settings, t.layer)}
-    missing = sorted(named - having)
+    linear = [tensor for tensor in parameters(plan.config) if tensor.linear]
+    wanted = {t.module for t in linear if is_named(t.module, settings, t.layer)}
+    wanted |= {t.module for t in linear if _holds_target(t.module, adapter)}
+    missing = sorted(wanted - having)
     if missing:
         raise LoRAMError(
             f"expected LoRA on all target_modules in the config of {adapter.folder}, found none on "
             f"{missing[0]} ({len(missing)} such): its tensors are not all there, so save it again"
         )
+
+
+def _holds_target(module: str, adapter: Adapter) -> bool:
+    """Whether PEFT adapts a linear layer as the parameter that `target_parameters` names."""
+    return any(f".{module}.weight".endswith(f".{name}") for name in adapter.target_parameters)
+
+
+def _tied_with_embedding(adapter: Adapter, plan: PruningPlan) -> set[str]:
+    """Modules on which PEFT puts the embedding's LoRA too, under `ensure_weight_tying`."""
+    tying = adapter.settings.get("ensure_weight_tying") and is_tied(plan.config)
+    return {"lm_head"} if tying else set()
 
 
 def names_modules(settings: Mapping[str, Any]) -> bool:

@@ -57,6 +57,13 @@ class Candidate:
     adapter: Path | None = None
     confined_to: Path | None = None
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has, those included that training added."""
+        config = load_config(self.model, self.revision)
+        tensors = Checkpoint(self.adapter, ADAPTER_FILE).tensors if self.adapter else {}
+        return vocabulary_of(tensors, config)
+
     def describe(self) -> dict[str, Any]:
         """For the results: what it is, by name and by content."""
         found: dict[str, Any] = {"label": self.name.removeprefix(ALSO), "model": self.model}

@@ -110,7 +110,8 @@ class Evaluator:
             max(LONGEST, self.settings.get("sequence_len") or 0),
             config.get("max_position_embeddings") or LONGEST,
         )
-        common: dict[str, Any] = {"length": length, "vocabulary_size": config["vocab_size"]}
+        fewest = min(candidate.vocabulary for candidate in self.trial.candidates)
+        common: dict[str, Any] = {"length": length, "vocabulary_size": fewest}
         common |= {"limit": self.request.limit, "seed": self.request.seed}
         sets = [held_out(**each, tokenizer=self.tokenizer, **common) for each in asked]
         names = [found.name for found in sets]

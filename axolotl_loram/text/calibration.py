@@ -34,6 +34,8 @@ WINDOWS_PER_DOCUMENT = 4
 """At most so many sequences' worth of any one document, as long as there are others."""
 CHARACTERS_PER_TOKEN = 4
 """Roughly, in English; only sets where a text file is cut."""
+MOST_BLANKS = 64
+"""Within so many bytes a JSON array begins, with a byte order mark before it or blanks."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def file_rows(path: Path, seed: int) -> Iterator[tuple[Any, str]]:
     """
     begins = array("q", [0])
     with path.open("rb") as file:
-        if file.read(1) == b"[":
+        if file.read(MOST_BLANKS).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             yield from _rows_of_array(path, seed)
             return
         file.seek(0)

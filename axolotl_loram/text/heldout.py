@@ -145,7 +145,8 @@ def from_rows(
     if largest >= vocabulary_size:
         raise LoRAMError(
             f"expected token ids below the vocabulary of {vocabulary_size}, found {largest} in "
-            f"{source}: tokenize it with the base model's own tokenizer"
+            f"{source}: tokenize it with the base model's own tokenizer; or, if it is a token that "
+            "training added, evaluate --models pruned+adapter,base+recovered"
         )
     return HeldOut(name, kind, source, windows)
 

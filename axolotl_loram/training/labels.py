@@ -18,14 +18,15 @@ CURE = "see train_on_inputs, roles_to_train, the data's type and sequence_len"
 def warn_of_masked_labels(trainer: Any) -> None:
     """Say before the first step that no row has a label, as the trainer's collator hands it on.
 
-    Looks until it finds one; not at streams, of which a look would take rows away.
+    Looks until it finds one; not at streams, of which a look would take rows away. The first label
+    of a row is none: nothing comes before it.
     """
     rows = trainer.train_dataset
     if not hasattr(rows, "__len__") or not len(rows) or "labels" not in rows[0]:
         return
     named = ("input_ids", "attention_mask", "labels", "position_ids")
     alone = ({name: row[name] for name in named if name in row} for row in rows)
-    if not any((trainer.data_collator([row])["labels"] != IGNORED).any() for row in alone):
+    if not any((trainer.data_collator([row])["labels"][:, 1:] != IGNORED).any() for row in alone):
         LOG.warning(
             "all labels of all %d rows are masked: nothing will be learnt; %s", len(rows), CURE
         )

@@ -170,9 +170,11 @@ class RecoveredEvaluation(TrainerCallback):
     def _held_out(self) -> HeldOut:
         config = layer_fields(self.run.plan.config, None)
         length = min(LONGEST, config.get("max_position_embeddings") or LONGEST)
-        common: dict[str, Any] = {"length": length, "vocabulary_size": config["vocab_size"]}
+        reader = self.trainer.processing_class
+        tokenizer = getattr(reader, "tokenizer", reader)  # of a processor of images
+        vocabulary = max(config["vocab_size"], len(tokenizer))  # with what training adds
+        common: dict[str, Any] = {"length": length, "vocabulary_size": vocabulary}
         if self.source:
-            tokenizer = self.trainer.processing_class
             return held_out(self.source, "in_domain", tokenizer, limit=self.limit, **common)
         data = self.trainer.eval_dataset
         columns = getattr(data, "column_names", None) or []

@@ -27,10 +27,12 @@ from axolotl_loram.training.run import Run
 
 @dataclass(frozen=True)
 class _Unwritten(StoredTensor):
-    """A tensor that is still to be trained, as zeros."""
+    """A tensor that is still to be trained: of the same values as another only if it is that."""
+
+    number: int = 0
 
     def read(self) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), self.bits), self.shape)
+        return np.broadcast_to(np.asarray(self.number, self.bits), self.shape)
 
 
 def check_recoverable(run: Run, model: Any) -> Adapter:
@@ -69,14 +71,21 @@ def check_recoverable(run: Run, model: Any) -> Adapter:
 def adapter_to_be(run: Run, model: Any, name: str = "default") -> Adapter:
     """The adapter that PEFT would write now, without its values."""
     folder = run.trained
-    shapes = {
-        key: torch.empty(getattr(value, "ds_shape", value.shape), device="meta")
-        for key, value in model.state_dict(keep_vars=True).items()
+    empty = {
+        id(value): torch.empty(getattr(value, "ds_shape", value.shape), device="meta")
+        for value in model.state_dict(keep_vars=True).values()
         if isinstance(value, torch.Tensor)
     }
+    shapes = {
+        key: empty[id(value)]
+        for key, value in model.state_dict(keep_vars=True).items()
+        if id(value) in empty
+    }
     saved = get_peft_model_state_dict(model, shapes, name)
+    numbers = {id(value): number for number, value in enumerate(saved.values(), start=1)}
+    file = folder / ADAPTER_FILE
     tensors = {
-        key: _Unwritten(key, "F32", tuple(value.shape), folder / ADAPTER_FILE, 0)
+        key: _Unwritten(key, "F32", tuple(value.shape), file, 0, numbers[id(value)])
         for key, value in saved.items()
     }
     settings = json.loads(json.dumps(model.peft_config[name].to_dict(), default=sorted))

@@ -150,6 +150,23 @@ def test_vocabularies_are_recovered_evaluated_and_merged(
     torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-3 * float(adapted.abs().max()))
 
 
+def test_text_of_new_tokens_is_evaluated_where_there_are_such(start, text_file, tmp_path):
+    """As with ChatML on a base that lacks its tokens: in every row."""
+    rows = [json.loads(line) for line in text_file.read_text().splitlines()]
+    data = tmp_path / "chat.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"<t0>{row['text']}<t9>"}) for row in rows))
+    named = [{"path": str(data), "ds_type": "json", "type": "completion"}]
+    done = start("llama", {"evaluate_recovered_every": 2}, check=True, datasets=named, **GROWN)
+    assert "recovered_perplexity" in done.stdout + done.stderr
+    command = ("axolotl-loram", "evaluate", tmp_path / "run.yml", "--limit", "4")
+    refused = run_command(*command, cwd=tmp_path, check=False)
+    assert refused.returncode == 1 and "evaluate --models pruned+adapter" in refused.stderr
+    both, told = "pruned+adapter,base+recovered", tmp_path / "told.json"
+    run_command(*command, "--models", both, "--output", told, cwd=tmp_path)
+    [text] = json.loads(told.read_text())["perplexity"].values()
+    assert set(text["models"]) == {"pruned+adapter", "base+recovered"}
+
+
 def test_a_plain_run_with_new_tokens_is_a_warm_start(start, make_model, settings, tmp_path):
     plain = settings(make_model(), **GROWN, output_dir=str(tmp_path / "plain"))
     plain.pop("plugins")

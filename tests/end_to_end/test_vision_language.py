@@ -110,5 +110,11 @@ def test_images(family, make_tower, settings, text_file, tmp_path):
         "remove_unused_columns": False,
         "sample_packing": False,
     }
-    record = tell_story(make_tower(family), settings, tmp_path, **changes)
+    base = make_tower(family)
+    record = tell_story(base, settings, tmp_path, **changes)
+    reader = transformers.AutoProcessor.from_pretrained(base).to_dict()
+    [pruned] = (found.parent for found in (tmp_path / "cache").glob("*/loram.json"))
+    for folder in (pruned, tmp_path / "out"):
+        found = transformers.AutoProcessor.from_pretrained(folder).to_dict()
+        assert found["image_processor"] == reader["image_processor"], folder
     assert record["calibration"]["tokens"] > 1000

@@ -1,9 +1,14 @@
+import os
+import shutil
+
 import pytest
 from hub_server import Hub, Repo
 from huggingface_hub import constants
 
+from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder, user_path
+from axolotl_loram.pruning.prune import prune
 
 TAKEN = ("config.json", "model.safetensors", "additional_chat_templates/tool_use.jinja")
 LEFT = ("consolidated.safetensors", "consolidated.00.pth", "original/model.safetensors", "x.gguf")
@@ -34,3 +39,11 @@ def test_a_home_that_is_not_known_is_said(monkeypatch):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where HOME is unset
     with pytest.raises(LoRAMError, match="expected a home folder for '~/text'"):
         user_path("~/text")
+
+
+def test_names_that_no_record_holds_are_refused(make_model, tmp_path):
+    folder = tmp_path / os.fsdecode(b"model-\xff")
+    shutil.copytree(make_model(), folder)
+    with pytest.raises(LoRAMError, match=r"in UTF-8, found b'.*model-\\xff': rename the folder"):
+        prune(str(folder), tmp_path / "out", PruningArgs(ratio=0.5))
+    assert not (tmp_path / "out").exists()

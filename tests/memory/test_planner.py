@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from axolotl.utils.dict import DictDefault
 from conftest import write_yaml
 from families import pico_config
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_cli import loram
 from test_model import LLAMA_31_70B
 from transformers import AutoModelForCausalLM
@@ -43,6 +45,27 @@ def large(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     (folder / "config.json").write_text(json.dumps(LLAMA_31_70B))
     return folder
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_embeddings_are_counted_as_the_weights_tie_them(whole, make_model, tmp_path):
+    """As transformers (5.16) has it: a head of its own is used, whatever the config says."""
+    shutil.copytree(make_model(tie_word_embeddings=True), tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
+    save_file(weights, file, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tied = 264 * 32
+    if not whole:  # a shard is still to come: the config is all there is
+        shards = dict.fromkeys(weights, "model-1.safetensors") | {"lm_head.weight": "model-2.st"}
+        file.rename(file.with_name("model-1.safetensors"))
+        index = file.with_name("model.safetensors.index.json")
+        index.write_text(json.dumps({"weight_map": shards}))
+    for asked in ({"options": {"ratio": 0.5}}, {"fit": "20GiB"}):
+        counted = plan(request(str(tmp_path / "base"), **asked))
+        assert counted["base_parameters"] == model.num_parameters() - (not whole) * tied
+        assert bool(counted["methods"]["lora"]["weights"]["lm_head"]) == whole
 
 
 def test_the_command_prints_methods_and_draws_them(large, tmp_path):

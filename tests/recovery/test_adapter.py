@@ -1,6 +1,7 @@
 """What PEFT writes is taken as PEFT takes it, or refused in one sentence."""
 
 import json
+import shutil
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -20,6 +21,7 @@ from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.models.masked import confine
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.adapter import unrecoverable
 from axolotl_loram.recovery.merge import merge_masked
@@ -169,6 +171,72 @@ def test_variants_of_lora_are_refused_by_name(name):
         assert told and (name in told or "DoRA" in told)
 
 
+@pytest.mark.parametrize(
+    ("family", "case", "beside"),
+    [
+        ("llama", {"target_parameters": ["q_proj.weight", "mlp.up_proj.weight"]}, "up_proj"),
+        ("mixtral", {"target_modules": "all-linear"}, "mlp.gate"),  # the router: a parameter
+        ("tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "lm_head"),
+    ],
+)
+def test_modules_that_peft_adapts_beside_target_modules(family, case, beside, make_model, tmp_path):
+    """They are named elsewhere in the config; PEFT loads what is recovered."""
+    sizes = {"tie_word_embeddings": True} if family == "tied" else {}
+    base = make_model(family.replace("tied", "llama"), **sizes)
+    prune(str(base), tmp_path / "pruned", PruningArgs(ratio=0.5))
+    train_on(tmp_path / "pruned", tmp_path / "adapter", **{"target_modules": [], **case})
+    assert any(f"{beside}.lora_A" in name for name in load_file(tmp_path / "adapter" / FILE))
+    recover(tmp_path / "adapter")
+    loaded(AutoModelForCausalLM.from_pretrained(base), tmp_path / "recovered-adapter")
+    assert not failures(verify(tmp_path / "recovered-adapter"))
+
+    def without(weights):
+        return {name: weight for name, weight in weights.items() if f"1.mlp.{beside}" not in name}
+
+    if family == "llama":
+        rewrite(tmp_path / "adapter", without)
+        with pytest.raises(LoRAMError, match=r"found none on model.layers.1.mlp.up_proj \(1 such"):
+            recover(tmp_path / "adapter", output=tmp_path / "again")
+
+
+def test_a_parameter_is_not_confined(make_model, tmp_path):
+    sparse = make_sparse(make_model(), tmp_path / "sparse")
+    config = LoraConfig(target_modules=[], target_parameters=["up_proj.weight"])
+    model = get_peft_model(load_model(str(sparse)), config)
+    with pytest.raises(LoRAMError, match="without the mask: name the layer"):
+        confine(model, PruningPlan.load(sparse), sparse)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": "16"}, "expected lora_alpha in .* found '16'"),
+        ({"lora_alpha": None}, "expected lora_alpha in"),
+        ({"lora_alpha": float("nan")}, "expected finite numbers in lora_alpha"),
+        ({"r": "4"}, "expected r in"),
+        ({"alpha_pattern": ["q_proj"]}, "expected alpha_pattern in"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "expected finite numbers in alpha_pattern"),
+        ({"rank_pattern": {"(": 3}}, "expected regular expressions in rank_pattern"),
+        ({"target_modules": [1, 2]}, "expected names in target_modules"),
+        ({"target_modules": {"q_proj": 1}}, "expected target_modules in"),
+        ({"exclude_modules": 5}, "expected exclude_modules in"),
+        ({"target_parameters": 5}, "expected target_parameters in"),
+        ({"modules_to_save": "lm_head"}, "expected modules_to_save in"),
+        ({"layers_to_transform": "1"}, "expected layers_to_transform in"),
+        ({"use_rslora": "false"}, "expected use_rslora in"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_named(change, message, masked, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    settings = {**LoraConfig(r=4).to_dict(), **change}
+    text = json.dumps(settings, default=list)
+    (tmp_path / "adapter/adapter_config.json").write_text(text)
+    with pytest.raises(LoRAMError, match=message):
+        (merge_masked if masked else recover)(tmp_path / "adapter")
+
+
 # --- vocabularies that grew ---
 
 FORMS = {
@@ -249,6 +317,36 @@ def test_masked_recovery_grows_the_model(form, tied, make_model, tmp_path):
         wanted = expected(TOKENS).logits
         torch.testing.assert_close(merged(TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
     assert not failures(verify(tmp_path / "merged-adapter"))
+
+
+@pytest.mark.parametrize("form", ["resized", "saved whole"])
+def test_masked_recovery_onto_a_base_that_stores_its_head_alone(form, make_model, tmp_path):
+    shutil.copytree(make_model(tie_word_embeddings=True), tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    prune(str(tmp_path / "base"), tmp_path / "sparse", PruningArgs(sparsity=0.5))
+    train_grown(tmp_path / "sparse", tmp_path / "adapter", **FORMS[form])
+    merge_masked(tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged-adapter")
+    saved = load_file(tmp_path / "adapter" / FILE)
+    for part in ("model.embed_tokens", "lm_head"):
+        weight = merged.get_submodule(part).weight
+        assert torch.equal(weight, saved[f"{PREFIX}{part}.weight"])
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("whole", ["embed_tokens", "lm_head"])
+def test_one_of_two_tied_embeddings_is_not_merged(whole, make_model, tmp_path):
+    """PEFT trains it apart from the other; a tied model would hold it as both, or lose it."""
+    sparse = make_sparse(make_model(tie_word_embeddings=True), tmp_path / "sparse")
+    form = {"target_modules": ["q_proj"], "modules_to_save": [whole]}
+    model = get_peft_model(load_model(str(sparse)), LoraConfig(r=4, **form))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LoRAMError, match="which cannot be merged"):
+        merge_masked(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("rows", [263, 270])

@@ -200,12 +200,15 @@ def test_rows_may_be_texts_segments_or_messages(make_model, tmp_path):
     file, folder = write_rows(tmp_path / "lines.json", rows), tmp_path / "model"
     array = tmp_path / "array.json"
     array.write_text(json.dumps(rows, indent=2))
+    marked, blank = tmp_path / "marked.json", tmp_path / "blank.json"
+    marked.write_text(json.dumps(rows, indent=2), encoding="utf-8-sig")
+    blank.write_text("\r\n  " + json.dumps(rows))
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_bytes((make_model() / "config.json").read_bytes())
     expected = tokenizer("one two three<user>four", add_special_tokens=False)["input_ids"]
-    for source in (file, array):
+    for source in (file, array, marked, blank):
         found = load_calibration(choose(source, 40, 2), folder)
         assert sorted(found.tokens.ravel().tolist()) == sorted([*expected, EOS, EOS, EOS])
 

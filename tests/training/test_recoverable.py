@@ -80,9 +80,23 @@ def at_the_end(run, model):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("fills", [False, True])
 def test_start_and_end_refuse_alike(case, fills, pruned, make_model, tmp_path):
+    assert_alike(case, fills, make_model(), pruned, tmp_path)
+
+
+@pytest.mark.parametrize("tying", [False, True])
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_of_tied_embeddings_too(whole, tying, make_model, tmp_path):
+    """By shapes alone, the two look like one."""
+    base = make_model(tie_word_embeddings=True)
+    prune(str(base), tmp_path / "sparse", PruningArgs(sparsity=0.5))
+    case = {"modules_to_save": whole, "ensure_weight_tying": tying}
+    assert_alike(case, False, base, tmp_path / "sparse", tmp_path)
+
+
+def assert_alike(case, fills, base, pruned, tmp_path):
     plan = PruningPlan.load(pruned)
     run = SimpleNamespace(
-        base=Base(str(make_model())),
+        base=Base(str(base)),
         pruned=pruned,
         plan=plan,
         trained=tmp_path / "trained",
