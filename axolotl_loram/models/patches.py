@@ -1,9 +1,8 @@
 """Every change of somebody else's code, with its reason and what makes it unnecessary.
 
 A function here makes one change, or lasts as long as its `with` block; its docstring is the reason,
-and `PATCHES` says what will end it. It is here, and not with training, because loading and
-streaming need some of it. What a change belongs to (Axolotl's modules, a trainer, a model) is
-handed in where importing it is not this floor's.
+and `PATCHES` says what will end it. What a change belongs to (Axolotl's modules, a trainer, a
+model) is handed in where importing it is not this floor's.
 """
 
 from __future__ import annotations
@@ -206,8 +205,7 @@ def tied_as_it_is(model: Any) -> Any:
 def once_sized(model: Any, then: Callable[[], None]) -> None:
     """Axolotl settles the vocabulary's size by one call of either, and has no hook there.
 
-    Right after it, what is not quantized becomes float32: of LLaMA-3.1-70B's embedding and lm_head,
-    8.4 GB.
+    Right after it, what is not quantized becomes float32: 8.4 GB of LLaMA-3.1-70B's.
     """
     names = ("resize_token_embeddings", "tie_weights")
     own = {name: model.__dict__.get(name) for name in names}
@@ -263,18 +261,14 @@ def see_batches(trainer: Any, look: Callable[[Any, Any], None]) -> None:
 def keep_errors_from_telemetry(redacted: MutableSet[str]) -> None:
     """Our messages name the files that they are about.
 
-    Of a YAML, Axolotl leaves out what keys named after paths hold (see `Section`). This stays when
-    a configuration is refused: what is sent of that comes only after the plugins were asked.
+    It stays when a configuration is refused: what is sent of that comes after the plugins' turn.
     """
     redacted |= {"exception", "stack_trace"}
 
 
 @_until("a setting of `axolotl merge-lora` for the NF4 round trip (0.19 has none)")
 def merge_without_nf4(merge_lora: ModuleType) -> None:
-    """For plain QLoRA the round trip makes the merged base equal to the one in training.
-
-    In LoRAM the original was never quantized: it would only damage that.
-    """
+    """The round trip makes a merged base equal to that of training: LoRAM's was never quantized."""
     name = "merge_lora_sharded_efficient"
     original = getattr(merge_lora, name)
 
@@ -331,8 +325,7 @@ def find_language_tower(lora_merge: ModuleType, names: dict[str, str]) -> None:
 def before_exit_on_interrupt(write: Callable[[], None]) -> None:
     """On SIGINT Axolotl saves the adapter and exits: the record has to say how far that one is.
 
-    Ctrl-C reaches the data loader's workers too, which are forks: Axolotl (0.19) would have each
-    save the adapter over the other, as it was when they were forked.
+    Ctrl-C reaches the data loader's forks too, which Axolotl (0.19) would have save theirs over it.
     """
     save_and_exit, trainer = signal.getsignal(signal.SIGINT), os.getpid()
 
@@ -365,18 +358,14 @@ def load_4bit_with(quantizer: Any) -> None:
     AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = quantizer
 
 
-_OPERATOR = "bitsandbytes::dequantize_4bit"
-
-
 @_until("bitsandbytes that mends its issue 2078 and dequantizes rows of any width on CPUs")
 def take_any_width() -> None:
     """Two kernels for CPUs with AVX512 (0.50.2) go wrong at widths that pruning leaves.
 
-    Dequantization takes each row to start a new block of scales, which holds where a row is whole
-    blocks: others come out up to 40 % wrong, without a word. And with AVX512-BF16, the first
-    forward pass in eval mode packs a weight for a kernel that wants multiples of 32 outputs and
-    whole blocks of inputs; packing also rounds the scales, so that what is saved or moved
-    afterwards is no longer what was loaded. Here all rows are dequantized as one, and nothing is
+    Dequantization takes each row to start a new block of scales: where rows are not whole blocks
+    they come out up to 40 % wrong, without a word. And with AVX512-BF16, the first forward pass in
+    eval mode packs a weight for a kernel that wants multiples of 32 outputs and whole blocks of
+    inputs, and rounds its scales for good. Here all rows are dequantized as one, and nothing is
     packed. Idempotent; without effect until bitsandbytes is imported.
     """
     modules = sys.modules.get("bitsandbytes.nn.modules")
@@ -387,7 +376,8 @@ def take_any_width() -> None:
 
 @functools.cache
 def _dequantize_flat() -> torch.library.Library:
-    kernel = torch.library.get_kernel(_OPERATOR, "CPU")
+    name = "dequantize_4bit"
+    kernel = torch.library.get_kernel(f"bitsandbytes::{name}", "CPU")
 
     def flat(
         keys: Any,
@@ -404,7 +394,6 @@ def _dequantize_flat() -> torch.library.Library:
         return values.reshape(list(shape))
 
     library = torch.library.Library("bitsandbytes", "IMPL")
-    name = _OPERATOR.partition("::")[2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every override, also of one it is told of
         library.impl(name, flat, "CPU", with_keyset=True, allow_override=True)

@@ -53,7 +53,7 @@ def adapters(base, tmp_path_factory):
         model = get_peft_model(model, lora)
         for part, weight in model.named_parameters():
             if "lora_B" in part:
-                torch.nn.init.normal_(weight, std=0.01)
+                torch.nn.init.normal_(weight, std=0.1)
         model.save_pretrained(folder / f"trained-{name}")
         output = ("--output", folder / name)
         run_command("axolotl-loram", "recover", folder / f"trained-{name}", *output)
