@@ -1,8 +1,10 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,22 +110,21 @@ def test_debug_shows_the_traceback():
     assert "Traceback" in result.stderr
 
 
-def limit_file_size(size):
-    """A disk that is full after `size` bytes of a file."""
-    import resource
-    import signal
+def loram_with_room(size, *arguments):
+    """A whole process that cannot write files above a size, as on a full disk."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    return limit
+    command = [Path(sys.executable).with_name("axolotl-loram"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
 
 
 def test_a_full_disk_leaves_no_output_and_is_gone_on_from(make_model, tmp_path):
     arguments = ("prune", make_model(), tmp_path / "work/out", "--pruning-ratio", "0.5")
     (tmp_path / "work").mkdir()
-    result = loram(*arguments, check=False, preexec_fn=limit_file_size(50_000))
+    result = loram_with_room(50_000, *arguments)
     assert result.returncode == 1
     assert "make room" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "work/out").exists()
@@ -137,7 +138,7 @@ def test_a_full_disk_keeps_the_old_adapter_or_none(make_model, tmp_path):
     arguments = ("recover", tmp_path / "adapter", "--output", tmp_path / "out", "--overwrite")
     loram(*arguments)
     before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
-    result = loram(*arguments, check=False, preexec_fn=limit_file_size(10_000))
+    result = loram_with_room(10_000, *arguments)
     assert result.returncode == 1 and "make room" in result.stderr
     assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"pruned", "adapter", "out"}

@@ -45,8 +45,9 @@ def check_format(config: Mapping[str, Any], where: str) -> None:
     found = format_of(config)
     if found not in (None, *FORMATS):
         raise LoRAMError(
-            f"expected weights in 16 or 32 bits, {' or '.join(FORMATS.values())}, found them in "
-            f"{found!r} in {where}: load the model dequantized, save it, and prune that"
+            f"expected weights in 16 or 32 bits, {' or '.join(FORMATS.values())}, found "
+            f"quantization_config {found!r} in {where}: load the model dequantized, save it, and "
+            "prune that"
         )
 
 

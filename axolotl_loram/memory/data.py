@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,11 @@ def _files_of(named: Mapping[str, Any]) -> Iterator[Path]:
     listed = named.get("data_files") or named.get("path")
     for name in listed if isinstance(listed, list) else [listed]:
         place = Path(str(name))
-        if place.is_dir():
-            yield from (file for file in sorted(place.iterdir()) if file.suffix in TEXT)
-        elif place.is_file() and place.suffix in TEXT:
-            yield place
+        with suppress(OSError, ValueError):  # names that no file system takes, folders not ours
+            if place.is_dir():
+                yield from (file for file in sorted(place.iterdir()) if file.suffix in TEXT)
+            elif place.is_file() and place.suffix in TEXT:
+                yield place
 
 
 def place_bytes(top_k: int, trained_only: bool = True) -> int:

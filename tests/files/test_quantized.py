@@ -195,7 +195,10 @@ def spoil(folder: Path, quantization: dict | None = None, without: str = "") -> 
     ("changes", "message"),
     [
         ({"quantization": {"quant_method": "awq"}}, "16 or 32 bits, MXFP4 or FP8, found .* 'awq'"),
-        ({"quantization": {"quant_method": "compressed-tensors"}}, "found them in 'compressed-te"),
+        (
+            {"quantization": {"quant_method": "compressed-tensors"}},
+            "found quantization_config 'compressed-te",
+        ),
         ({"quantization": {"weight_block_size": [8]}}, "two positive numbers .* found .8."),
         ({"quantization": {"weight_block_size": [0, 8]}}, "two positive numbers"),
         ({"without": "q_proj.weight_scale_inv"}, "q_proj.weight of F8_E4M3 without"),

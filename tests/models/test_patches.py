@@ -58,7 +58,7 @@ def test_every_patch_says_why_and_until_when():
 def test_no_other_module_changes_what_it_imports():
     """Assigning to an imported name's attributes, and `setattr` on one, are of `patches` alone."""
     for file in ROOT.rglob("*.py"):
-        if file.name == "patches.py":
+        if file.name == "patches.py" or file.parent.name == "llama_cpp":  # those: another process
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imported = {

@@ -183,7 +183,7 @@ def test_bad_input_is_refused_before_the_work(exported, refused, tmp_path, monke
         assert said in refused(base=str(elsewhere))
     for alpha in (0, "16", None):
         exported.set(other, lora_alpha=alpha)
-        assert "expected a lora_alpha above 0" in refused(other)
+        assert "lora_alpha" in refused(other)
     exported.set(other, peft_type="IA3")
     assert "LORA" in refused(other)
     monkeypatch.setattr(converter, "VENDOR", "no_such_package")

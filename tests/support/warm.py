@@ -12,6 +12,7 @@ variables of a command, only those that are read later have their effect.
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import runpy
@@ -100,7 +101,16 @@ def become(argv: list[str], environment: dict, folder: str, streams: list[str]) 
         from axolotl.cli.main import main
     else:
         from axolotl_loram.cli import run as main
+
+        forget_handlers()
     main()
+
+
+def forget_handlers() -> None:
+    """Axolotl, once imported, logs to standard output: a command of its own has not imported it."""
+    for logger in (logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)):
+        logger.handlers.clear()
+        logger.propagate = True
 
 
 def add_paths() -> None:
