@@ -126,9 +126,11 @@ def pruned(bench: Bench, case: Case) -> Path:
 def aligned(bench: RealBench, case: Case) -> Path:
     """The pruned model, distilled towards the base where the case says so."""
     start = pruned(bench, case)
+    if not case.aligned:
+        return start
     folder = start.with_name(f"{start.name}-{case.aligned}")
-    if not case.aligned or folder.exists():
-        return folder if case.aligned else start
+    if folder.exists():
+        return folder
     base, model = bench.model("base").eval(), bench.model(start)
     if case.aligned == "repair":
         model = bench.fresh(model, 0)

@@ -2,9 +2,11 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from inspect import signature
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
 from families import ALSO, FAMILIES, TRAINED, table
+from packaging.utils import canonicalize_name
+from test_supply import requirements
 
 from axolotl_loram.config_loram import LoRAMArgs
 from axolotl_loram.training.support import check_supported
@@ -37,7 +41,7 @@ YAML_FILES = sorted(ROOT.glob("examples/**/*.yml"))
 
 
 def imports_of(file: Path) -> Iterator[str]:
-    """What a file imports of this package and of axolotl, anywhere, as dotted names."""
+    """What a file imports, anywhere, as dotted names."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -45,7 +49,7 @@ def imports_of(file: Path) -> Iterator[str]:
             names = [f"{node.module}.{a.name}" for a in node.names] if whole else [node.module]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        yield from (name for name in names if name.split(".")[0] in ("axolotl_loram", "axolotl"))
+        yield from names
 
 
 def floor_of(module: str) -> int:
@@ -64,6 +68,19 @@ def test_packages_import_only_what_is_below_them(file):
         assert module in HOSTED
     if module.startswith("axolotl_loram.pruning."):
         assert not [name for name in ours if name.startswith("axolotl_loram.recovery")]
+
+
+def test_what_is_imported_is_declared():
+    """Not left to what others happen to bring."""
+    provided, declared = packages_distributions(), set(map(canonicalize_name, requirements()))
+    found = {name.split(".")[0] for file in MODULES for name in imports_of(file)}
+    foreign = found - sys.stdlib_module_names - {"axolotl_loram", "conversion"}  # of a checkout
+    lacking = {
+        name
+        for name in foreign
+        if not declared.intersection(map(canonicalize_name, provided.get(name, [name])))
+    }
+    assert not lacking
 
 
 def test_no_modules_import_one_another_in_a_circle():

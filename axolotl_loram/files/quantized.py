@@ -24,16 +24,27 @@ ACTIVATIONS = ".activation_scale"
 """Of inputs, for kernels that compute in 8 bits; the weights do not need it."""
 
 
+def said_of(config: Mapping[str, Any], name: str) -> Any:
+    """A field of a config, or else of a section of it, None where neither has one."""
+    parts = (part for part in (config, *config.values()) if isinstance(part, Mapping))
+    return next((part[name] for part in parts if part.get(name)), None)
+
+
 def format_of(config: Mapping[str, Any]) -> str | None:
-    """The ``quant_method`` that a config names, or its section, None of plain numbers."""
-    sections = (part for part in (config, *config.values()) if isinstance(part, Mapping))
-    found = next((part[QUANTIZATION] for part in sections if part.get(QUANTIZATION)), None)
-    return str(found.get("quant_method")) if isinstance(found, Mapping) else None
+    """The ``quant_method`` that a config or a section of it names, None of plain numbers."""
+    found = said_of(config, QUANTIZATION)
+    if found is None:
+        return None
+    return str(found.get("quant_method") if isinstance(found, Mapping) else found)
 
 
 def without_format(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same model in plain numbers."""
-    return {name: value for name, value in config.items() if name != QUANTIZATION}
+    """The config of the same model in plain numbers, its sections too."""
+    return {
+        name: without_format(part) if isinstance(part, Mapping) and QUANTIZATION in part else part
+        for name, part in config.items()
+        if name != QUANTIZATION
+    }
 
 
 def check_format(config: Mapping[str, Any], where: str) -> None:
@@ -88,7 +99,9 @@ def plain(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredT
             seen[weight] = mxfp4(weight, tensor, scales)
         elif tensor.dtype == E4M3 and (scales := stored.get(name + SCALE)):
             config = _config(folder) if config is None else config
-            dtype = NAMED.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+            dtype = NAMED.get(
+                str(said_of(config, "dtype") or said_of(config, "torch_dtype")), "BF16"
+            )
             seen[name] = fp8(name, tensor, scales, dtype, _block_size(config))
         else:
             seen[name] = tensor
@@ -105,7 +118,8 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _block_size(config: Mapping[str, Any]) -> list[int] | None:
-    found = (config.get(QUANTIZATION) or {}).get("weight_block_size")
+    said = said_of(config, QUANTIZATION)
+    found = said.get("weight_block_size") if isinstance(said, Mapping) else None
     if found is None:
         return None
     if not (isinstance(found, list) and len(found) == 2 and all(_positive(size) for size in found)):

@@ -22,8 +22,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from axolotl_loram.architecture.config_json import Config, load_config
+from axolotl_loram.architecture.config_json import Config
 from axolotl_loram.architecture.model import Tensor
+from axolotl_loram.architecture.ties import config_of
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.cluster import PROCESS_BYTES, weights_of
 from axolotl_loram.memory.compute import Flops, training_flops
@@ -131,7 +132,6 @@ def compare_ways(asked: Request, gpu: str, gpus: int) -> dict[str, Any]:
         "not_counted": [what for what in not_counted(asked, found.config) if what not in AS_WAYS],
         "ways": rows,
         "bound_leaves_out": list(LEFT_OUT),
-        "measured_to_bound": None,
     }
 
 
@@ -169,7 +169,7 @@ class _Ways:
     def __init__(self, asked: Request, card: Card) -> None:
         self.asked, self.run, self.card = asked, asked.run, card
         self.config: Config = (
-            sizes(asked)[0] if asked.pruned else load_config(asked.model, asked.revision)
+            sizes(asked)[0] if asked.pruned else config_of(asked.model, asked.revision)
         )
         self.base = Layout.of(self.config)
         self.flops = training_flops(self.run, self.base)

@@ -9,7 +9,7 @@ import transformers
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from axolotl_loram.architecture.config_json import Config
-from axolotl_loram.files.quantized import FORMATS, QUANTIZATION, format_of
+from axolotl_loram.files.quantized import FORMATS, QUANTIZATION, format_of, said_of
 from axolotl_loram.models.patches import load_fp8
 
 
@@ -28,10 +28,16 @@ def dequantized(config: Config) -> dict[str, Any]:
     """What `from_pretrained` needs to load a model that is published quantized as plain numbers.
 
     PEFT puts LoRA on plain numbers alone, and what is merged and pruned are they, too.
+
+    Args:
+        config: The model's.
+
+    Returns:
+        Keyword arguments; none for a model in plain numbers.
     """
     form = format_of(config)
     if form not in FORMATS:
         return {}
     load_fp8()
     kind: Any = Mxfp4Config if form == "mxfp4" else FineGrainedFP8Config
-    return {"quantization_config": kind(**{**config[QUANTIZATION], "dequantize": True})}
+    return {"quantization_config": kind(**{**said_of(config, QUANTIZATION), "dequantize": True})}

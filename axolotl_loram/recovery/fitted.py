@@ -33,6 +33,7 @@ from axolotl_loram.config import FillArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.quantized import format_of
 from axolotl_loram.files.resumable import Work, unfinished
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.files.untrusted import read_json
@@ -358,7 +359,7 @@ def check_fillable(pruned: Path, plan: PruningPlan) -> None:
             f"expected a model that units were removed from, found {pruned} with its layers whole: "
             "its adapter has no pruned features to fill"
         )
-    if "quantization_config" in read_json(pruned / "config.json"):
+    if format_of(read_json(pruned / "config.json")):
         raise LoRAMError(
             f"expected a pruned model in 16 or 32 bits to fill from, found {pruned} in 4 bits: "
             "give the one it was made from with --pruned-model, or recover with zeros"

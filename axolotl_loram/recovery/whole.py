@@ -146,7 +146,8 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
         return
     split = map(split_name, adapter.tensors)
     having = {module for module, part in split if part in LORA_AXES}
-    targets = list(adapter.target_parameters)  # stacks; under "all-linear" the router's weight too
+    # Stacks, linear layers as parameters, and, under "all-linear", the router's weight.
+    targets = list(adapter.target_parameters)
     allowed = _tied_with_embedding(adapter, plan) | {
         tensor.module
         for tensor in parameters(plan.config)
@@ -160,18 +161,13 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
         )
     linear = [tensor for tensor in parameters(plan.config) if tensor.linear]
     wanted = {t.module for t in linear if is_named(t.module, settings, t.layer)}
-    wanted |= {t.module for t in linear if _holds_target(t.module, adapter)}
+    wanted |= {t.module for t in linear if _matches(t.name, targets)}
     missing = sorted(wanted - having)
     if missing:
         raise LoRAMError(
             f"expected LoRA on all target_modules in the config of {adapter.folder}, found none on "
             f"{missing[0]} ({len(missing)} such): its tensors are not all there, so save it again"
         )
-
-
-def _holds_target(module: str, adapter: Adapter) -> bool:
-    """Whether PEFT adapts a linear layer as the parameter that `target_parameters` names."""
-    return any(f".{module}.weight".endswith(f".{name}") for name in adapter.target_parameters)
 
 
 def _tied_with_embedding(adapter: Adapter, plan: PruningPlan) -> set[str]:

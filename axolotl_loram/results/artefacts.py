@@ -18,6 +18,7 @@ from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record
 from axolotl_loram.config_evaluate import MODELS
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import is_folder
+from axolotl_loram.files.quantized import format_of
 from axolotl_loram.files.untrusted import read_json
 
 BASE, PRUNED, TRAINED, RECOVERED = MODELS
@@ -180,7 +181,7 @@ def _read_folder(folder: Path, label: str) -> Artefact:
         _add_training(artefact, record)
     elif artefact.settings or state:
         config = folder / "config.json"
-        artefact.quantized = "quantization_config" in read_json(config) if config.exists() else None
+        artefact.quantized = bool(format_of(read_json(config))) if config.exists() else None
     elif evaluation:
         artefact.kind = "evaluation"
     else:

@@ -20,6 +20,7 @@ from axolotl_loram.architecture.record import Kind, Record
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder, stored_config
+from axolotl_loram.files.quantized import format_of
 from axolotl_loram.training.aligned import assemble, remove_weights
 from axolotl_loram.training.checkpoints import choose_checkpoint, is_first_rank
 from axolotl_loram.training.sharding import check_sharding
@@ -113,7 +114,7 @@ def load_plan(model: str, revision: str | None) -> PruningPlan:
             f"without {PLAN_FILE}: name the folder that `axolotl-loram prune` wrote"
         )
     plan = PruningPlan.load(folder)
-    if stored_config(str(folder)).get("quantization_config"):
+    if format_of(stored_config(str(folder))):
         raise LoRAMError(
             f"expected a pruned checkpoint in 16 or 32 bits with `stage: align`, found {model} in "
             "4 bits: align the one pruned without `quantize`, and quantize the result in training"

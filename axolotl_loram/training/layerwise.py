@@ -34,6 +34,7 @@ from axolotl_loram.config import LayerwiseArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.quantized import format_of
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import copy_files, read_json
@@ -132,7 +133,7 @@ def align_layers(
 def _find(pruned: str, base: str | None) -> Pair:
     folder = find_folder(pruned)
     plan = PruningPlan.load(folder)
-    if "quantization_config" in read_json(folder / "config.json"):
+    if format_of(read_json(folder / "config.json")):
         raise LoRAMError(
             f"expected a pruned model in 16 or 32 bits to align, found {pruned} in 4 bits: prune "
             "without --quantize, and align that"

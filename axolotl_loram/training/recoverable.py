@@ -71,16 +71,13 @@ def check_recoverable(run: Run, model: Any) -> Adapter:
 def adapter_to_be(run: Run, model: Any, name: str = "default") -> Adapter:
     """The adapter that PEFT would write now, without its values."""
     folder = run.trained
+    state = model.state_dict(keep_vars=True)
+    held = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     empty = {
         id(value): torch.empty(getattr(value, "ds_shape", value.shape), device="meta")
-        for value in model.state_dict(keep_vars=True).values()
-        if isinstance(value, torch.Tensor)
+        for value in held.values()
     }
-    shapes = {
-        key: empty[id(value)]
-        for key, value in model.state_dict(keep_vars=True).items()
-        if id(value) in empty
-    }
+    shapes = {key: empty[id(value)] for key, value in held.items()}
     saved = get_peft_model_state_dict(model, shapes, name)
     numbers = {id(value): number for number, value in enumerate(saved.values(), start=1)}
     file = folder / ADAPTER_FILE

@@ -7,15 +7,17 @@ llama.cpp's gives log-probabilities of generated tokens only, and cannot be aske
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 import torch
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import write_json
@@ -33,14 +35,26 @@ from axolotl_loram.training.teacher import (
 AT_ONCE = 16
 """Requests under way: the server batches them."""
 ROWS_PER_FILE = 256
-PATIENCE = (1, 5, 25)
-"""Seconds to wait before a request is made again."""
+TRIES, PATIENCE = 4, 2.0
+"""How often a request is made again, and seconds to wait before: twice as many each time."""
 SECONDS = 600
 """In which a server answers."""
 ALIKE = 0.95
 """Share of some rows' tokens that both tokenizers decode to the same text."""
 CLOSE = 0.1
 """Mean nats by which rows that are computed here may differ: kernels and 16 bits, not a model."""
+
+
+class Said(NamedTuple):
+    """What a server says of a token at a place.
+
+    Attributes:
+        logprob: Its log-probability, nats.
+        text: It decoded, if that is told.
+    """
+
+    logprob: float
+    text: str | None
 
 
 @dataclass(frozen=True)
@@ -55,71 +69,78 @@ class Server:
     url: str
     model: str
 
-    def said(self, row: Row, top_k: int) -> list[dict[int, float]]:
-        """Of each of the row's places: the likeliest tokens and its own, nats by token.
+    def said(self, row: Row, top_k: int) -> list[dict[int, Said]]:
+        """Of each token from the second on: what the server says of it and the likeliest others.
+
+        Args:
+            row: The prompt, as token ids.
+            top_k: How many of the likeliest.
+
+        Returns:
+            For each of (tokens - 1) places, by token.
 
         Raises:
             LoRAMError: The server refuses, or answers otherwise.
             ConnectionError: It does not answer, also after some patience.
         """
-        told = self._told(row, top_k)
-        found = [{token: nats for token, (nats, _) in told[i + 1].items()} for i in row.places]
-        for place, nats in zip(row.places, found, strict=True):
-            if int(row.tokens[place + 1]) not in nats or len(nats) < top_k:
-                raise LoRAMError(
-                    f"expected {top_k} tokens and the prompt's own at each place from {self.url}, "
-                    f"found {len(nats)}: serve it by vLLM with --max-logprobs {top_k}"
-                )
-        return found
-
-    def texts(self, row: Row) -> list[str | None]:
-        """The row's tokens as the server decodes them, from the second on."""
-        told = self._told(row, 1)[1:]
-        return [each[int(own)][1] for own, each in zip(row.tokens[1:], told, strict=True)]
-
-    def _told(self, row: Row, top_k: int) -> list[dict[int, tuple[float, str | None]]]:
-        """Of each of the prompt's tokens: nats and text by token; of the first, nothing."""
         question = {"model": self.model, "prompt": row.tokens.tolist(), "prompt_logprobs": top_k}
         answer = self._ask({**question, "max_tokens": 1, "temperature": 0})
         try:
-            places = answer["choices"][0]["prompt_logprobs"]
-            told = [_numbers(place or {}) for place in places]
-            if len(told) != len(row):
-                raise IndexError
+            _, *places = answer["choices"][0]["prompt_logprobs"]
+            found = [_read(place) for place in places]
+            pairs = list(zip(row.tokens[1:].tolist(), found, strict=True))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise LoRAMError(
                 f"expected prompt_logprobs of {len(row)} tokens from {self.url}, found "
                 f"{str(answer)[:200]}: serve {self.model} by vLLM with --max-logprobs {top_k}"
             ) from error
-        return told
+        for own, place in pairs:
+            if own not in place or len(place) < top_k:
+                raise LoRAMError(
+                    f"expected {top_k} tokens and the prompt's own at each place from {self.url}, "
+                    f"found {len(place)}: serve it by vLLM with --max-logprobs {top_k}"
+                )
+        return found
 
     def _ask(self, question: Mapping[str, Any]) -> Any:
-        address, reason = f"{self.url.rstrip('/')}/completions", ""
-        for seconds in (*PATIENCE, None):
-            try:
-                reply = requests.post(address, json=question, timeout=SECONDS)
-                if reply.ok:
-                    return reply.json()
-                reason = reply.text[:300]
-                if reply.status_code < 500:
-                    raise LoRAMError(
-                        f"expected an answer from {address}, found {reply.status_code} {reason}: "
-                        "change how the server is started, or ask another"
-                    )
-            except (requests.ConnectionError, requests.Timeout) as error:
-                reason = str(error)
-            except requests.RequestException as error:  # no address, or no JSON
-                raise LoRAMError(
-                    f"expected an OpenAI-compatible server at {address}, found {error}: give its "
-                    "address, as http://localhost:8000/v1"
-                ) from error
-            if seconds is not None:
-                time.sleep(seconds)
-        raise ConnectionError(None, f"{address} does not answer: {reason[:300]}")
+        address = f"{self.url.rstrip('/')}/completions"
+        try:
+            reply = _session(PATIENCE).post(address, json=question, timeout=SECONDS)
+            if reply.status_code >= 500:
+                raise ConnectionError(None, f"{address} does not answer: {reply.text[:300]}")
+            if reply.ok:
+                return reply.json()
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise ConnectionError(None, f"{address} does not answer: {error!s:.300}") from error
+        except requests.RequestException as error:  # no address, or no JSON
+            raise LoRAMError(
+                f"expected an OpenAI-compatible server at {address}, found {error}: give its "
+                "address, as http://localhost:8000/v1"
+            ) from error
+        raise LoRAMError(
+            f"expected an answer from {address}, found {reply.status_code} {reply.text[:300]}: "
+            "change how the server is started, or ask another"
+        )
 
 
-def _numbers(place: Mapping[str, Mapping[str, Any]]) -> dict[int, tuple[float, str | None]]:
-    return {int(id): (float(t["logprob"]), t.get("decoded_token")) for id, t in place.items()}
+@functools.cache
+def _session(patience: float) -> requests.Session:
+    """Asks again where a server is busy or away, after ever longer times."""
+    again = Retry(
+        TRIES,
+        backoff_factor=patience,
+        status_forcelist=range(500, 600),
+        allowed_methods=None,
+        raise_on_status=False,
+    )
+    session = requests.Session()
+    for kind in ("http://", "https://"):
+        session.mount(kind, HTTPAdapter(max_retries=again, pool_maxsize=AT_ONCE))
+    return session
+
+
+def _read(place: Mapping[str, Mapping[str, Any]]) -> dict[int, Said]:
+    return {int(id): Said(float(t["logprob"]), t.get("decoded_token")) for id, t in place.items()}
 
 
 def make_served(
@@ -187,14 +208,11 @@ def check_server(server: Server, rows: Sequence[Row], top_k: int, tokenizer: Any
     same = total = 0
     try:
         for row in rows:
-            server.said(row, top_k)
-            texts = server.texts(row)
-            own = [tokenizer.decode([int(token)]) for token in row.tokens[1:]]
-            pairs = [
-                (a, b) for a, b in zip(own, texts, strict=True) if a and b and "\ufffd" not in a
-            ]
-            total += len(pairs)
-            same += sum(a.strip() == b.strip() for a, b in pairs)
+            for token, place in zip(row.tokens[1:].tolist(), server.said(row, top_k), strict=True):
+                own, theirs = tokenizer.decode([token]), place[token].text
+                if own and theirs and "\ufffd" not in own:  # else a part of a character
+                    total += 1
+                    same += own.strip() == theirs.strip()
     except ConnectionError as error:
         raise LoRAMError(
             f"expected a server, found: {error.strerror}: start it, or give another address"
@@ -206,11 +224,12 @@ def check_server(server: Server, rows: Sequence[Row], top_k: int, tokenizer: Any
         )
 
 
-def _outputs(row: Row, said: Sequence[dict[int, float]], top_k: int) -> tuple[torch.Tensor, ...]:
+def _outputs(row: Row, said: Sequence[dict[int, Said]], top_k: int) -> tuple[torch.Tensor, ...]:
     """As `most_likely`: the trained token first, then the likeliest; the others' probability."""
     ids, logprobs = [], []
-    for place, nats in zip(row.places, said, strict=True):
+    for place in row.places:
         own = int(row.tokens[place + 1])
+        nats = {token: one.logprob for token, one in said[place].items()}
         others = sorted(nats.keys() - {own}, key=lambda token: (-nats[token], token))
         ids.append([own, *others[: top_k - 1]])
         logprobs.append([nats[token] for token in ids[-1]])

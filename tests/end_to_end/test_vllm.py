@@ -116,8 +116,12 @@ def test_adapters_of_two_pruned_models_serve_on_one_base(base, adapters, tmp_pat
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float)
             wanted = own(PeftModel.from_pretrained(model, folder) if folder else model, rows)
             said = [place for row in rows for place in Server(url, name).said(row, 8)]
-            first = torch.tensor([max(place, key=place.get) for place in said])
-            gap = [abs(wanted[i, t] - nats) for i, at in enumerate(said) for t, nats in at.items()]
+            first = torch.tensor(
+                [max(place, key=lambda token: place[token].logprob) for place in said]
+            )
+            gap = [
+                abs(wanted[i, t] - nats) for i, at in enumerate(said) for t, (nats, _) in at.items()
+            ]
             gaps[name] = float(np.mean(gap))
             agreed[name] = float((first == wanted.argmax(-1)).float().mean())
             if folder:

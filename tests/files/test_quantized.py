@@ -19,7 +19,7 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files import stored
 from axolotl_loram.files.progress import no_progress
-from axolotl_loram.files.quantized import without_format
+from axolotl_loram.files.quantized import format_of, without_format
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.bits import from_bits
 from axolotl_loram.models.four_bit import dequantized
@@ -117,17 +117,24 @@ def test_every_byte_of_fp8_under_every_kind_of_scale(scale, dtype, tmp_path):
     assert same(found, Fp8Dequantize(None)._dequantize_one(weight, scales, rounded))
 
 
-def test_the_last_blocks_may_be_narrower(tmp_path):
-    """DeepSeek V3's kv_a_proj_with_mqa has 576 outputs in blocks of 128."""
+@pytest.mark.parametrize("section", [None, "text_config"])
+def test_the_last_blocks_may_be_narrower(section, tmp_path):
+    """DeepSeek V3's kv_a_proj_with_mqa has 576 outputs in blocks of 128.
+
+    What the section of a language tower says counts as what is said of the whole model.
+    """
     torch.manual_seed(0)
     weight, scales = torch.randn(20, 19).to(torch.float8_e4m3fn), torch.rand(3, 3)
     held = {"a.weight": weight, "a.weight_scale_inv": scales}
     save_file(held, tmp_path / "model.safetensors")
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
+    own = config | {"dtype": "float16"}
+    config = {section: own, "model_type": "x"} if section else own
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = scales.repeat_interleave(8, 0)[:20].repeat_interleave(8, 1)[:, :19]
-    found = from_bits(Checkpoint(tmp_path)["a.weight"].read(), "BF16")
-    assert same(found, (weight.float() * whole).bfloat16())
+    found = from_bits(Checkpoint(tmp_path)["a.weight"].read(), "F16")
+    assert same(found, (weight.float() * whole).half())
+    assert format_of(config) == "fp8" and format_of(without_format(config)) is None
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])

@@ -83,7 +83,6 @@ def test_the_ways_of_70b_on_one_card(compared):
     assert 5.9 < whole["flops_per_token"] / LARGE < 6.3
     assert small["bound_tokens_per_second"] > 2 * streamed["bound_tokens_per_second"]
     assert streamed["host_bytes"] > 2 * LARGE > 30 * small["host_bytes"]
-    assert found.as_dict()["measured_to_bound"] is None
     assert "no run is faster" in str(found)
 
 

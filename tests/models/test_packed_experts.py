@@ -13,7 +13,9 @@ from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from click.testing import CliRunner
 from conftest import run_command, write_yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from test_experts import MIXTRAL_8X7B
+from test_nf4 import load_in_4bit
+from transformers import AutoModelForCausalLM
 
 from axolotl_loram.architecture.config_json import with_defaults
 from axolotl_loram.architecture.pairing import check_pruned
@@ -41,17 +43,7 @@ PACKED = PLAIN | {"quantize": "nf4", "device": "cpu"}
 
 def in_4_bits(folder: Path, tied: bool = False):
     """The plain pruned model as QLoRA loads it, its experts as `quantize_moe_experts` has them."""
-    skip = None if tied else ["none"]
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=skip,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.float32
-    )
+    model = load_in_4bit(folder, None if tied else ["none"])
     for module in model.modules():
         for name in ("gate_up_proj", "down_proj"):
             if isinstance(getattr(module, name, None), torch.nn.Parameter):
@@ -123,17 +115,6 @@ def test_peft_leaves_frozen_experts_packed(family, make_model, tmp_path):
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
 
 
-MIXTRAL_8X7B = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe",
     "vocab_size": 151936,

@@ -29,7 +29,7 @@ def server(make_model):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(served, "PATIENCE", (0.01, 0.01))
+    monkeypatch.setattr(served, "PATIENCE", 0.01)
     monkeypatch.setattr(served, "ROWS_PER_FILE", 2)
 
 
