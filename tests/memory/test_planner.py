@@ -20,6 +20,7 @@ from test_cli import loram
 from test_model import LLAMA_31_70B
 from transformers import AutoModelForCausalLM
 
+from axolotl_loram.api import plan_memory
 from axolotl_loram.architecture.config_json import with_defaults
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.errors import LoRAMError
@@ -66,6 +67,9 @@ def test_embeddings_are_counted_as_the_weights_tie_them(whole, make_model, tmp_p
         counted = plan(request(str(tmp_path / "base"), **asked))
         assert counted["base_parameters"] == model.num_parameters() - (not whole) * tied
         assert bool(counted["methods"]["lora"]["weights"]["lm_head"]) == whole
+        compared = plan_memory(tmp_path / "base", compare=True, ratio=0.5)
+        disk = compared.ways[0]["disk_bytes"]
+        assert disk == 2 * counted["base_parameters"]
 
 
 def test_the_command_prints_methods_and_draws_them(large, tmp_path):
