@@ -286,8 +286,10 @@ def test_served_by_llama_cpp_as_by_peft(smollm2, story, texts, tmp_path):
             first[adapted] = right.argmax()
             agreed += adapted and right.argmax() == found.argmax()
         moved += first[True] != first[False]
+    kl = {adapted: float(np.mean(each)) for adapted, each in divergence.items()}
+    print(f"first tokens agree {agreed} of 100; KL {kl[True]:.4f}, of the base {kl[False]:.4f}")
     assert moved > 50 and agreed >= 95
-    assert np.mean(divergence[True]) <= np.mean(divergence[False]) + 0.02
+    assert kl[True] <= kl[False] + 0.02
 
 
 def questions(texts, tokenizer):
