@@ -7,9 +7,9 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from conftest import build_model, run_command, write_yaml
+from test_activations import kept_for_backward, settings_for
 from test_cli import loram
 from test_model import LLAMA_2_13B
-from test_predict import kept_for_backward, settings_for
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.cluster import FullActivations, align_plan, align_request, without_lora
