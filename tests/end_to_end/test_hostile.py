@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import hostile
+import mutations
 import numpy as np
 import pytest
 import torch
@@ -207,8 +208,8 @@ def test_models_that_link_out_of_their_folder_are_refused(model, name, tmp_path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (hostile.BOMB, "made to fill the memory"),
-        (hostile.MERGES, "made to fill the memory"),
+        (mutations.BOMB, "made to fill the memory"),
+        (mutations.MERGES, "made to fill the memory"),
         ("a: &a\n  b: *a", "made to fill the memory"),
         ("a: " + "[" * 200_000, "brackets in one another"),
         ("- " * 100_000, "recursion depth"),
