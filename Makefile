@@ -36,7 +36,7 @@ test-saves: .venv/installed
 test-real: .venv/installed
 	$(BIN)/python -m pytest -m real --durations 0
 
-# What breaks with the newest transformers, PEFT and DeepSpeed, in an environment of its own: fails nothing.
+# All that `make test` runs, with the newest transformers, PEFT and DeepSpeed: what breaks. Fails nothing.
 test-newest: .venv/installed
 	$(BIN)/python benchmarks/newest.py
 

@@ -4,7 +4,7 @@ A second environment in `.venv-newest` sees all packages of `.venv` and has newe
 them, whatever Axolotl pins. The tests run in it, and newest.md beside this script says what breaks.
 It fails nothing: what breaks there is work for later, not a fault of today.
 
-    python benchmarks/newest.py [TEST …]      # by default SUBSET, minutes
+    python benchmarks/newest.py [TEST …]      # by default all that `make test` runs
 """
 
 from __future__ import annotations
@@ -23,18 +23,8 @@ from xml.etree import ElementTree
 from measure import ROOT
 
 PACKAGES = ("transformers", "peft", "deepspeed")
-SUBSET = (
-    "tests/models/test_per_layer.py",
-    "tests/models/test_patches.py",
-    "tests/architecture/test_families.py",
-    "tests/pruning/test_prune.py",
-    "tests/pruning/test_criteria.py",
-    "tests/recovery/test_recover.py",
-    "tests/recovery/test_adapter.py",
-    "tests/training/test_sharding.py",
-    "tests/memory/test_zero.py",
-)
-"""Whatever leans on the three packages, and runs no whole Axolotl command."""
+SUITE = ("-n", "2", "--dist", "worksteal", "-m", "not multinode and not matrix and not real")
+"""What `make test` runs."""
 FOLDER, PAGE = ROOT / ".venv-newest", Path(__file__).with_suffix(".md")
 VERSIONS = "import importlib.metadata as m, sys; print(*(m.version(n) for n in sys.argv[1:]))"
 
@@ -47,6 +37,12 @@ def environment() -> Path:
         (site,) = FOLDER.glob("lib/python*/site-packages")
         (site / "below.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     subprocess.run([python, "-m", "pip", "install", "-q", "--upgrade", *PACKAGES], check=True)
+    for script in Path(sys.executable).parent.iterdir():
+        text = script.read_bytes() if script.is_file() else b""
+        here = FOLDER / "bin" / script.name
+        if text.startswith(b"#!") and not here.exists():  # axolotl, torchrun, ours
+            here.write_bytes(text.replace(bytes(script.parent), bytes(here.parent)))
+            here.chmod(0o755)
     return python
 
 
@@ -57,7 +53,7 @@ def versions(python: Path | str) -> list[str]:
 
 
 def outcomes(report: Path) -> list[tuple[str, str, str]]:
-    """(file, passed or failed or skipped, first line of why) of each test."""
+    """(its file, passed or failed or skipped, first line of why) of each test."""
     found = []
     for case in ElementTree.parse(report).iter("testcase"):
         broken = next(
@@ -66,7 +62,7 @@ def outcomes(report: Path) -> list[tuple[str, str, str]]:
         kind = "failed" if broken is not None else "passed"
         kind = "skipped" if case.find("skipped") is not None else kind
         why = (broken.get("message") or "").splitlines()[:1] if broken is not None else []
-        found.append((case.get("classname", "").rpartition(".")[2], kind, "".join(why)))
+        found.append((case.get("classname", "").removeprefix("tests."), kind, "".join(why)))
     return found
 
 
@@ -78,9 +74,11 @@ def page(now: list[str], newest: list[str], found: list[tuple[str, str, str]]) -
     lines += ["| package | this project's | newest |", "|---|---|---|"]
     lines += [f"| {name} | {old} | {new} |" for name, old, new in pairs]
     lines += ["", "| tests | passed | failed | skipped |", "|---|---|---|---|"]
-    for file in dict.fromkeys(file for file, _, _ in found):
-        counts = Counter(kind for name, kind, _ in found if name == file)
-        lines.append(f"| {file} | {counts['passed']} | {counts['failed']} | {counts['skipped']} |")
+    folders = [(file.partition(".")[0], kind) for file, kind, _ in found]
+    for folder in sorted({folder for folder, _ in folders}):
+        counts = Counter(kind for name, kind in folders if name == folder)
+        numbers = (counts[kind] for kind in ("passed", "failed", "skipped"))
+        lines.append(f"| {folder} | {' | '.join(map(str, numbers))} |")
     reasons = Counter((file, why[:160].replace("|", "\\|")) for file, kind, why in found if why)
     lines += ["", "| what breaks | in | times |", "|---|---|---|"]
     lines += [f"| `{why}` | {file} | {count} |" for (file, why), count in reasons.most_common()]
@@ -89,7 +87,7 @@ def page(now: list[str], newest: list[str], found: list[tuple[str, str, str]]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tests", nargs="*", default=SUBSET)
+    parser.add_argument("tests", nargs="*", default=SUITE)
     options = parser.parse_args()
     python, report = environment(), FOLDER / "report.xml"
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
