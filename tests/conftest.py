@@ -44,6 +44,18 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for mine in shares for item in mine] + rest
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test printed or logged of paths that are no UTF-8 can be sent to another process.
+
+    xdist's end with an internal error otherwise, in whichever worker has a logger switched on.
+    """
+    report = yield
+    for number, (name, text) in enumerate(report.sections):
+        report.sections[number] = name, text.encode("utf-8", "backslashreplace").decode()
+    return report
+
+
 def build_model(family: str = "llama", seed: int = 0, **sizes):
     """A pico model with random weights, large enough for its outputs to tell layers apart."""
     import torch
