@@ -38,10 +38,10 @@ def environment() -> Path:
         (site / "below.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     subprocess.run([python, "-m", "pip", "install", "-q", "--upgrade", *PACKAGES], check=True)
     for script in Path(sys.executable).parent.iterdir():
-        text = script.read_bytes() if script.is_file() else b""
+        first, _, rest = (script.read_bytes() if script.is_file() else b"").partition(b"\n")
         here = FOLDER / "bin" / script.name
-        if text.startswith(b"#!") and not here.exists():  # axolotl, torchrun, ours
-            here.write_bytes(text.replace(bytes(script.parent), bytes(here.parent)))
+        if first.startswith(b"#!") and b"python" in first and not here.exists():
+            here.write_bytes(b"#!" + bytes(python) + b"\n" + rest)  # axolotl, torchrun, ours
             here.chmod(0o755)
     return python
 
