@@ -97,7 +97,7 @@ def cases() -> Iterator[Case]:
         for ratio in (0.5, 0.75):
             for loss, top_k in (("anchored", 32), ("plain", 0)):
                 yield Case(1, ratio, loss=loss, top_k=top_k, aligned=aligned)
-    for rate in (2e-3, 5e-4):
+    for rate in (2e-3, 4e-3):
         yield Case(1, rate=rate)
         for ratio in (0.5, 0.75):
             yield Case(1, ratio, loss="anchored", top_k=32, rate=rate)
