@@ -73,12 +73,14 @@ def updates(model, adapter):
         ("mixtral", ["q_proj", "w2"]),
         ("olmoe", ["gate_proj", "up_proj", "down_proj"]),
         ("qwen3_moe", ["q_proj", "gate", "gate_proj", "up_proj", "down_proj"]),
+        ("deepseek_v3", ["gate_proj", "up_proj", "down_proj"]),
     ],
 )
 def test_lora_on_single_experts_is_lora_on_their_stack(family, targets, make_model, tmp_path):
     sizes = {"mlp_only_layers": []} if family == "qwen3_moe" else {}
     base, pruned = make_model(family, **sizes), tmp_path / "pruned"
-    prune(str(base), pruned, PruningArgs(ratio=0.5, units=("experts", "expert_neurons")))
+    units = ("experts",) if family == "deepseek_v3" else ("experts", "expert_neurons")
+    prune(str(base), pruned, PruningArgs(ratio=0.5, units=units))
     write_old(tmp_path / "narrow", pruned, family, targets)
     recover(tmp_path / "narrow", output=tmp_path / "recovered")
     plan = PruningPlan.load(pruned)
