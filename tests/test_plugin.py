@@ -47,6 +47,10 @@ def test_what_works_is_not_refused():
         ({"peft_layer_replication": [[0, 4]]}, "`peft_layer_replication`"),
         ({"qat": {"weight_dtype": "int4"}}, "`qat`.*rounds the pruned weights"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        (
+            {"expert_parallel_size": 2, "plugins": ["axolotl.integrations.x.ExpertParallelPlugin"]},
+            "expert_parallel_size 1 with loram:, found 2",
+        ),
     ],
 )
 def test_what_cannot_be_recovered_is_refused_by_name(changes, message):

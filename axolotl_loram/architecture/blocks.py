@@ -364,6 +364,7 @@ _FAMILY_FIELDS = (
     "sizes",
     "layers",
     "stored",
+    "ignored",
     "refused",
     "whole",
 )

@@ -166,6 +166,7 @@ ROWS = (
         sizes=neox_sizes,
         layers="gpt_neox.layers",
         stored=(("lm_head.", "embed_out."),),
+        ignored=(r"attention.bias", r"attention.masked_bias"),
         attention_bias=True,
     ),
     decoder(
@@ -252,6 +253,7 @@ ROWS = (
             HEADS,
             experts("n_routed_experts", "moe_intermediate_size")[0],
         ),
+        ignored=(r"model\.layers\.61.*",),  # predicts a further token
         num_key_value_heads=128,
         num_experts=256,
         num_experts_per_tok=8,
@@ -273,6 +275,7 @@ ROWS = (
             ("model.language_model.", "language_model.model."),
             ("model.vision_tower.", "vision_tower."),
             ("model.multi_modal_projector.", "multi_modal_projector."),
+            ("lm_head.", "language_model.lm_head."),
         ),
     ),
     vision_language("qwen3_vl", QWEN_3, whole=("model.visual.",)),

@@ -41,6 +41,8 @@ from axolotl_loram.architecture.spaces import (
     Weight,
 )
 
+HEAD_WEIGHT = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 
 from axolotl_loram.architecture.config_json import Config, family_of, load_config, places
-from axolotl_loram.architecture.model import layer_pieces, parameter_count, stack_shape
+from axolotl_loram.architecture.model import HEAD_WEIGHT, layer_pieces, parameter_count, stack_shape
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.record import RECORD_FILE, Record
 from axolotl_loram.architecture.vocabulary import differ, vocabulary_digest
@@ -69,7 +70,7 @@ def check_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]], where: 
     extra = [
         name
         for name in shapes
-        if name not in declared and not is_derived(name) and not name.startswith(whole)
+        if name not in declared and not is_derived(name, config) and not name.startswith(whole)
     ]
     if extra:
         raise LoRAMError(
@@ -87,9 +88,12 @@ def untouched_prefixes(config: Config) -> tuple[str, ...]:
     return tuple({form for prefix in family.whole for form in (prefix, family.stored_name(prefix))})
 
 
-def is_derived(name: str) -> bool:
-    """Whether a stored tensor is recomputed or aliased on loading, so that it need not be kept."""
-    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+def is_derived(name: str, config: Config) -> bool:
+    """Whether a stored tensor is recomputed, aliased or passed over on loading: it can go."""
+    family = family_of(config)
+    heads = (HEAD_WEIGHT, family.stored_name(HEAD_WEIGHT))
+    ignored = any(re.search(expression, name) for expression in family.ignored)
+    return name.endswith("rotary_emb.inv_freq") or name in heads or ignored
 
 
 def check_pruned(folder: Path, plan: PruningPlan) -> None:
@@ -194,7 +198,9 @@ def check_base_shapes(plan: PruningPlan, model: str, revision: str | None = None
     """Refuse a base model whose config is of another size than the plan's base."""
     expected, found = shapes_of(plan.config), shapes_of(load_config(model, revision))
     for name in sorted(expected.keys() | found.keys()):
-        tied = is_derived(name) and name not in found  # by its config, and not by its weights
+        tied = (
+            is_derived(name, plan.config) and name not in found
+        )  # by its config, and not by its weights
         if expected.get(name) != found.get(name) and not tied:
             raise LoRAMError(
                 f"expected base_model to be {plan.base.id}, for which the pruned model was made, "

@@ -146,6 +146,7 @@ class Family:
         section: Part of the config that describes the layers, in models of several parts.
         whole: Prefixes of parameters that are no part of the declaration and stay as they are.
         stored: Replacements that turn a parameter's name into the one checkpoints have, in order.
+        ignored: Expressions in names of stored tensors that transformers passes over.
         auto_class: The class of transformers that builds the model.
         tied_by_section: Whether embeddings are tied also where only the section says so.
         refused: Config fields that change the structure in ways not declared → why.
@@ -161,6 +162,7 @@ class Family:
     section: str | None = None
     whole: tuple[str, ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
     auto_class: str = "AutoModelForCausalLM"
     tied_by_section: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)

@@ -12,13 +12,11 @@ from axolotl_loram.architecture.config_json import (
     is_tied,
     load_config,
 )
-from axolotl_loram.architecture.model import tensors
+from axolotl_loram.architecture.model import HEAD_WEIGHT, tensors
 from axolotl_loram.architecture.spaces import EMBEDDING
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_local_weights
 from axolotl_loram.files.tensors import Checkpoint
-
-HEAD_WEIGHT = "lm_head.weight"
 
 
 def config_of(model: str, revision: str | None = None) -> dict[str, Any]:
@@ -40,22 +38,31 @@ def by_weights(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
 
     Where it ties the embeddings and only the lm_head is stored, that is the embedding too: from now
     on the checkpoint gives it under that name. Where another lm_head is stored, they are not tied.
+    The lm_head may be stored under the name that it runs under, also where another is usual.
     """
     config = dict(config)
     name = next((tensor.name for tensor in tensors(config) if tensor.role == EMBEDDING), None)
-    head = checkpoint.tensors.get(HEAD_WEIGHT)
+    head_name = family_of(config).stored_name(HEAD_WEIGHT)
+    if head_name not in checkpoint.tensors:
+        _rename(checkpoint, HEAD_WEIGHT, head_name)
+    head = checkpoint.tensors.get(head_name)
     if not is_tied(config) or name is None or head is None:
         return config
     if name not in checkpoint.tensors:
-        checkpoint.tensors[name] = replace(checkpoint.tensors.pop(HEAD_WEIGHT), name=name)
-        for names in checkpoint.shards.values():
-            names[:] = [name if other == HEAD_WEIGHT else other for other in names]
+        _rename(checkpoint, head_name, name)
         return config
     embedding = checkpoint[name]
     same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     pairs = zip(head.blocks(), embedding.blocks(), strict=True) if same else ()
     same = same and not any((one != other).any() for one, other in pairs)
     return config if same else untied(config)
+
+
+def _rename(checkpoint: Checkpoint, old: str, new: str) -> None:
+    if old in checkpoint.tensors:
+        checkpoint.tensors[new] = replace(checkpoint.tensors.pop(old), name=new)
+        for names in checkpoint.shards.values():
+            names[:] = [new if name == old else name for name in names]
 
 
 def untied(config: Config) -> dict[str, Any]:

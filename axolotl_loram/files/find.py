@@ -22,6 +22,7 @@ TOKENIZER_PATTERNS = (
     "*.jinja",
     "additional_chat_templates/*.jinja",
     "*.tiktoken",
+    "tekken.json",
     "*processor_config.json",
     "chat_template.json",
 )

@@ -81,14 +81,23 @@ class Trained:
     def rank(self, tensor: Tensor) -> int:
         """Rank of the LoRA on a tensor; 0 where there is none."""
         if self.by_module(tensor):
-            return self._rank(tensor.module)
+            both = self._are_tied(tensor)  # PEFT gives the head the embedding's matrices
+            return self._rank((self.layout.embedding if both else tensor).module)
         by_parameter = len(tensor.dims) > 1 and ends(tensor.name, self.parameters)
         return self._rank(tensor.name) if by_parameter else 0
 
     def by_module(self, tensor: Tensor) -> bool:
         """Whether a tensor is the weight of a module with LoRA."""
         adaptable = part_of(tensor) in ("linears", "lm_head", "embedding")
-        return adaptable and self._targets(tensor.module)
+        if not self._are_tied(tensor):
+            return adaptable and self._targets(tensor.module)
+        both = (self.layout.embedding, self.layout.head)
+        return any(self._targets(t.module) for t in both) and not any(map(self.is_whole, both))
+
+    def _are_tied(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of two embeddings that PEFT adapts as one."""
+        tied = self.layout.lm_head is None and self.run.peft_ensure_weight_tying
+        return tied and tensor in (self.layout.embedding, self.layout.head)
 
     def is_whole(self, tensor: Tensor) -> bool:
         """Whether a tensor is in a module that is trained whole: PEFT looks how its name ends."""

@@ -24,8 +24,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
-from axolotl_loram.architecture.model import Tensor, layer_pieces
-from axolotl_loram.architecture.ties import HEAD_WEIGHT
+from axolotl_loram.architecture.model import HEAD_WEIGHT, Tensor, layer_pieces
 from axolotl_loram.errors import not_finite
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite
 from axolotl_loram.models.bits import from_bits, to_torch
@@ -137,8 +136,9 @@ class LayerStream:
     def _stored_embedding(self) -> StoredTensor:
         embedding = self.model.get_input_embeddings()
         name = next(n for n, module in self.model.named_modules() if module is embedding)
-        stored = self.checkpoint.tensors.get(self.family.stored_name(f"{name}.weight"))
-        return stored or self.checkpoint[HEAD_WEIGHT]  # of tied ones either may be stored
+        either = (f"{name}.weight", HEAD_WEIGHT)  # of tied ones one may be stored
+        names = [*map(self.family.stored_name, either), HEAD_WEIGHT]
+        return self.checkpoint[next(n for n in names if n in self.checkpoint.tensors)]
 
     def _load_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         """Load the rows that are looked up, and no others; returns where each token's row is."""
@@ -170,7 +170,7 @@ class LayerStream:
                 continue
             stored = self.checkpoint.tensors.get(self.family.stored_name(name))
             if stored is None and module is head:  # tied: the input embedding is the output's too
-                stored = self._stored_embedding
+                stored = self.checkpoint.tensors.get(HEAD_WEIGHT) or self._stored_embedding
             assert stored is not None  # pruning checked the tensors
             values = to_torch(stored, self.dtype).to(self.device)
             setattr(module, name.rpartition(".")[2], nn.Parameter(values, requires_grad=False))

@@ -6,6 +6,7 @@ What is written is looked at on the way: a base with a NaN or an infinity in it 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture.config_json import places
-from axolotl_loram.architecture.model import Tensor, layer_pieces, stack_shape
+from axolotl_loram.architecture.model import Tensor, layer_pieces, stack_shape, tensors
 from axolotl_loram.architecture.pairing import untouched_prefixes
 from axolotl_loram.architecture.plan import Features, PruningPlan, gather
 from axolotl_loram.errors import not_finite
@@ -59,17 +60,30 @@ class Part:
         return self.name, self.pieces[0][0].dtype, self.shape
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Its bits, some rows at a time; rows that are not kept are not read.
+        """Its bits, some rows at a time; rows that are not kept are looked at all the same.
 
         Raises:
             LoRAMError: What is read holds a NaN or an infinity, or the file ends early.
         """
         for source, features in self.pieces:
             rows, *others = features or (None,)  # a scalar has no dimensions
-            for block in source.blocks(rows):
-                if not finite(block, source.dtype):
-                    raise not_finite(source.name)
+            for block in _finite_blocks(source, rows):
                 yield gather(block, [None, *others])
+            if rows is not None:
+                removed = np.setdiff1d(np.arange(source.shape[0]), rows, assume_unique=True)
+                _check_finite(source, removed)
+
+
+def _finite_blocks(source: StoredTensor, rows: np.ndarray | None) -> Iterator[np.ndarray]:
+    for block in source.blocks(rows):
+        if not finite(block, source.dtype):
+            raise not_finite(source.name)
+        yield block
+
+
+def _check_finite(source: StoredTensor, rows: np.ndarray | None = None) -> None:
+    for _ in _finite_blocks(source, rows):
+        pass
 
 
 def needed_bytes(checkpoint: Checkpoint, plan: PruningPlan, packing: Packing | None = None) -> int:
@@ -123,10 +137,27 @@ def write_weights(
         else:
             finished[file] = _write_file(folder / file, parts, done, packing)
             _note_finished(folder, identity, finished)
+    _check_left_out(checkpoint, plan, itertools.chain(*files.values()))
     if len(files) > 1:
         write_index(folder, {file: _all_stored(parts, packing) for file, parts in files.items()})
     (folder / FINISHED).unlink(missing_ok=True)
     return finished
+
+
+def _check_left_out(checkpoint: Checkpoint, plan: PruningPlan, parts: Iterable[Part]) -> None:
+    """Look at the base's tensors that no part is made of: experts that go whole.
+
+    Raises:
+        LoRAMError: One holds a NaN or an infinity.
+    """
+    read = {piece.name for part in parts for piece, _ in part.pieces}
+    apart = {name.partition("[")[0] for name in read if name.endswith("]")}
+    for name in {tensor.name for tensor in tensors(plan.config)} - read:
+        stored = checkpoint[name]
+        experts = range(stored.shape[0]) if name in apart else ()
+        for left in [stored.part(expert) for expert in experts] or [stored]:
+            if left.name not in read:
+                _check_finite(left)
 
 
 @dataclass(frozen=True)

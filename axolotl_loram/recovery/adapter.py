@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.config_json import Config, family_of
+from axolotl_loram.architecture.config_json import Config
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, PREFIX, named_model
-from axolotl_loram.architecture.model import parameters
 from axolotl_loram.architecture.record import Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import check_types, read_json
+from axolotl_loram.recovery.older import of_today
 
 EXACT_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Those of PEFT's initializations that leave the base weights as they are, so that BA is all."""
@@ -82,23 +82,17 @@ class Adapter:
         return cls(folder, settings, Record.load(folder), weights, weights.tensors)
 
     def of_today(self, config: Config) -> Adapter:
-        """The adapter with its modules called as transformers calls them today, as PEFT loads it.
+        """The adapter with its modules called, and stacked, as they are today, as PEFT loads it.
 
         Args:
-            config: Of the model that it is for.
+            config: Of the model whose shapes it has.
 
         Raises:
-            LoRAMError: A tensor is there under both names.
+            LoRAMError: A tensor is there under both names, or single experts have LoRA that is
+                none of their stack.
         """
-        names = names_of_today(self.tensors, config)
-        both = [old for old, new in names.items() if old != new and new in names]
-        if both:
-            raise LoRAMError(
-                f"expected each tensor of {self.folder} under one name, found {both[0]} and "
-                f"{names[both[0]]}, which are one today: save the adapter again"
-            )
-        tensors = {new: replace(self.tensors[old], name=new) for old, new in names.items()}
-        return replace(self, tensors=tensors)
+        tensors, settings = of_today(self.tensors, self.settings, config)
+        return replace(self, tensors=tensors, settings=settings)
 
     @property
     def model(self) -> str:
@@ -196,24 +190,3 @@ def check_names(weights: Checkpoint) -> None:
                 f"{weights.folder}, with the adapter's own name in it as in model.state_dict(), "
                 "which PEFT would not load: save the adapter again by save_pretrained"
             )
-
-
-def names_of_today(names: Iterable[str], config: Config) -> dict[str, str]:
-    """What an adapter calls its tensors → what PEFT takes that for today.
-
-    Before transformers 4.52 and 5, modules of some families were called as checkpoints still call
-    them, such as ``language_model.model.layers`` for ``model.language_model.layers``.
-
-    Args:
-        names: The adapter's names.
-        config: Of the model that it is for.
-    """
-    family = family_of(config)
-    running = {*(f"{tensor.module}." for tensor in parameters(config)), *family.whole}
-    older = {family.stored_name(today): today for today in running} if family.stored else {}
-    found = {}
-    for name in names:
-        path = name.removeprefix(PREFIX)
-        old = next((old for old in older if old not in running and path.startswith(old)), None)
-        found[name] = name if old is None else PREFIX + older[old] + path.removeprefix(old)
-    return found

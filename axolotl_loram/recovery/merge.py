@@ -82,6 +82,7 @@ def merge_masked(
     base = base or plan.base
     folder = find_folder(base.id, base.revision)
     check_pair(pruned, plan, base.id, base.revision)
+    opened = opened.of_today(plan.pruned_config)
     moved = check_adapter(opened, plan, pruned, of_run)
     LOG.info("adding the masked update of %s to %s, into %s", adapter, base.id, output)
     weights = Checkpoint(folder)

@@ -71,6 +71,7 @@ def recover(
     pruned = find_folder(pruned_model or adapter.model, patterns=[PLAN_FILE, RECORD_FILE])
     plan = PruningPlan.load(pruned)
     check_plan(pruned, plan)
+    adapter = adapter.of_today(plan.pruned_config)
     moved = check_adapter(adapter, plan, pruned, of_run)
     base, output = base or plan.base, output or default_output(adapter.folder)
     base = replace(base, fingerprint=base.fingerprint or plan.base.fingerprint)
@@ -136,7 +137,7 @@ def gather_adapter(
     Raises:
         LoRAMError: The adapter is not one for the plan's base.
     """
-    adapter = Adapter.open(adapter)
+    adapter = Adapter.open(adapter).of_today(plan.config)
     moved = check_adapter(adapter, plan)
     with new_folder(output, overwrite=True) as scratch:
         _write_adapter(scratch, moved, Moved.gather, adapter, Base(pruned_model))

@@ -55,7 +55,7 @@ def check_adapter(
     """
     if pruned is not None:
         check_trained_under(adapter.record, plan, adapter.folder)
-    adapter = adapter.of_today(plan.config)
+    adapter = adapter.of_today(plan.config if pruned is None else plan.pruned_config)
     _check_pairs(adapter)
     moved = match(adapter, plan, full_size=pruned is None)
     check_modules(adapter, plan)

@@ -30,7 +30,7 @@ from axolotl_loram.files.tensors import ADAPTER_FILE, Checkpoint, has_weights
 from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.models.four_bit import dequantized, qlora_config
 from axolotl_loram.models.masked import confine
-from axolotl_loram.recovery.adapter import names_of_today
+from axolotl_loram.recovery.older import of_today
 from axolotl_loram.recovery.scatter import vocabulary_of
 from axolotl_loram.results.artefacts import ALSO, BASE, MODELS, PRUNED, RECOVERED, TRAINED
 from axolotl_loram.text.axolotl_text import one_line
@@ -300,9 +300,10 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
     Raises:
         LoRAMError: It is for another model.
     """
-    named, problem = named_model(read_json(adapter / ADAPTER_CONFIG), adapter), ""
+    settings = read_json(adapter / ADAPTER_CONFIG)
+    named, problem = named_model(settings, adapter), ""
     stored = Checkpoint(adapter, ADAPTER_FILE).tensors  # PEFT would take a pickle too
-    names = set(names_of_today(stored, with_defaults(model.config.to_dict())).values())
+    names = of_today(stored, settings, with_defaults(model.config.to_dict()))[0].keys()
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, KeyError) as error:

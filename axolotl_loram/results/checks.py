@@ -309,7 +309,8 @@ def trained_under(subject: Subject) -> str:
 def shapes(subject: Subject) -> str:
     """The adapter fits the model that it is for: the pruned one, once recovered the base."""
     model, fitting = subject.fitting
-    match(subject.adapter, fitting, full_size=subject.is_recovered)
+    adapter = subject.adapter.of_today(fitting.pruned_config)  # which of the base is the base's
+    match(adapter, fitting, full_size=subject.is_recovered)
     return f"{len(subject.adapter.tensors)} tensors have the shapes of {model}"
 
 
@@ -318,7 +319,7 @@ def modules(subject: Subject) -> str:
     _, fitting = subject.fitting
     if not names_modules(subject.adapter.settings):
         raise Unknown(f"{ADAPTER_CONFIG} names no modules")
-    check_modules(subject.adapter, fitting)
+    check_modules(subject.adapter.of_today(fitting.pruned_config), fitting)
     return f"A and B are there of every module that {ADAPTER_CONFIG} names, and of no other"
 
 

@@ -64,6 +64,7 @@ def export(
     check_vacant(output, overwrite)
     opened = Adapter.open(adapter)
     folder, config = _base_of(opened, base)
+    opened = opened.of_today(config)
     alpha = _alpha_of(opened)
     loras = loras_of(opened, config)
     pairs = gguf.pairs_of(loras.values(), config)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.pairing import (
     check_plan,
     check_pruned,
@@ -123,7 +124,10 @@ def weight_files(folder: Path) -> list[Path]:
 def _write_weights(trained: Path, pruned: Path, folder: Path, frozen: set[str]) -> dict[str, str]:
     """Write every shard of the trained model; returns file name → SHA-256."""
     new, stored = Checkpoint(trained), Checkpoint(pruned)
-    missing = [name for name in stored.tensors if name not in new.tensors and not is_derived(name)]
+    config = load_config(str(pruned))
+    missing = [
+        name for name in stored.tensors if name not in new.tensors and not is_derived(name, config)
+    ]
     if missing:
         raise LoRAMError(
             f"expected all weights of the aligned model in {trained}, found no {missing[0]} "

@@ -16,6 +16,13 @@ LOG = logging.getLogger(__name__)
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 """Axolotl's fused LoRA kernels, which it switches on itself where a YAML names none of them."""
 
+SPLITTING = {
+    "tensor_parallel_size": "it splits every layer by the base's head counts",
+    "expert_parallel_size": "pruned layers need not have as many experts as ranks can share, and "
+    "each rank would save the LoRA of its own alone",
+}
+"""What deals a layer's weights out to ranks, and why that fails."""
+
 
 def check_supported(cfg: Any) -> None:
     """Refuse, by name and with the reason, what LoRAM cannot recover.
@@ -51,11 +58,12 @@ def check_supported(cfg: Any) -> None:
         "qat": "it rounds the pruned weights, saves nothing, and LoRA learns to mend that",
     }
     _refuse(cfg, refused, "loram:")
-    if (cfg.tensor_parallel_size or 1) > 1:
-        raise LoRAMError(
-            "expected tensor_parallel_size 1 with loram:, found "
-            f"{cfg.tensor_parallel_size}: it splits every layer by the base's head counts"
-        )
+    dealt = dict(SPLITTING)
+    if not any("ExpertParallelPlugin" in str(name) for name in cfg.plugins or ()):
+        del dealt["expert_parallel_size"]  # nobody reads it
+    for key, reason in dealt.items():
+        if (cfg[key] or 1) > 1:
+            raise LoRAMError(f"expected {key} 1 with loram:, found {cfg[key]}: {reason}")
     if cfg.loram.get("anchor") == "base":
         _check_anchored(cfg)
     loftq = cfg.peft and cfg.peft.loftq_config

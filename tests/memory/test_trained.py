@@ -58,6 +58,16 @@ CASES = {
         "peft_ensure_weight_tying": True,
     },
     "embeddings": {"lora_target_modules": ["q_proj", *BOTH]},
+    "one of two tied": {
+        "lora_target_modules": ["q_proj", "lm_head"],
+        "lora_rank_pattern": {"embed_tokens": 2},
+        "peft_ensure_weight_tying": True,
+    },
+    "one of two tied, the other whole": {
+        "lora_target_modules": ["q_proj", "embed_tokens"],
+        "lora_modules_to_save": ["lm_head"],
+        "peft_ensure_weight_tying": True,
+    },
     "tokens": {**QUERIES, "peft_trainable_token_indices": [5, 6]},
     "tokens of both": {
         **QUERIES,
