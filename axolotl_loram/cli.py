@@ -106,7 +106,7 @@ def plan(model: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     """
     found = api.plan_memory(model, **options)
     if plot is not None:
-        from axolotl_loram.results.plan_figures import save_memory, save_ways
+        from axolotl_loram.results.footprint import save_memory, save_ways
 
         if found.ways:
             save_ways(found.as_dict(), plot, Path(model).name)
