@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,11 @@ class Checkpoint:
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its `tensors`."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def fingerprint(self, samples: int = 16, sample_bytes: int = 4096) -> str:
         """A digest of what the checkpoint holds, in milliseconds whatever its size.
 
@@ -164,6 +169,35 @@ def _weight_map(folder: Path, file: str) -> dict[str, str]:
 
 TensorShape = tuple[str, str, tuple[int, ...]]
 """Name, dtype as safetensors names it, shape."""
+Data = np.ndarray | Iterable[np.ndarray]
+"""The bits of a tensor, in one array or in several."""
+
+
+def write_shards(
+    checkpoint: Checkpoint,
+    folder: Path,
+    data: Callable[[StoredTensor], Data],
+    shape: Callable[[StoredTensor], tuple[int, ...]] = lambda tensor: tensor.shape,
+) -> dict[str, str]:
+    """Write a checkpoint again, dealt to files as it was; returns file name → SHA-256.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: Where to.
+        data: Its tensor → the bits to write.
+        shape: Its tensor → the shape of those.
+    """
+    held = {
+        file: [(name, checkpoint[name].dtype, shape(checkpoint[name])) for name in names]
+        for file, names in checkpoint.shards.items()
+    }
+    written = {
+        file: write_safetensors(folder / file, parts, (data(checkpoint[n]) for n, *_ in parts))
+        for file, parts in held.items()
+    }
+    if len(held) > 1:
+        write_index(folder, held)
+    return written
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[TensorShape]]) -> None:
@@ -183,7 +217,7 @@ def write_index(folder: Path, files: Mapping[str, Iterable[TensorShape]]) -> Non
 def write_safetensors(
     file: Path,
     described: Sequence[TensorShape],
-    data: Iterable[np.ndarray | Iterable[np.ndarray]],
+    data: Iterable[Data],
     metadata: dict[str, str] | None = None,
 ) -> str:
     """Write a safetensors file array by array, which the library's own writer does not offer.

@@ -33,8 +33,6 @@ DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
 PLACES = ("none", "cpu", "nvme")
 ALIGNMENT = 2
 """Stage 1 and 2 pad a group of parameters to a multiple of so many values for each rank."""
-SWAPPABLE = 2**20
-"""Bytes below which an optimizer's tensor stays in host memory under NVMe offload."""
 
 
 @dataclass(frozen=True)

@@ -340,7 +340,7 @@ def _write_rest(
         refit=dict(outcome.refit) or None,
         alignments=[],
         parameters={**summary(plan.config, plan.counts), **outcome.zeros},
-        weight_bytes=sum(tensor.nbytes for tensor in written.tensors.values()),
+        weight_bytes=written.nbytes,
         fingerprint=weights_fingerprint(written),
         vocabulary=vocabulary_digest(folder),
         versions=versions(),

@@ -115,9 +115,8 @@ def align_layers(
         "calibration": calibration.record(),
     }
     states = calibration.tokens.size * sizes_of(pair.plan.config)["hidden"] * 4
-    weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     remedy = "make room, choose another disk, or align on fewer --calibration-samples"
-    check_free(output, identity, 4 * states + 2 * weights, remedy)
+    check_free(output, identity, 4 * states + 2 * checkpoint.nbytes, remedy)
     with resumable(output, identity, overwrite) as work:
         replaced, errors = _align(pair, work, settings, device, calibration.tokens, progress)
         files = write_weights(checkpoint, pair.unchanged, work.result, progress, replaced)
