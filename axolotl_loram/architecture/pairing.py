@@ -141,11 +141,7 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def check_fingerprint(checkpoint: Checkpoint, record: Record) -> None:
-    """Refuse weights that are not the recorded ones, as far as samples of them tell.
-
-    Raises:
-        LoRAMError: They differ. A record without a fingerprint says nothing.
-    """
+    """Refuse weights that are not the recorded ones, as far as samples, and the record, tell."""
     if record.fingerprint not in (None, weights_fingerprint(checkpoint)):
         raise LoRAMError(
             f"expected the weights that {RECORD_FILE} in {checkpoint.folder} records, found "

@@ -149,11 +149,7 @@ class Record:
         return cls(**known)
 
     def require(self, folder: Path) -> tuple[Kind, Base]:
-        """Refuse a record that names no kind, plan or base; returns kind and base.
-
-        Raises:
-            LoRAMError: It does not, or there is none in `folder`.
-        """
+        """Refuse a record that names no kind, plan or base; returns kind and base."""
         if not self:
             raise LoRAMError(f"expected a folder with {RECORD_FILE}, found none in {folder}")
         if self.kind is None or self.base is None or self.plan is None:

@@ -198,11 +198,7 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
 def check_types(
     value: Mapping[str, Any], expected: Mapping[str, type | tuple], where: object
 ) -> None:
-    """Refuse a JSON object in which a known key has a value of another type; all may be missing.
-
-    Raises:
-        LoRAMError: The first that has.
-    """
+    """Refuse a JSON object in which a known key has a value of another type; all may be missing."""
     for name, types in expected.items():
         if name in value and not isinstance(value[name], types):
             kinds = types if isinstance(types, tuple) else (types,)

@@ -194,11 +194,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def check_settings(cfg: Mapping[str, Any], file: Path) -> None:
-    """Refuse an Axolotl config in which a setting that is read here is of another type.
-
-    Raises:
-        LoRAMError: The first that is.
-    """
+    """Refuse an Axolotl config in which a setting that is read here is of another type."""
     untrusted.check_types(cfg, TYPES, file)
     for name in ("loram", "pruning"):
         cfg = cfg.get(name) or {}

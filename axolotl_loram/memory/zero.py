@@ -351,11 +351,7 @@ class _Rank:
 
 
 def check_buffer(zero: Zero, largest: int, ranks: int) -> None:
-    """Refuse a buffer for parameters on NVMe that the largest share of one does not fit into.
-
-    Raises:
-        LoRAMError: It is too small.
-    """
+    """Refuse a buffer for parameters on NVMe that the largest share of one does not fit into."""
     needed = math.ceil(largest / ranks)
     if zero.parameter_buffer < needed:
         raise LoRAMError(

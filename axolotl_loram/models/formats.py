@@ -172,11 +172,7 @@ def _check_packed_head(formats: Formats, hindrances: Mapping[str, str]) -> None:
 
 
 def check_trains_packed(cfg: Any) -> None:
-    """Refuse to train a model that comes in 4 bits otherwise than as one.
-
-    Raises:
-        LoRAMError: It is not loaded in 4 bits, or its weights would have to be dealt out.
-    """
+    """Refuse to train a model that comes in 4 bits otherwise than as one: whole, in 4 bits."""
     if not cfg.load_in_4bit:
         raise LoRAMError(
             "expected `adapter: qloram` and `load_in_4bit: true` for a pruned model in 4 bits, "

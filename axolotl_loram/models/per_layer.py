@@ -48,9 +48,6 @@ def check_widths(model: PreTrainedModel) -> None:
 
     Args:
         model: A model, or a part of one (transformers builds inner models first).
-
-    Raises:
-        LoRAMError: A layer was built at another width, such as the base's.
     """
     config = model.config.to_dict()
     if config.get("model_type") not in FAMILIES:

@@ -225,9 +225,6 @@ def check_device(format: str, device: str) -> None:
     Args:
         format: int8 or nf4.
         device: As torch names it.
-
-    Raises:
-        LoRAMError: It fails there.
     """
     try:
         layer = nn.Sequential(nn.Linear(64, 64, bias=False, device=device))

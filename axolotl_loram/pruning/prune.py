@@ -220,11 +220,7 @@ def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
 
 
 def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
-    """Refuse a criterion that does not know what it is to score.
-
-    Raises:
-        LoRAMError: It needs text and the model reads none, or cannot look inside stacked experts.
-    """
+    """Refuse a criterion that needs text of a model that reads none, or cannot look into stacks."""
     family, method = family_of(sketch.config), settings.method
     if settings.needs_calibration and family.auto_class == "AutoModelForImageClassification":
         raise LoRAMError(
@@ -243,11 +239,7 @@ def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
 
 
 def check_room(job: Job, output: Path) -> None:
-    """Refuse to start without the disk space for the result and the work before it.
-
-    Raises:
-        LoRAMError: Too little is free, or nothing can be written there.
-    """
+    """Refuse to start without the disk space for the result and the work before it."""
     needed = needed_bytes(job.checkpoint, job.sketch, job.packing)
     if job.settings.sparsity or job.settings.refit:
         needed += needed_bytes(job.checkpoint, job.sketch)

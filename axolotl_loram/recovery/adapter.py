@@ -145,11 +145,7 @@ def unrecoverable(settings: Mapping[str, Any]) -> str | None:
 
 
 def check_settings(settings: Mapping[str, Any], where: Path) -> None:
-    """Refuse an adapter's config in which something is of another type, or no finite number.
-
-    Raises:
-        LoRAMError: The first that is.
-    """
+    """Refuse an adapter's config in which something is of another type, or no finite number."""
     check_types(settings, TYPES, where)
     for name in NAMES:
         named = settings.get(name)
@@ -178,11 +174,7 @@ def _check_expression(expression: str, where: str) -> None:
 
 
 def check_names(weights: Checkpoint) -> None:
-    """Refuse tensors under names that PEFT would pass over when it loads the adapter.
-
-    Raises:
-        LoRAMError: The first of them.
-    """
+    """Refuse tensors under names that PEFT would pass over when it loads the adapter."""
     for name in weights.tensors:
         if not name.startswith(PREFIX):
             raise LoRAMError(

@@ -336,11 +336,7 @@ def recover_fitted(
 
 
 def check_free_rows(moved: Sequence[Moved]) -> None:
-    """Refuse an adapter in which nothing can be filled.
-
-    Raises:
-        LoRAMError: No row of B is free, or it has LoRA that is not filled.
-    """
+    """Refuse an adapter in which nothing can be filled."""
     if all(b.features[0] is None for _, b in pairs_of(moved).values()):
         raise LoRAMError(
             "expected LoRA on a projection that lost outputs (such as up_proj or v_proj) to fit, "
@@ -349,11 +345,7 @@ def check_free_rows(moved: Sequence[Moved]) -> None:
 
 
 def check_fillable(pruned: Path, plan: PruningPlan) -> None:
-    """Refuse a pruned model that says nothing of the features that were pruned.
-
-    Raises:
-        LoRAMError: No units were removed from it, or its weights are in 4 bits.
-    """
+    """Refuse a pruned model, sparse or in 4 bits, that says nothing of the features that went."""
     if not plan.counts:
         raise LoRAMError(
             f"expected a model that units were removed from, found {pruned} with its layers whole: "

@@ -121,9 +121,6 @@ def check_mergeable(
 
     Returns:
         Weight of the base, as it is stored → what the adapter holds for it.
-
-    Raises:
-        LoRAMError: Nothing is masked, or it holds what cannot be added to a weight.
     """
     _check_masked(plan, adapter)
     updates = _updates(moved, plan, base)

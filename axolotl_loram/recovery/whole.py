@@ -262,9 +262,6 @@ def check_complete(folder: Path, trained: Mapping[str, Shape]) -> None:
     Args:
         folder: With adapter_model.safetensors.
         trained: What `trained_shapes` said.
-
-    Raises:
-        LoRAMError: One sentence.
     """
     again = f"the run's checkpoints are in {folder}: go on from the last with other settings"
     try:

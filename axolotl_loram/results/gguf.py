@@ -185,11 +185,7 @@ def field_of(reader: Any, name: str) -> Any:
 
 
 def check_base(file: Path, pairs: Mapping[str, Pair], config: Config) -> None:
-    """Refuse a base GGUF that llama.cpp would not load this adapter onto.
-
-    Raises:
-        LoRAMError: It is of another architecture or size, or an adapter.
-    """
+    """Refuse a base GGUF of another architecture or size, or that is an adapter."""
     reader, (name, _) = read_gguf(file), architecture_of(config)
     found = field_of(reader, "general.architecture")
     if found != name or field_of(reader, "general.type") == "adapter":

@@ -112,11 +112,7 @@ def failures(made: Iterable[Check]) -> list[Check]:
 
 
 def require_whole(made: Iterable[Check], what: object) -> None:
-    """Refuse what failed a check.
-
-    Raises:
-        LoRAMError: It names every failure.
-    """
+    """Refuse what failed a check, naming every failure."""
     failed = failures(made)
     if failed:
         listed = "; ".join(f"{check.name}: {check.detail}" for check in failed)

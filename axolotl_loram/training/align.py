@@ -71,11 +71,7 @@ class Alignment:
 
 
 def begin_alignment(cfg: Any) -> Alignment:
-    """Check that base_model can be aligned as cfg says, and let the trainer work in its own folder.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Check that base_model can be aligned as cfg says; let the trainer work in its own folder."""
     section = LoRAMConfig.model_validate(dict(cfg.loram))
     check_sharding(cfg)
     model, revision = str(cfg.base_model), cfg.revision_of_model
@@ -182,9 +178,6 @@ def check_one_step(cfg: Any, rows: Iterable[Mapping[str, Any]]) -> None:
     Args:
         cfg: Axolotl's cfg, after the data were prepared.
         rows: The training rows; no more of them are read than a step takes.
-
-    Raises:
-        LoRAMError: It says how many there are.
     """
     needed = cfg.micro_batch_size * cfg.gradient_accumulation_steps * (cfg.world_size or 1)
     packed = cfg.sample_packing and not (cfg.streaming or cfg.pretraining_dataset)

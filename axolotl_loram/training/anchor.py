@@ -76,11 +76,7 @@ def prepare_anchor(
 
 
 def check_anchor(teacher: Teacher, folder: Path, run: Run) -> None:
-    """Refuse outputs that are another model's, or of all places.
-
-    Raises:
-        LoRAMError: They are.
-    """
+    """Refuse outputs that are another model's, or of all places."""
     if not teacher.record.get("trained_only"):
         raise LoRAMError(
             f"expected what `axolotl-loram anchor` wrote in {folder}, found the outputs of a "

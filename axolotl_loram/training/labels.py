@@ -40,9 +40,6 @@ def check_learnt(history: Iterable[Mapping[str, Any]], tensors: Mapping[str, Sto
     Args:
         history: What of the trainer's log `losses_of` keeps.
         tensors: The adapter as saved.
-
-    Raises:
-        LoRAMError: It is such a run.
     """
     losses = [entry["loss"] for entry in history if "loss" in entry]
     if losses and not any(losses) and is_untrained(tensors):

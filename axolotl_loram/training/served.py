@@ -201,9 +201,6 @@ def check_server(server: Server, rows: Sequence[Row], top_k: int, tokenizer: Any
         rows: Some rows.
         top_k: How many tokens each place needs.
         tokenizer: The run's.
-
-    Raises:
-        LoRAMError: It does not answer, or not as needed.
     """
     same = total = 0
     try:

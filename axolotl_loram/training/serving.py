@@ -38,9 +38,6 @@ def check_yaml(cfg: Any, section: LoRAMConfig, base: Config) -> None:
         cfg: The YAML as Axolotl validated it: what it says, not all that PEFT makes of it.
         section: Its `loram:`.
         base: Config of the base.
-
-    Raises:
-        LoRAMError: One sentence.
     """
     settings = {name: cfg[key] for name, key in YAML_KEYS.items()}
     if cfg.lora_target_linear:
@@ -57,9 +54,6 @@ def check_adapter_to_be(adapter: Adapter, section: LoRAMConfig, base: Config) ->
         adapter: What PEFT would write.
         section: The `loram:` of the YAML.
         base: Config of the base.
-
-    Raises:
-        LoRAMError: One sentence.
     """
     shapes = {name: tensor.shape for name, tensor in adapter.tensors.items()}
     made = verdicts(Subject(adapter.settings, shapes, base), section.serve_with or COMMON)

@@ -25,9 +25,6 @@ def check_sharding(cfg: Mapping[str, Any]) -> None:
 
     Args:
         cfg: Axolotl's cfg, with its defaults filled in.
-
-    Raises:
-        LoRAMError: One sentence.
     """
     if cfg.get("deepspeed"):
         check_deepspeed(cfg, read_deepspeed(cfg["deepspeed"]))
@@ -55,11 +52,7 @@ def check_deepspeed(cfg: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> Non
 
 
 def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
-    """Refuse settings under which an adapter would not be trained or saved whole.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Refuse settings under which an adapter would not be trained or saved whole."""
     whole, reason = cfg.get("lora_modules_to_save"), None
     if cfg.get("deepspeed"):
         deepspeed = read_deepspeed(cfg["deepspeed"])
@@ -163,9 +156,6 @@ def check_gathering(deepspeed: Mapping[str, Any]) -> None:
     DeepSpeed 0.18.9 starts the gathers of a module's weights together and waits for the last. On a
     GPU they end in order. Gloo, on CPUs, has two threads: another may still be under way, and then
     writes over weights that were just loaded, or leaves out of a save what it has not brought yet.
-
-    Raises:
-        LoRAMError: One sentence.
     """
     if zero_stage(deepspeed) != 3:
         return

@@ -22,9 +22,6 @@ def check_supported(cfg: Any) -> None:
 
     Args:
         cfg: The YAML as Axolotl read it, not validated yet.
-
-    Raises:
-        LoRAMError: One sentence.
     """
     if not cfg.loram:
         raise LoRAMError(
@@ -92,11 +89,7 @@ def aligns(cfg: Any) -> bool:
 
 
 def check_alignment(cfg: Any) -> None:
-    """Refuse, by name and with the reason, what does not go with `stage: align`.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Refuse, by name and with the reason, what does not go with `stage: align`."""
     whole = "all weights are trained; adapters come after, with `stage: train`"
     sharded = "no rank would have the whole weights to save"
     refused = {
