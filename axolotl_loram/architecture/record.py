@@ -170,12 +170,7 @@ class Record:
         return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **found}
 
     def save(self, folder: Path, in_use: bool = False) -> None:
-        """Write `loram.json`.
-
-        Args:
-            folder: Where.
-            in_use: Whether others look into it already: they find the old record or the new one.
-        """
+        """Write `loram.json`; `in_use`, so that others find the old record or the new one."""
         if not in_use:
             write_json(folder / RECORD_FILE, self.as_json())
             return

@@ -181,11 +181,7 @@ def write_shards(
 ) -> dict[str, str]:
     """Write a checkpoint again, dealt to files as it was; returns file name → SHA-256.
 
-    Args:
-        checkpoint: The checkpoint.
-        folder: Where to.
-        data: Its tensor → the bits to write.
-        shape: Its tensor → the shape of those.
+    Of each tensor, `data` gives the bits to write, and `shape` their shape.
     """
     held = {
         file: [(name, checkpoint[name].dtype, shape(checkpoint[name])) for name in names]
@@ -201,12 +197,7 @@ def write_shards(
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[TensorShape]]) -> None:
-    """Write the index of a model in several files.
-
-    Args:
-        folder: Its folder.
-        files: File name → what is in it.
-    """
+    """Write the index of a model in several files, given as file name → what is in it."""
     held = [(file, part) for file, parts in files.items() for part in parts]
     size = sum(math.prod(shape) * ELEMENT_BYTES[dtype] for _, (_, dtype, shape) in held)
     weight_map = {name: file for file, (name, *_) in held}

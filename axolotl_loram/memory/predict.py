@@ -100,12 +100,7 @@ def storage_of(method: str, run: TrainingArgs, tied: bool) -> Storage:
 
 
 def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
-    """What training a model by `method` takes.
-
-    Args:
-        layout: Of the model that is trained on: the base for lora and qlora, else the pruned one.
-        run: Settings of the run.
-        method: One of `METHODS`.
+    """What training a model by one of `METHODS` takes; `layout` is the base's for lora and qlora.
 
     Raises:
         LoRAMError: PEFT would refuse the targets of LoRA, or find none of them.

@@ -117,12 +117,7 @@ def module_names(config: Config) -> dict[str, str]:
 
 
 def hindrances_in(cfg: Any, modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(part, what in cfg needs it in its native format), as far as cfg tells.
-
-    Args:
-        cfg: Axolotl's config.
-        modules: Part → its module in the running model, as `module_names` has it.
-    """
+    """(part, what in cfg needs it in its native format), as far as cfg tells."""
     for part, module in modules.items():
         if is_saved_whole(module, cfg.lora_modules_to_save):
             yield part, "lora_modules_to_save trains it whole"

@@ -82,10 +82,7 @@ class Adapter:
         return cls(folder, settings, Record.load(folder), weights, weights.tensors)
 
     def of_today(self, config: Config) -> Adapter:
-        """The adapter with its modules called as transformers calls them today, as PEFT loads it.
-
-        Args:
-            config: Of the model that it is for.
+        """The adapter with its modules called as in a model of this config today, as PEFT loads it.
 
         Raises:
             LoRAMError: A tensor is there under both names.
@@ -195,10 +192,6 @@ def names_of_today(names: Iterable[str], config: Config) -> dict[str, str]:
 
     Before transformers 4.52 and 5, modules of some families were called as checkpoints still call
     them, such as ``language_model.model.layers`` for ``model.language_model.layers``.
-
-    Args:
-        names: The adapter's names.
-        config: Of the model that it is for.
     """
     family = family_of(config)
     running = {*(f"{tensor.module}." for tensor in parameters(config)), *family.whole}

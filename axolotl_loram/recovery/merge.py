@@ -113,12 +113,6 @@ def check_mergeable(
 ) -> dict[str, _Update]:
     """Refuse an adapter whose masked update cannot be added to the base's weights.
 
-    Args:
-        adapter: The adapter.
-        moved: Its tensors, as `check_adapter` returns them.
-        plan: The plan.
-        base: The base's weights.
-
     Returns:
         Weight of the base, as it is stored → what the adapter holds for it.
     """

@@ -127,12 +127,6 @@ def gather_adapter(
 ) -> None:
     """The mirror of `recover`: cut a full-size adapter to the pruned model, for a warm start.
 
-    Args:
-        adapter: A PEFT LoRA adapter for the base.
-        plan: The pruned model's plan.
-        pruned_model: What the result names as its base.
-        output: Folder to write; replaced.
-
     Raises:
         LoRAMError: The adapter is not one for the plan's base.
     """

@@ -132,10 +132,6 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
     PEFT leaves out what is too many and begins anew with what is missing, both with a warning at
     most. Where the config names no modules, there is nothing to compare.
 
-    Args:
-        adapter: The adapter, with A and B of every module.
-        plan: Of whose base, or pruned model, the modules are.
-
     Raises:
         LoRAMError: A tensor has none of its rank, is of a module that is not named, or a module
             has none.
@@ -257,12 +253,7 @@ def trained_shapes(model: Any, adapter: str = "default") -> dict[str, Shape]:
 
 
 def check_complete(folder: Path, trained: Mapping[str, Shape]) -> None:
-    """Refuse a saved adapter that is not all that was trained, or not finite.
-
-    Args:
-        folder: With adapter_model.safetensors.
-        trained: What `trained_shapes` said.
-    """
+    """Refuse a saved adapter that is not all of `trained_shapes`, or not finite."""
     again = f"the run's checkpoints are in {folder}: go on from the last with other settings"
     try:
         saved = Checkpoint(folder, ADAPTER_FILE)

@@ -138,16 +138,7 @@ def _chart(found: Footprint) -> Bars:
 
 
 def save_memory(methods: Mapping[str, Mapping[str, Any]], file: Path, title: str) -> None:
-    """Write a picture of a plan's memory with the GPUs that are not far beyond it.
-
-    Args:
-        methods: As in the JSON of `axolotl-loram plan`.
-        file: Where.
-        title: What is shown.
-
-    Raises:
-        LoRAMError: As `figures.save`.
-    """
+    """Write a picture of the methods in a plan's JSON, with the GPUs that are not far beyond it."""
     found = Footprint(title, None, dict(methods))
     chart, (_, size) = _chart(found), found.scale
     bars = []
@@ -160,16 +151,7 @@ def save_memory(methods: Mapping[str, Mapping[str, Any]], file: Path, title: str
 
 
 def save_ways(compared: Mapping[str, Any], file: Path, title: str) -> None:
-    """Write a picture of the ways to train: what each holds, and how fast it can be at most.
-
-    Args:
-        compared: The JSON of `axolotl-loram plan --compare`.
-        file: Where.
-        title: What is shown.
-
-    Raises:
-        LoRAMError: As `figures.save`.
-    """
+    """Write a picture of the ways in the JSON of `plan --compare`: sizes, and speed at most."""
     sizes = {"GPU": "device_bytes", "host memory": "host_bytes"}
     bars = [
         Bar(

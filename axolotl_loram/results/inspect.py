@@ -202,11 +202,7 @@ def _told(folder: Path, record: Record) -> dict[str, Any]:
 
 
 def describe_ordinary(folder: Path, model: str) -> dict[str, Any]:
-    """What a folder without `loram.json` holds, and what can be done with it.
-
-    Args:
-        folder: With config.json or adapter_config.json, the weights or without them.
-        model: What the user calls it.
+    """What a folder without `loram.json`, called `model`, holds, and what can be done with it.
 
     Raises:
         LoRAMError: It holds neither, or a model of an unknown architecture, or weights that do not

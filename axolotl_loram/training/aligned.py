@@ -85,13 +85,9 @@ def assemble(
 def aligned_record(
     pruned: Path, folder: Path, files: Mapping[str, str], alignment: Mapping[str, Any]
 ) -> Record:
-    """The record of an aligned checkpoint: the pruned one's, with one alignment more.
+    """The record of an aligned checkpoint, else complete: the pruned one's, one alignment more.
 
-    Args:
-        pruned: Folder of the pruned model.
-        folder: Folder of the aligned one, complete but for the record.
-        files: SHA-256 of its weights' files; those of the others are computed.
-        alignment: What to say about this alignment.
+    `files` has the SHA-256 of its weights' files; those of the others are computed.
     """
     there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     rest = {name: sha256_of(file) for name, file in there.items() if name not in files}

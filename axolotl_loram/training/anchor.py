@@ -40,17 +40,9 @@ CHECKED_ROWS = 4
 def prepare_anchor(
     run: Run, path: str | None, cache_dir: str | None, trainer: Any
 ) -> dict[str, Any]:
-    """Have the trainer minimize the anchored loss.
+    """Have the trainer minimize the anchored loss; returns what to record.
 
-    Args:
-        run: The run.
-        path: The folder that `axolotl-loram anchor` wrote; by default what the base says is
-            computed here.
-        cache_dir: Where what is computed is kept, if not in the usual place.
-        trainer: Of an adapter.
-
-    Returns:
-        What to record.
+    What the base says is in `path`, as `axolotl-loram anchor` wrote it, or else computed here.
 
     Raises:
         LoRAMError: The base's outputs cannot be computed or read, or are another model's; or the

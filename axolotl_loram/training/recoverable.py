@@ -38,12 +38,7 @@ class _Unwritten(StoredTensor):
 def check_recoverable(run: Run, model: Any) -> Adapter:
     """Refuse, before the first step, an adapter that the run could not recover after the last.
 
-    Args:
-        run: The run.
-        model: The PEFT model, before the trainer shards it; ZeRO-3 may have done so already.
-
-    Returns:
-        The adapter that PEFT would write, without its values.
+    Returns the one that PEFT would write, without values; ZeRO-3 may have sharded the model.
 
     Raises:
         LoRAMError: Something is trained that PEFT will not save, or saved that is not recovered.

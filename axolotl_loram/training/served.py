@@ -194,14 +194,7 @@ def make_served(
 
 
 def check_server(server: Server, rows: Sequence[Row], top_k: int, tokenizer: Any) -> None:
-    """Refuse a server that gives too little or has another tokenizer, before the long work.
-
-    Args:
-        server: To ask.
-        rows: Some rows.
-        top_k: How many tokens each place needs.
-        tokenizer: The run's.
-    """
+    """Refuse a server that gives too little, or has another tokenizer, before the work."""
     same = total = 0
     try:
         for row in rows:

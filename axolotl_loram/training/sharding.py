@@ -89,10 +89,8 @@ def settle_checkpointing(cfg: Any) -> None:
     0.18 empties a frozen weight in place when a module's forward pass is over, that of the
     recomputation too (transformers' issue 47254; trained weights are saved detached, so that
     alignment is free of it). Axolotl 0.19 takes the reentrant way by itself, but not with `rl`, for
-    which some of TRL's trainers do (DPO's, KTO's) and some do not (ORPO's, CPO's).
-
-    Args:
-        cfg: Axolotl's cfg, with its defaults filled in; `use_reentrant` is set where it is not.
+    which some of TRL's trainers do (DPO's, KTO's) and some do not (ORPO's, CPO's). It is set where
+    cfg, with its defaults filled in, does not say it.
 
     Raises:
         LoRAMError: The YAML asks for the other way.

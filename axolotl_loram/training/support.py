@@ -18,11 +18,7 @@ KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 
 
 def check_supported(cfg: Any) -> None:
-    """Refuse, by name and with the reason, what LoRAM cannot recover.
-
-    Args:
-        cfg: The YAML as Axolotl read it, not validated yet.
-    """
+    """Refuse, by name and with the reason, what LoRAM cannot recover; cfg is not validated yet."""
     if not cfg.loram:
         raise LoRAMError(
             "expected a `loram:` section for the LoRAMPlugin, found none: add "
@@ -161,12 +157,7 @@ def trains_masked(section: LoRAMConfig, plan: PruningPlan) -> bool:
 def check_router_losses(config: Any, plan: PruningPlan) -> None:
     """Refuse a load-balancing loss over layers that have different numbers of experts.
 
-    Args:
-        config: The pruned model's config, as it was built.
-        plan: Its plan.
-
-    Raises:
-        LoRAMError: transformers would stack the routers' outputs of all layers, and fail.
+    transformers would stack the routers' outputs of all layers, and fail.
     """
     pruned = any("experts" in kept for kept in plan.counts.values())
     if pruned and getattr(config, "output_router_logits", False):

@@ -233,14 +233,7 @@ def make_teacher(
 def kept_outputs(
     name: str, model: Path, rows: Iterable[Row | np.ndarray], top_k: int, cache_dir: str | None
 ) -> Path:
-    """The cached folder of a model's outputs on a run's rows, made by whichever rank comes first.
-
-    Args:
-        name: What to call them.
-        model: Folder of the model.
-        rows: The sequences, or their token ids.
-        top_k: How many of the most likely tokens to keep.
-        cache_dir: Where they are kept, if not in the usual place.
+    """The cached folder (`name`) of a model's outputs on a run's rows, made by whoever comes first.
 
     Raises:
         LoRAMError: They cannot be computed, or not kept there.
