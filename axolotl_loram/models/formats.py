@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig
@@ -69,8 +69,8 @@ class Formats:
                 f"{part}_format out or make it native"
             )
         LOG.info("keeping the %s in its native format, not %s: %s", part, found, reason)
-        kept = {other: getattr(self, other) for other in PARTS if other != part}
-        return Formats(**kept, asked=self.asked)
+        native: dict[str, Any] = {part: NATIVE}
+        return replace(self, **native)
 
     def both_or_none(self) -> Formats:
         """For tied embeddings: where one stays native, the other one saves nothing.

@@ -33,16 +33,7 @@ from axolotl_loram.models.stream import replace_linear
 LOG = logging.getLogger(__name__)
 OUTLIERS = 6.0
 """Inputs above it are multiplied in 16 bits by LLM.int8; transformers' default."""
-HOOKS = [
-    f"_forward{kind}"
-    for kind in (
-        "_hooks",
-        "_hooks_with_kwargs",
-        "_hooks_always_called",
-        "_pre_hooks",
-        "_pre_hooks_with_kwargs",
-    )
-]
+HOOKS = [name for name in vars(nn.Module()) if name.startswith("_forward")]
 
 
 class OffloadedEmbedding(nn.Module):

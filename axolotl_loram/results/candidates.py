@@ -35,7 +35,7 @@ from axolotl_loram.recovery.scatter import vocabulary_of
 from axolotl_loram.results.artefacts import ALSO, BASE, MODELS, PRUNED, RECOVERED, TRAINED
 from axolotl_loram.text.axolotl_text import one_line
 
-DEFAULT_OUTPUT = "./model-out"  # Axolotl's
+DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
 TRAINED_FOLDER = "pruned"
 
 
