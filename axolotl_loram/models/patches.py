@@ -51,9 +51,8 @@ def undo() -> None:
 
 
 def _replace_until_undone(owner: Any, name: str, value: Any) -> None:
-    before = getattr(owner, name)
+    _UNDONE_BY.append(functools.partial(setattr, owner, name, getattr(owner, name)))
     setattr(owner, name, value)
-    _UNDONE_BY.append(lambda: setattr(owner, name, before))
 
 
 @contextmanager
