@@ -211,16 +211,13 @@ def write_safetensors(
     data: Iterable[Data],
     metadata: dict[str, str] | None = None,
 ) -> str:
-    """Write a safetensors file array by array, which the library's own writer does not offer.
+    """Write a safetensors file array by array, as the library's writer cannot; returns its SHA-256.
 
     Args:
         file: Where to.
         described: What will come, in order.
         data: The bits of each, in that order, in one array or in several; consumed lazily.
         metadata: Strings for the header.
-
-    Returns:
-        The file's SHA-256, in hexadecimal.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0

@@ -100,14 +100,9 @@ def request(
 ) -> Request:
     """From a model, or from an Axolotl YAML, whose settings options override.
 
-    Args:
-        model: A folder, a config.json, a hub id, or an Axolotl YAML.
-        revision: Revision on the hub.
-        options: Fields of `PruningArgs` and `TrainingArgs`; None stands for not given.
-        adapter: "loram", "qloram", or None for what the YAML says (qloram where there is none).
-        fit: A size; the pruning ratio is to be the smallest at which the run fits it.
-        tokens: Of the data set, where somebody counted.
-        room: Bytes to fit where nothing says how to prune.
+    See `api.plan_memory`, which says what the arguments mean. Of `options` (fields of `PruningArgs`
+    and `TrainingArgs`), None stands for not given; `room` is bytes to fit where nothing says how to
+    prune.
 
     Raises:
         LoRAMError: The YAML cannot be read, nothing says how to prune, or a setting is not allowed.

@@ -87,11 +87,7 @@ class Formats:
 def choose_formats(section: LoRAMConfig, cfg: Any, config: Config, packed_head: bool) -> Formats:
     """The formats of a run: what the YAML asks for, else what suits it.
 
-    Args:
-        section: The `loram:` section.
-        cfg: Axolotl's config.
-        config: The base model's config.
-        packed_head: Whether the checkpoint holds the lm_head in 4 bits.
+    The config is the base's; `packed_head` says whether the checkpoint holds the lm_head in 4 bits.
 
     Raises:
         LoRAMError: A format is asked for that cannot be had.

@@ -138,7 +138,7 @@ def prune(
     progress: Progress = no_progress,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Write a pruned checkpoint: an ordinary Hugging Face folder, its plan and its record.
+    """Write a pruned checkpoint: a Hugging Face folder, its plan and its record; returns that.
 
     Interrupted, it leaves what it has done beside `output`, and goes on from there when it is
     called again with the same arguments.
@@ -151,9 +151,6 @@ def prune(
         overwrite: Replace what `output` holds.
         progress: Shows how far it is.
         calibration: Calibration text, by default what `settings` names.
-
-    Returns:
-        What `loram.json` says.
 
     Raises:
         LoRAMError: Anything is wrong with the input; nothing is left at `output` then.

@@ -307,19 +307,10 @@ def recover_fitted(
     progress: Progress = no_progress,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """`recover`, with B fitted where features were pruned.
+    """`recover`, whose arguments these are, with B fitted to text where features were pruned.
 
-    Args:
-        adapter: Folder of the adapter as trained.
-        settings: The text to fit on, and where to compute.
-        pruned_model: Folder or hub id of the pruned model; by default what the adapter names.
-        output: Folder to write, by default `recover.default_output(adapter)`.
-        overwrite: Replace what `output` holds.
-        progress: Shows how far it is.
-        calibration: Text to fit on, by default what `settings` names.
-
-    Returns:
-        What `recover` does; "fill" in it has the errors of each layer.
+    The text is by default what `settings` name. In what is returned, "fill" has each layer's
+    errors.
 
     Raises:
         LoRAMError: Base, pruned model and adapter do not belong together, or cannot be fitted.

@@ -50,7 +50,7 @@ def merge_masked(
     progress: Progress = no_progress,
     of_run: bool = False,
 ) -> dict[str, Any]:
-    """Write the base model with the trained update added to it.
+    """Write the base model with the trained update added; returns its record, and "output".
 
     Args:
         adapter: Folder of the adapter as trained, on a sparse pruned model.
@@ -60,9 +60,6 @@ def merge_masked(
         overwrite: Replace what `output` holds.
         progress: Shows the bytes written.
         of_run: As in `recover`.
-
-    Returns:
-        What the result's `loram.json` says, and "output", the folder.
 
     Raises:
         LoRAMError: Nothing is masked, or base, pruned model and adapter do not belong together.

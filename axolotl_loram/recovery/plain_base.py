@@ -30,14 +30,10 @@ LOG = logging.getLogger(__name__)
 def plain_base(
     model: str, revision: str | None, place: Path, progress: Progress, stored_in: str | None = None
 ) -> Iterator[str]:
-    """The base in plain numbers: itself, or a copy that is gone when the block ends.
+    """In the block, the base in plain numbers: itself, or a copy in `place` that goes when it ends.
 
-    Args:
-        model: Folder or hub id.
-        revision: Of a hub id.
-        place: Folder for the copy; there must be room for two, as what is merged is as large.
-        progress: Shows the bytes written.
-        stored_in: What the merged model will be stored in, by default what the copy is.
+    There must be room for two copies, as what is merged is as large; `stored_in` is what the merged
+    model will be stored in, by default what the copy is.
 
     Raises:
         LoRAMError: Its weights are packed otherwise than its config says, or there is no room.

@@ -38,7 +38,7 @@ Shape = tuple[int, ...]
 def check_adapter(
     adapter: Adapter, plan: PruningPlan, pruned: Path | None = None, of_run: bool = False
 ) -> list[Moved]:
-    """All that is asked of an adapter before it is moved between the two models' shapes.
+    """All that is asked of an adapter before it is moved between shapes; returns it so moved.
 
     Args:
         adapter: The adapter.
@@ -46,9 +46,6 @@ def check_adapter(
         pruned: Folder of the pruned model that it was trained on.
         of_run: Whether the run that trained it is the caller: then it may be untrained, as before
             the first step, and its tokenizer is not held against the pruned model's.
-
-    Returns:
-        Its tensors, each with the shape it will have.
 
     Raises:
         LoRAMError: It is not whole, not trained, or not for this plan.

@@ -48,21 +48,11 @@ def assemble(
     alignment: Mapping[str, Any],
     frozen: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Write the aligned checkpoint: whole, or not at all.
+    """Write the aligned checkpoint `output` of what the trainer saved; returns its record.
 
-    Weights keep the dtype that the pruned checkpoint stores them in. Files that have it already are
-    linked into `output`, where the file system can; when all is in its place, those in `trained`
-    are removed.
-
-    Args:
-        trained: Folder that the trainer saved the model in.
-        pruned: Folder of the pruned model that it was trained from.
-        output: Folder to write.
-        alignment: What the record is to say.
-        frozen: Weights that were not trained: they are the pruned model's own, bit for bit.
-
-    Returns:
-        What `loram.json` says.
+    Weights keep the dtype that the pruned checkpoint stores them in; `frozen` ones are the pruned
+    model's own, bit for bit. Files that have it already are linked into `output`, where the file
+    system can; when all is in its place, those in `trained` are removed.
 
     Raises:
         LoRAMError: A weight is missing, of another shape, or not finite; `output` stays as it was.

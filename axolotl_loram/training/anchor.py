@@ -94,7 +94,7 @@ def make_anchor(
     server: str | None = None,
     served_model: str | None = None,
 ) -> dict[str, Any]:
-    """Write what the base says of a run's rows, for a run on a machine that has no base.
+    """Write what the base says of a run's rows, for a machine without it; returns its record.
 
     Interrupted, it goes on when it is called again.
 
@@ -105,9 +105,6 @@ def make_anchor(
         server: Address of a server of the base, up to and with `/v1`; then `model`, where it is
             given, computes only a few rows, to hold the server's answers against.
         served_model: What the server calls the base; by default the YAML's base_model.
-
-    Returns:
-        The record in it.
 
     Raises:
         LoRAMError: The data or the base cannot be read, nothing is trained, or the server does
