@@ -234,17 +234,15 @@ def _is_zero(tensor: StoredTensor) -> bool:
     return not any(np.left_shift(block, 1).any() for block in tensor.blocks())
 
 
-def trained_shapes(model: Any, adapter: str = "default") -> dict[str, Shape]:
+def trained_shapes(model: Any) -> dict[str, Shape]:
     """Name, as PEFT saves it → shape of each tensor that a PEFT model is about to train.
 
-    Args:
-        model: The PEFT model, before the trainer shards it; ZeRO-3 may have done so already.
-        adapter: The name that the adapter has in it.
+    It is asked before the trainer shards the model; ZeRO-3 may have done so already.
     """
     shapes = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            saved = name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "")
+            saved = name.replace(".modules_to_save.default", "").replace(".default", "")
             shapes[saved] = tuple(getattr(weight, "ds_shape", weight.shape))
     return shapes
 
