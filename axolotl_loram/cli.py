@@ -106,7 +106,7 @@ def plan(model: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     """
     found = api.plan_memory(model, **options)
     if plot is not None:
-        from axolotl_loram.results.plan_figures import save_memory, save_ways
+        from axolotl_loram.results.footprint import save_memory, save_ways
 
         if found.ways:
             save_ways(found.as_dict(), plot, Path(model).name)
@@ -186,14 +186,7 @@ def align(
     "--served-model", help="What --server calls the original; by default the YAML's base_model."
 )
 @json_option
-def anchor(
-    yaml: Path,
-    output: Path,
-    model: str | None,
-    server: str | None,
-    served_model: str | None,
-    as_json: bool,
-) -> None:
+def anchor(yaml: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Write to the folder OUTPUT what the original model says of the training data of YAML.
 
     Where the original's weights are not, training takes it by `anchor: base` with
@@ -203,7 +196,7 @@ def anchor(
     with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
         from axolotl_loram.training.anchor import make_anchor
 
-        record = make_anchor(yaml, output, model, server, served_model)
+        record = make_anchor(yaml, output, **options)
     show({"output": str(output), **record}, as_json)
 
 

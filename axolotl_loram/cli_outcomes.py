@@ -29,7 +29,6 @@ from axolotl_loram.config_evaluate import EvaluationRequest
 @click.argument("model")
 @click.option(
     "--verify",
-    "verifying",
     is_flag=True,
     help="Check every file against its recorded SHA-256, the plan, config, weights and base "
     "against one another; of a hub id, download all of it.",
@@ -55,15 +54,7 @@ from axolotl_loram.config_evaluate import EvaluationRequest
 )
 @revision_option
 @json_option
-def inspect(
-    model: str,
-    verifying: bool,
-    base: str | None,
-    servable: bool,
-    proposing: bool,
-    revision: str | None,
-    as_json: bool,
-) -> None:
+def inspect(model: str, proposing: bool, as_json: bool, **options: Any) -> None:
     """Tell what MODEL is: any model (and what pruning would leave of it), or an adapter.
 
     MODEL is a folder or a hub id. With --verify, exit status 1 says that a check failed.
@@ -73,10 +64,10 @@ def inspect(
             from axolotl_loram.files.find import stored_config
             from axolotl_loram.propose.propose import propose
 
-            proposal = propose(stored_config(model, revision))
+            proposal = propose(stored_config(model, options["revision"]))
         click.echo(json.dumps(proposal.summary()) if as_json else proposal.text())
         return
-    found = api.inspect(model, verify=verifying, base=base, revision=revision, servable=servable)
+    found = api.inspect(model, **options)
     print_result(found, as_json)
     found.require_whole()
 

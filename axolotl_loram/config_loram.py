@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -12,24 +13,9 @@ from axolotl_loram.errors import LoRAMError
 Server = Literal["peft", "merge-lora", "vllm", "llama.cpp", "sglang"]
 TEACHER_KEYS = ("teacher_path", "teacher_revision", "teacher_top_k", "next_token_share")
 ALIGN_KEYS = ("train_lm_head", "objective")
-"""Keys of the `loram:` section that only `stage: align` has; TRAIN_KEYS, those it has not."""
-TRAIN_KEYS = (
-    "pruned_model_path",
-    "pruned_model_revision",
-    "pruning",
-    "masked",
-    "anchor",
-    "anchor_path",
-    "recovery",
-    "fill",
-    "lm_head_format",
-    "embedding_format",
-    "evaluate_recovered_every",
-    "evaluate_recovered_path",
-    "evaluate_recovered_documents",
-    "evaluate_recovered_device",
-    "serve_with",
-)
+"""Keys of the `loram:` section that only `stage: align` has."""
+ANY_STAGE = ("stage", "cache_dir")
+"""Those that both stages have; all others are of `stage: train`."""
 
 
 class LoRAMConfig(Section):
@@ -141,12 +127,13 @@ class LoRAMConfig(Section):
 
     @model_validator(mode="after")
     def _keys_of_the_stage(self) -> LoRAMConfig:
-        other: dict[str, tuple[str, ...]] = {
-            "stage": ALIGN_KEYS if self.stage == "train" else TRAIN_KEYS,
+        fields = type(self).model_fields
+        of_training = [n for n in fields if n not in (*ANY_STAGE, *ALIGN_KEYS, *TEACHER_KEYS)]
+        other: dict[str, Sequence[str]] = {
+            "stage": ALIGN_KEYS if self.stage == "train" else of_training,
             "objective": TEACHER_KEYS if self.objective == "next-token" else (),
             "anchor": ("anchor_path",) if self.anchor == "none" else (),
         }
-        fields = type(self).model_fields
         for key, names in other.items():
             found = [name for name in names if getattr(self, name) != fields[name].default]
             if found:

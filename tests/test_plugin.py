@@ -11,6 +11,7 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
+from conftest import run_command
 from safetensors.torch import load_file, save_file
 from test_recover import train_on
 
@@ -276,14 +277,17 @@ def test_training_that_bypasses_the_substitution_is_stopped():
         callback.on_train_begin(None, None, None)
 
 
-def test_a_plugin_that_cannot_be_imported_stops_axolotl():
+def test_a_plugin_that_cannot_be_imported_stops_axolotl(tmp_path):
     """Axolotl swallows ImportError and goes on without the plugin; ours raises something else."""
     script = (
         "import sys; from axolotl.integrations.base import PluginManager\n"
+        "for name in [name for name in sys.modules if name.startswith('axolotl_loram')]:\n"
+        "    del sys.modules[name]\n"
         "sys.modules['filelock'] = None  # what a broken installation looks like\n"
         "PluginManager.get_instance().register('axolotl_loram.LoRAMPlugin')\n"
         "print('went on without the plugin')"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    (tmp_path / "broken.py").write_text(script)
+    result = run_command(tmp_path / "broken.py", check=False)
     assert result.returncode and "LoRAMPlugin could not be imported" in result.stderr
     assert "went on" not in result.stdout

@@ -6,7 +6,7 @@ Configs are plain dicts, as config.json holds them: this module needs no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from axolotl_loram.architecture.spaces import (
@@ -348,26 +348,14 @@ def decoder(
     **more: Any,
 ) -> Family:
     """A decoder with (grouped-query) attention; fields of `Family` not given are Llama's."""
-    defaults = {key: more.pop(key) for key in list(more) if key not in _FAMILY_FIELDS}
+    own = {each.name for each in fields(Family)}
+    defaults = {key: more.pop(key) for key in list(more) if key not in own}
     row: dict[str, Any] = {
         "model": outside(),
         "groups": (MLP_NEURONS, KV_GROUPS),
         "sizes": decoder_sizes,
     } | more
     return Family(model_type, layer=(*attention, *mlp, *norms), defaults=defaults, **row)
-
-
-_FAMILY_FIELDS = (
-    "auto_class",
-    "model",
-    "groups",
-    "sizes",
-    "layers",
-    "stored",
-    "ignored",
-    "refused",
-    "whole",
-)
 
 
 def vision_language(

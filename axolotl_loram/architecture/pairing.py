@@ -48,16 +48,7 @@ def shapes_of(config: Config, stored: Container[str] = ()) -> dict[str, tuple[in
 
 
 def check_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse weights that are not the ones the declaration lists for `config`.
-
-    Args:
-        config: A model's config.
-        shapes: Stored tensor name → shape.
-        where: What to call the weights in the message.
-
-    Raises:
-        LoRAMError: A tensor is missing, has another shape, or is not declared.
-    """
+    """Refuse weights (name → shape) that are not those declared for `config`; `where` they are."""
     declared = shapes_of(config, shapes)
     for name, shape in declared.items():
         if shapes.get(name) != shape:
@@ -145,11 +136,7 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def check_fingerprint(checkpoint: Checkpoint, record: Record) -> None:
-    """Refuse weights that are not the recorded ones, as far as samples of them tell.
-
-    Raises:
-        LoRAMError: They differ. A record without a fingerprint says nothing.
-    """
+    """Refuse weights that are not the recorded ones, as far as samples, and the record, tell."""
     if record.fingerprint not in (None, weights_fingerprint(checkpoint)):
         raise LoRAMError(
             f"expected the weights that {RECORD_FILE} in {checkpoint.folder} records, found "
@@ -253,12 +240,7 @@ def check_base_tokenizer(folder: Path, model: str, revision: str | None = None) 
 
 
 def check_adapter_tokenizer(adapter: Path, pruned: Path) -> None:
-    """Refuse an adapter saved with another tokenizer than its pruned model's.
-
-    Args:
-        adapter: Its folder, in which there may be a tokenizer.
-        pruned: The pruned model's folder; where it has no tokenizer, its record tells.
-    """
+    """Refuse an adapter saved with another tokenizer than its pruned model, or its record, has."""
     theirs = vocabulary_digest(pruned) or Record.load(pruned).vocabulary
     if differ(vocabulary_digest(adapter), theirs):
         raise LoRAMError(

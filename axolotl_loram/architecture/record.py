@@ -149,11 +149,7 @@ class Record:
         return cls(**known)
 
     def require(self, folder: Path) -> tuple[Kind, Base]:
-        """Refuse a record that names no kind, plan or base; returns kind and base.
-
-        Raises:
-            LoRAMError: It does not, or there is none in `folder`.
-        """
+        """Refuse a record that names no kind, plan or base; returns kind and base."""
         if not self:
             raise LoRAMError(f"expected a folder with {RECORD_FILE}, found none in {folder}")
         if self.kind is None or self.base is None or self.plan is None:
@@ -174,12 +170,7 @@ class Record:
         return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **found}
 
     def save(self, folder: Path, in_use: bool = False) -> None:
-        """Write `loram.json`.
-
-        Args:
-            folder: Where.
-            in_use: Whether others look into it already: they find the old record or the new one.
-        """
+        """Write `loram.json`; `in_use`, so that others find the old record or the new one."""
         if not in_use:
             write_json(folder / RECORD_FILE, self.as_json())
             return

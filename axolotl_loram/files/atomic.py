@@ -87,11 +87,7 @@ def updated_folder(
 
 
 def check_vacant(target: Path, overwrite: bool = False) -> None:
-    """Refuse a target that would be overwritten unasked; called before the long work.
-
-    Raises:
-        LoRAMError: It may not be written, or another process writes it.
-    """
+    """Refuse a target that would be overwritten unasked, or that others write; before the work."""
     target = real(target)
     if hidden(target, "lock").exists():
         with alone(target):  # in which what a killed process left is settled

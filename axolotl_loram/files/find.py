@@ -74,11 +74,7 @@ def find_folder(
 
 
 def _check_unicode(name: str) -> None:
-    """Refuse a name that no record could hold: bytes of a path that are no UTF-8.
-
-    Raises:
-        LoRAMError: It is such a name.
-    """
+    """Refuse a name that no record could hold: bytes of a path that are no UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

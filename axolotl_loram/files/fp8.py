@@ -76,14 +76,9 @@ def _e4m3() -> np.ndarray:
 def fp8(
     name: str, packed: StoredTensor, scales: StoredTensor, dtype: str, block: Sequence[int] | None
 ) -> Fp8:
-    """The weight `name` of what is stored of it.
+    """The weight `name` of its stored numbers and factors, rounded to BF16, F16 or F32.
 
-    Args:
-        name: Its name.
-        packed: Its numbers.
-        scales: Its factors.
-        dtype: What to round to: BF16, F16 or F32.
-        block: Rows and columns that share a factor, as the config says, None if it does not.
+    Rows and columns that share a factor are `block`, where the config says so.
 
     Raises:
         LoRAMError: The two do not belong together.

@@ -48,11 +48,7 @@ def without_format(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_format(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a model whose config names a format that is not read here.
-
-    Raises:
-        LoRAMError: It does.
-    """
+    """Refuse a model whose config names a format that is not read here."""
     found = format_of(config)
     if found not in (None, *FORMATS):
         raise LoRAMError(
@@ -65,16 +61,7 @@ def check_format(config: Mapping[str, Any], where: str) -> None:
 def check_weights(
     config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], where: str
 ) -> None:
-    """Refuse weights that are packed otherwise than their config says.
-
-    Args:
-        config: The model's config.
-        tensors: As `Checkpoint.tensors` has them.
-        where: What to call the weights in the message.
-
-    Raises:
-        LoRAMError: One is.
-    """
+    """Refuse weights, of `Checkpoint.tensors`, that are packed otherwise than their config says."""
     found = format_of(config)
     named = (name for name, tensor in tensors.items() if tensor.dtype not in FLOATS)
     if found in FORMATS and (name := next(named, None)):

@@ -72,16 +72,9 @@ def work_folder(target: Path, identity: Mapping[str, Any]) -> Path:
 
 
 def check_free(target: Path, identity: Mapping[str, Any], needed: int, remedy: str) -> None:
-    """Refuse to start a job without the disk space that it takes, what it has done counted in.
+    """Refuse to start a job, as `resumable` takes it, without the `needed` bytes of disk space.
 
-    Args:
-        target: As `resumable`'s.
-        identity: As `resumable`'s.
-        needed: Bytes of the result and of the work on it.
-        remedy: What to do otherwise.
-
-    Raises:
-        LoRAMError: Too little is free, or nothing can be written there.
+    What the job has done already is counted in; `remedy` says what to do.
     """
     with locked(real(target)):
         pass  # something can be written there
@@ -120,10 +113,6 @@ def resumable(target: Path, identity: Mapping[str, Any], overwrite: bool = False
 @contextmanager
 def unfinished(target: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
     """The finished steps of a job whose result is no folder; they go when the block ends well.
-
-    Args:
-        target: Beside it they lie; it is never made itself.
-        identity: Everything that decides the result, as JSON.
 
     Raises:
         LoRAMError: Nothing can be written there, or another process is at it.

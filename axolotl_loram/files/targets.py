@@ -71,11 +71,7 @@ class Target:
         return "it is as it was" if self.path.exists() else "there is still none"
 
     def replace(self, made: Path) -> None:
-        """Give what was made the target's name, once all of it is on the disk; the old one goes.
-
-        Args:
-            made: A complete file or folder beside it.
-        """
+        """Give what was made beside it the name, once all is on the disk; the old one goes."""
         sync_all(made)
         partial, old = self.hidden("partial"), self.hidden("old")
         if made != partial:
@@ -159,11 +155,7 @@ class Target:
 def alone(
     target: Path, advice: str = "make room or choose another folder, and run it again"
 ) -> Iterator[Target]:
-    """The one writer of `target`; what killed ones left of it is settled.
-
-    Args:
-        target: A file or folder, without links (`real`).
-        advice: What to do if it cannot be written.
+    """The one writer of `target` (links followed); what killed ones left of it is settled.
 
     Raises:
         LoRAMError: Another process writes it, or it cannot be written; it says what there is then.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,11 @@ class Checkpoint:
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its `tensors`."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def fingerprint(self, samples: int = 16, sample_bytes: int = 4096) -> str:
         """A digest of what the checkpoint holds, in milliseconds whatever its size.
 
@@ -164,15 +169,35 @@ def _weight_map(folder: Path, file: str) -> dict[str, str]:
 
 TensorShape = tuple[str, str, tuple[int, ...]]
 """Name, dtype as safetensors names it, shape."""
+Data = np.ndarray | Iterable[np.ndarray]
+"""The bits of a tensor, in one array or in several."""
+
+
+def write_shards(
+    checkpoint: Checkpoint,
+    folder: Path,
+    data: Callable[[StoredTensor], Data],
+    shape: Callable[[StoredTensor], tuple[int, ...]] = lambda tensor: tensor.shape,
+) -> dict[str, str]:
+    """Write a checkpoint again, dealt to files as it was; returns file name → SHA-256.
+
+    Of each tensor, `data` gives the bits to write, and `shape` their shape.
+    """
+    held = {
+        file: [(name, checkpoint[name].dtype, shape(checkpoint[name])) for name in names]
+        for file, names in checkpoint.shards.items()
+    }
+    written = {
+        file: write_safetensors(folder / file, parts, (data(checkpoint[n]) for n, *_ in parts))
+        for file, parts in held.items()
+    }
+    if len(held) > 1:
+        write_index(folder, held)
+    return written
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[TensorShape]]) -> None:
-    """Write the index of a model in several files.
-
-    Args:
-        folder: Its folder.
-        files: File name → what is in it.
-    """
+    """Write the index of a model in several files, given as file name → what is in it."""
     held = [(file, part) for file, parts in files.items() for part in parts]
     size = sum(math.prod(shape) * ELEMENT_BYTES[dtype] for _, (_, dtype, shape) in held)
     weight_map = {name: file for file, (name, *_) in held}
@@ -183,19 +208,16 @@ def write_index(folder: Path, files: Mapping[str, Iterable[TensorShape]]) -> Non
 def write_safetensors(
     file: Path,
     described: Sequence[TensorShape],
-    data: Iterable[np.ndarray | Iterable[np.ndarray]],
+    data: Iterable[Data],
     metadata: dict[str, str] | None = None,
 ) -> str:
-    """Write a safetensors file array by array, which the library's own writer does not offer.
+    """Write a safetensors file array by array, as the library's writer cannot; returns its SHA-256.
 
     Args:
         file: Where to.
         described: What will come, in order.
         data: The bits of each, in that order, in one array or in several; consumed lazily.
         metadata: Strings for the header.
-
-    Returns:
-        The file's SHA-256, in hexadecimal.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0

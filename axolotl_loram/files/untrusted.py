@@ -49,15 +49,7 @@ def own_file(file: Path) -> Path:
 
 
 def parse_json(text: str, where: object) -> dict[str, Any]:
-    """A JSON object.
-
-    Args:
-        text: The JSON.
-        where: What to call its place in the message.
-
-    Raises:
-        LoRAMError: It is none.
-    """
+    """A JSON object; `where` names its place in the message of the LoRAMError for anything else."""
     try:
         value = json.loads(text)
         if HALF_A_CHARACTER.search(text):  # of a pair, perhaps; alone, no file takes it
@@ -70,11 +62,7 @@ def parse_json(text: str, where: object) -> dict[str, Any]:
 
 
 def read_json(file: Path, linked: bool = False) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Args:
-        file: The file.
-        linked: Whether it may be a link out of its folder: one that users themselves name may.
+    """A JSON object from a file; one that users name may be `linked`: be a link out of its folder.
 
     Raises:
         LoRAMError: There is no such file, it is not an ordinary one, or it is no JSON object.
@@ -96,13 +84,6 @@ def parse_yaml(text: str, where: object) -> dict[str, Any]:
 
     Plain values alone: tags that make objects are refused, and so are aliases that stand for more
     than a file of the largest size could hold.
-
-    Args:
-        text: The YAML.
-        where: What to call its place in the message.
-
-    Raises:
-        LoRAMError: It is no YAML.
     """
     import yaml
 
@@ -158,13 +139,7 @@ def _check_expansion(root: Any, where: object) -> None:
 
 
 def read_text(file: Path, most: int, what: str, linked: bool = False) -> str:
-    """The text of a file of at most `most` bytes.
-
-    Args:
-        file: The file.
-        most: Bytes.
-        what: What to call the content in messages.
-        linked: As in `read_json`.
+    """The text of a file of at most `most` bytes; `what` and `linked` as in `read_json`.
 
     Raises:
         LoRAMError: There is no such file, it is not an ordinary one, too large, or no UTF-8.
@@ -198,11 +173,7 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
 def check_types(
     value: Mapping[str, Any], expected: Mapping[str, type | tuple], where: object
 ) -> None:
-    """Refuse a JSON object in which a known key has a value of another type; all may be missing.
-
-    Raises:
-        LoRAMError: The first that has.
-    """
+    """Refuse a JSON object in which a known key has a value of another type; all may be missing."""
     for name, types in expected.items():
         if name in value and not isinstance(value[name], types):
             kinds = types if isinstance(types, tuple) else (types,)

@@ -68,15 +68,9 @@ def align_request(
     nodes: int = 1,
     gpus: int = 1,
 ) -> AlignRequest:
-    """From a model, or from an Axolotl YAML of an alignment, whose settings options override.
+    """From a model, or from an Axolotl YAML of an alignment; arguments as `request.request`'s.
 
-    Args:
-        model: The base (with a pruning ratio in `options`), a pruned model, or an Axolotl YAML.
-        revision: Revision on the hub.
-        options: Fields of `PruningArgs` and `TrainingArgs`; None stands for not given.
-        deepspeed: A DeepSpeed config; by default what the YAML names.
-        nodes: Machines.
-        gpus: GPUs of each.
+    There is a DeepSpeed config beside, by default what the YAML names, and GPUs of each node.
 
     Raises:
         LoRAMError: A number is below 1, or there is no (valid) DeepSpeed config.

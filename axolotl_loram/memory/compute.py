@@ -50,14 +50,7 @@ class Flops:
     @property
     def total(self) -> int:
         """All of a training step."""
-        return (
-            self.layers
-            + self.layers_backward
-            + self.head
-            + self.head_backward
-            + self.recomputed
-            + self.anchor
-        )
+        return sum(vars(self).values())
 
 
 def training_flops(run: TrainingArgs, layout: Layout, anchored: bool = False) -> Flops:

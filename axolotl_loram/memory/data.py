@@ -48,12 +48,7 @@ ANY_DATA = Data(UNKNOWN, UNKNOWN, "for a million; the data set is not known: giv
 
 
 def data_of(cfg: Mapping[str, Any], run: TrainingArgs, tokens: int | None) -> Data:
-    """The tokens of a run.
-
-    Args:
-        cfg: An Axolotl config; empty where there is none.
-        run: Its settings.
-        tokens: Of the data set, where somebody counted.
+    """The tokens of a run: as somebody counted them (`tokens`), else by its config, if any.
 
     Raises:
         LoRAMError: `tokens` is below 1, or there are no or endless epochs or steps.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from axolotl_loram.architecture.config_json import Config, family_of, layer_fields, sizes_of
 from axolotl_loram.architecture.model import Tensor, parameters
@@ -14,15 +14,7 @@ from axolotl_loram.errors import LoRAMError
 Part = Literal["embedding", "lm_head", "linears", "experts", "norms", "biases", "other"]
 """What a tensor is to whoever quantizes the model."""
 
-PARTS: tuple[Part, ...] = (
-    "embedding",
-    "lm_head",
-    "linears",
-    "experts",
-    "norms",
-    "biases",
-    "other",
-)
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def part_of(tensor: Tensor) -> Part:

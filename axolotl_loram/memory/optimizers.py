@@ -52,11 +52,7 @@ TORCHAO = {"torchao 8": (8, 256), "torchao 4": (4, 16), "torchao fp8": (8, 0)}
 
 
 def check_optimizer(name: str) -> None:
-    """Refuse an optimizer that Axolotl does not have.
-
-    Raises:
-        LoRAMError: It is none of `STATES` and `AS_ADAMW`.
-    """
+    """Refuse an optimizer that Axolotl does not have."""
     if name not in STATES and name not in AS_ADAMW:
         raise LoRAMError(
             f"expected an optimizer whose states the planner knows ({', '.join(STATES)}), found "

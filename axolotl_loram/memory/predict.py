@@ -9,6 +9,7 @@ they are measured on a GPU, and so is, with them, the peak.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,12 +100,7 @@ def storage_of(method: str, run: TrainingArgs, tied: bool) -> Storage:
 
 
 def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
-    """What training a model by `method` takes.
-
-    Args:
-        layout: Of the model that is trained on: the base for lora and qlora, else the pruned one.
-        run: Settings of the run.
-        method: One of `METHODS`.
+    """What training a model by one of `METHODS` takes; `layout` is the base's for lora and qlora.
 
     Raises:
         LoRAMError: PEFT would refuse the targets of LoRA, or find none of them.
@@ -212,30 +208,29 @@ def smallest_ratio(
         narrow = pruned_config(config, step / STEPS, protected, units)
         return predict(Layout.of(narrow), run, method)
 
-    low, high = 0, largest_step(config, protected, units)
-    floor = at(high)
+    most = largest_step(config, protected, units)
+    floor = at(most)
     if floor.peak_bytes > budget:
-        raise LoRAMError(_no_ratio(budget, method, high / STEPS, floor))
-    while high - low > 1:  # peaks fall as ratios rise; low is too little, high fits
-        middle = (low + high) // 2
-        fits = at(middle).peak_bytes <= budget
-        low, high = (low, middle) if fits else (middle, high)
-    return high / STEPS
+        raise LoRAMError(_no_ratio(budget, method, most / STEPS, floor))
+    # Peaks fall as ratios rise.
+    fits = bisect_left(range(1, most), True, key=lambda step: at(step).peak_bytes <= budget)
+    return (1 + fits) / STEPS
 
 
 def largest_step(config: Config, protected: tuple[int, int], units: Units) -> int:
     """The largest ratio, in steps, that leaves every layer a unit of each kind."""
-    low, high = 0, STEPS
-    while high - low > 1:
-        middle = (low + high) // 2
+
+    def is_too_large(step: int) -> bool:
         try:
-            keep_counts(config, middle / STEPS, *protected, units)
-            low = middle
+            keep_counts(config, step / STEPS, *protected, units)
         except LoRAMError:
-            high = middle
-    if not low:
+            return True
+        return False
+
+    most = bisect_left(range(1, STEPS), True, key=is_too_large)
+    if not most:
         keep_counts(config, 1 / STEPS, *protected, units)  # says what is wrong with the model
-    return low
+    return most
 
 
 def _no_ratio(budget: int, method: str, ratio: float, floor: Prediction) -> str:

@@ -100,14 +100,9 @@ def request(
 ) -> Request:
     """From a model, or from an Axolotl YAML, whose settings options override.
 
-    Args:
-        model: A folder, a config.json, a hub id, or an Axolotl YAML.
-        revision: Revision on the hub.
-        options: Fields of `PruningArgs` and `TrainingArgs`; None stands for not given.
-        adapter: "loram", "qloram", or None for what the YAML says (qloram where there is none).
-        fit: A size; the pruning ratio is to be the smallest at which the run fits it.
-        tokens: Of the data set, where somebody counted.
-        room: Bytes to fit where nothing says how to prune.
+    See `api.plan_memory`, which says what the arguments mean. Of `options` (fields of `PruningArgs`
+    and `TrainingArgs`), None stands for not given; `room` is bytes to fit where nothing says how to
+    prune.
 
     Raises:
         LoRAMError: The YAML cannot be read, nothing says how to prune, or a setting is not allowed.
@@ -194,11 +189,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def check_settings(cfg: Mapping[str, Any], file: Path) -> None:
-    """Refuse an Axolotl config in which a setting that is read here is of another type.
-
-    Raises:
-        LoRAMError: The first that is.
-    """
+    """Refuse an Axolotl config in which a setting that is read here is of another type."""
     untrusted.check_types(cfg, TYPES, file)
     for name in ("loram", "pruning"):
         cfg = cfg.get(name) or {}

@@ -144,11 +144,7 @@ OPTIONS = tuple(
 
 
 def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an Axolotl config names, under this schema's names.
-
-    Args:
-        cfg: The YAML, or Axolotl's own cfg once it has filled in its defaults.
-    """
+    """Settings that an Axolotl config names, or its own cfg, under this schema's names."""
     found = {name: cfg[name] for name in DIRECT if cfg.get(name) is not None}
     found |= {name: _listed(cfg[name]) for name in LISTS if cfg.get(name)}
     found |= {

@@ -105,12 +105,7 @@ class Way:
 
 
 def compare_ways(asked: Request, gpu: str, gpus: int) -> dict[str, Any]:
-    """All the ways, as JSON.
-
-    Args:
-        asked: The model, the run and its data.
-        gpu: Name of a card in `CARDS`.
-        gpus: How many of them FSDP2 has; each other way has one.
+    """All the ways, as JSON, on a card in `CARDS`: one of it, but for FSDP2, which has `gpus`.
 
     Raises:
         LoRAMError: The card is not known, or the model is not to be had or no language model.

@@ -33,8 +33,6 @@ DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
 PLACES = ("none", "cpu", "nvme")
 ALIGNMENT = 2
 """Stage 1 and 2 pad a group of parameters to a multiple of so many values for each rank."""
-SWAPPABLE = 2**20
-"""Bytes below which an optimizer's tensor stays in host memory under NVMe offload."""
 
 
 @dataclass(frozen=True)
@@ -353,11 +351,7 @@ class _Rank:
 
 
 def check_buffer(zero: Zero, largest: int, ranks: int) -> None:
-    """Refuse a buffer for parameters on NVMe that the largest share of one does not fit into.
-
-    Raises:
-        LoRAMError: It is too small.
-    """
+    """Refuse a buffer for parameters on NVMe that the largest share of one does not fit into."""
     needed = math.ceil(largest / ranks)
     if zero.parameter_buffer < needed:
         raise LoRAMError(

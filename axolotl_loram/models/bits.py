@@ -16,12 +16,7 @@ TORCH_DTYPES = {
 
 
 def from_bits(bits: np.ndarray, dtype: str) -> torch.Tensor:
-    """The numbers that bits stand for, on the CPU, in the same memory.
-
-    Args:
-        bits: As `StoredTensor.read` gives them, of any shape; also plain bytes, (bytes,).
-        dtype: One of `FLOATS`.
-    """
+    """The numbers that bits (of `StoredTensor.read`, or bytes) stand for, in the same memory."""
     return torch.from_numpy(bits).view(TORCH_DTYPES[dtype])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig
@@ -69,8 +69,8 @@ class Formats:
                 f"{part}_format out or make it native"
             )
         LOG.info("keeping the %s in its native format, not %s: %s", part, found, reason)
-        kept = {other: getattr(self, other) for other in PARTS if other != part}
-        return Formats(**kept, asked=self.asked)
+        native: dict[str, Any] = {part: NATIVE}
+        return replace(self, **native)
 
     def both_or_none(self) -> Formats:
         """For tied embeddings: where one stays native, the other one saves nothing.
@@ -87,11 +87,7 @@ class Formats:
 def choose_formats(section: LoRAMConfig, cfg: Any, config: Config, packed_head: bool) -> Formats:
     """The formats of a run: what the YAML asks for, else what suits it.
 
-    Args:
-        section: The `loram:` section.
-        cfg: Axolotl's config.
-        config: The base model's config.
-        packed_head: Whether the checkpoint holds the lm_head in 4 bits.
+    The config is the base's; `packed_head` says whether the checkpoint holds the lm_head in 4 bits.
 
     Raises:
         LoRAMError: A format is asked for that cannot be had.
@@ -117,12 +113,7 @@ def module_names(config: Config) -> dict[str, str]:
 
 
 def hindrances_in(cfg: Any, modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(part, what in cfg needs it in its native format), as far as cfg tells.
-
-    Args:
-        cfg: Axolotl's config.
-        modules: Part → its module in the running model, as `module_names` has it.
-    """
+    """(part, what in cfg needs it in its native format), as far as cfg tells."""
     for part, module in modules.items():
         if is_saved_whole(module, cfg.lora_modules_to_save):
             yield part, "lora_modules_to_save trains it whole"
@@ -172,11 +163,7 @@ def _check_packed_head(formats: Formats, hindrances: Mapping[str, str]) -> None:
 
 
 def check_trains_packed(cfg: Any) -> None:
-    """Refuse to train a model that comes in 4 bits otherwise than as one.
-
-    Raises:
-        LoRAMError: It is not loaded in 4 bits, or its weights would have to be dealt out.
-    """
+    """Refuse to train a model that comes in 4 bits otherwise than as one: whole, in 4 bits."""
     if not cfg.load_in_4bit:
         raise LoRAMError(
             "expected `adapter: qloram` and `load_in_4bit: true` for a pruned model in 4 bits, "

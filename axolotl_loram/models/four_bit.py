@@ -25,15 +25,9 @@ def qlora_config(compute: torch.dtype, **options: Any) -> transformers.BitsAndBy
 
 
 def dequantized(config: Config) -> dict[str, Any]:
-    """What `from_pretrained` needs to load a model that is published quantized as plain numbers.
+    """Keywords with which `from_pretrained` loads what is published quantized as plain numbers.
 
     PEFT puts LoRA on plain numbers alone, and what is merged and pruned are they, too.
-
-    Args:
-        config: The model's.
-
-    Returns:
-        Keyword arguments; none for a model in plain numbers.
     """
     form = format_of(config)
     if form not in FORMATS:

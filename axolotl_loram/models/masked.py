@@ -174,7 +174,7 @@ class MaskedLora(LoraVariant):
 def confine(
     model: nn.Module, plan: PruningPlan, folder: Path, adapter_name: str = "default"
 ) -> int:
-    """Confine the update of every LoRA layer on a weight that the plan made sparse.
+    """Confine the update of every LoRA layer on a weight made sparse; returns how many there are.
 
     Args:
         model: PEFT model on the pruned model.
@@ -182,9 +182,6 @@ def confine(
         folder: Its folder: the masks are read from there, as a quantized or partitioned layer does
             not show them (NF4 rounds small weights to zero).
         adapter_name: Which adapter.
-
-    Returns:
-        How many layers there were.
 
     Raises:
         LoRAMError: The checkpoint's weights no longer have the zeros that the plan was made with,

@@ -50,6 +50,11 @@ def undo() -> None:
         _UNDONE_BY.pop()()
 
 
+def _replace_until_undone(owner: Any, name: str, value: Any) -> None:
+    _UNDONE_BY.append(functools.partial(setattr, owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
+
+
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute of an object is another in the block."""
@@ -275,8 +280,7 @@ def merge_without_nf4(merge_lora: ModuleType) -> None:
     def plainly(**kwargs: Any) -> Any:
         return original(**{**kwargs, "simulate_nf4": False, "simulate_nf4_experts": False})
 
-    setattr(merge_lora, name, plainly)
-    _UNDONE_BY.append(lambda: setattr(merge_lora, name, original))
+    _replace_until_undone(merge_lora, name, plainly)
 
 
 @_until("Axolotl's merging (0.19) knowing MXFP4, and experts stored one by one in FP8")
@@ -289,8 +293,7 @@ def merge_into(merge_lora: ModuleType, plain: Callable[[Any], Any]) -> None:
             cfg.base_model = cfg.base_model_config = base
             return original(cfg=cfg)
 
-    merge_lora.do_merge_lora = from_plain  # type: ignore[attr-defined]
-    _UNDONE_BY.append(lambda: setattr(merge_lora, "do_merge_lora", original))
+    _replace_until_undone(merge_lora, "do_merge_lora", from_plain)
 
 
 @_until("transformers that loads FP8 models (5.16.1 fails on each that can be split over ranks)")
@@ -306,9 +309,7 @@ def load_fp8() -> None:
 def find_language_tower(lora_merge: ModuleType, names: dict[str, str]) -> None:
     """Axolotl merges without a word what it finds: of Gemma 3, the vision tower alone.
 
-    Args:
-        lora_merge: Axolotl's module.
-        names: Pattern of how a stored name begins → how the running model's does.
+    `names` are patterns of how a stored name begins → how the running model's does.
     """
     name = "_get_conversion_info"
     original = getattr(lora_merge, name)
@@ -317,8 +318,7 @@ def find_language_tower(lora_merge: ModuleType, names: dict[str, str]) -> None:
         renamings, converters = original(*args, **kwargs)
         return {**renamings, **names}, converters
 
-    setattr(lora_merge, name, conversion_info)
-    _UNDONE_BY.append(lambda: setattr(lora_merge, name, original))
+    _replace_until_undone(lora_merge, name, conversion_info)
 
 
 @_until("Axolotl's SIGINT handler leaving the data loader's workers alone, and asking plugins")

@@ -41,16 +41,10 @@ def install() -> None:
 
 
 def check_widths(model: PreTrainedModel) -> None:
-    """Refuse a model with a linear layer of another width than its config says.
+    """Refuse a model, or a part of one, with a linear layer of another width than its config says.
 
     Looks at in_features and out_features, which stay true under 4-bit and ZeRO-3 weights, and at
     the shapes of stacked experts.
-
-    Args:
-        model: A model, or a part of one (transformers builds inner models first).
-
-    Raises:
-        LoRAMError: A layer was built at another width, such as the base's.
     """
     config = model.config.to_dict()
     if config.get("model_type") not in FAMILIES:

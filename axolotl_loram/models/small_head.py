@@ -33,16 +33,7 @@ from axolotl_loram.models.stream import replace_linear
 LOG = logging.getLogger(__name__)
 OUTLIERS = 6.0
 """Inputs above it are multiplied in 16 bits by LLM.int8; transformers' default."""
-HOOKS = [
-    f"_forward{kind}"
-    for kind in (
-        "_hooks",
-        "_hooks_with_kwargs",
-        "_hooks_always_called",
-        "_pre_hooks",
-        "_pre_hooks_with_kwargs",
-    )
-]
+HOOKS = [name for name in vars(nn.Module()) if name.startswith("_forward")]
 
 
 class OffloadedEmbedding(nn.Module):
@@ -68,12 +59,7 @@ class OffloadedEmbedding(nn.Module):
 
 
 def decide_formats(section: LoRAMConfig, cfg: Any, pruned: Path | None) -> Formats:
-    """The formats of a run, once the device is known to do them.
-
-    Args:
-        section: The `loram:` section.
-        cfg: Axolotl's config.
-        pruned: The pruned model's folder, None if it is yet to be made.
+    """The formats of a run, once the device is known to do them; `pruned` is None until it is made.
 
     Raises:
         LoRAMError: They cannot be had, or a model in 4 bits is not trained as one.
@@ -220,15 +206,7 @@ def _save_nothing(*_: Any) -> None:
 
 
 def check_device(format: str, device: str) -> None:
-    """Refuse a device on which bitsandbytes does not do a format, by trying it on a small layer.
-
-    Args:
-        format: int8 or nf4.
-        device: As torch names it.
-
-    Raises:
-        LoRAMError: It fails there.
-    """
+    """Refuse a device on which bitsandbytes does not do int8 or nf4, by trying a small layer."""
     try:
         layer = nn.Sequential(nn.Linear(64, 64, bias=False, device=device))
         (_head_to_int8 if format == "int8" else _head_to_nf4)(layer, "0", layer[0])

@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
@@ -129,7 +130,7 @@ class LayerStream:
         stand_ins[-1].stop = True
         with self._standing_in(stand_ins), torch.no_grad(), suppress(_Stop):
             self.model(input_ids=places, use_cache=False)
-        called_with = [_moved(stand_in.called_with, self.device) for stand_in in stand_ins]
+        called_with = [send_to_device(stand_in.called_with, self.device) for stand_in in stand_ins]
         return [stand_in.hidden for stand_in in stand_ins], called_with
 
     @property
@@ -220,17 +221,6 @@ class _Replay(_StandIn):
         return self.__dict__["hidden"]
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors in nested tuples, lists and dicts, on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
-    return value
-
-
 def _empty_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, its computed buffers (rotary frequencies) on the CPU."""
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
@@ -281,11 +271,8 @@ def seen_routing(layer: nn.Module, module: str, see: Callable[..., Any]) -> Iter
         changed = see(experts, *args[:3])
         return None if changed is None else (*args[:2], changed, *args[3:])
 
-    handle = layer.get_submodule(module).register_forward_pre_hook(before)
-    try:
+    with layer.get_submodule(module).register_forward_pre_hook(before):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -301,12 +288,11 @@ def seen_inputs(
 
         return before
 
-    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
-    try:
+    with ExitStack() as stack:
+        for name in modules:
+            module = layer.get_submodule(name)
+            stack.enter_context(module.register_forward_pre_hook(hook(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class States:

@@ -84,10 +84,7 @@ class Proposal:
 
 
 def propose(raw: Mapping[str, Any]) -> Proposal:
-    """Draft and try out the row of the model that a config.json is of.
-
-    Args:
-        raw: The config as it is stored.
+    """Draft and try out the row of the model that a config.json, as stored, is of.
 
     Raises:
         LoRAMError: It is no causal language model that transformers can build and run small.

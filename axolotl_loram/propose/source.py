@@ -16,9 +16,7 @@ Pieces = dict[str, tuple[Weight, ...]]
 def row_source(family: Family, sizes: Mapping[str, int | str]) -> str:
     """A call of `decoder`, one argument on each line.
 
-    Args:
-        family: The row.
-        sizes: Names of sizes that `decoder_sizes` does not give → the number, or the field.
+    `sizes` are names that `decoder_sizes` does not give → the number, or the field.
     """
     usual = decoder(family.model_type)
     parts = {"attention": [], "mlp": [], "norms": []}  # type: dict[str, list[Weight]]

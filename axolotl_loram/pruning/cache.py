@@ -32,17 +32,10 @@ def prune_into_cache(
     cache_dir: str | None = None,
     rows: Rows | None = None,
 ) -> Path:
-    """The pruned model for these settings, made by whichever process comes first.
+    """The folder of the pruned model for these settings, made by whichever process comes first.
 
-    Args:
-        model: Folder or hub id of the base model.
-        revision: Revision on the hub.
-        settings: How to prune; what they leave open is settled here.
-        cache_dir: Where; $AXOLOTL_LORAM_CACHE or ~/.cache/axolotl-loram by default.
-        rows: What to calibrate on where the settings name no text.
-
-    Returns:
-        Its folder.
+    What the settings leave open is settled here; `rows` are what to calibrate on where they name no
+    text. The cache is `cache_folder(cache_dir)`.
     """
     cache, base = cache_folder(cache_dir), find_folder(model, revision)
     settled = resolve(settings, load_config(str(base)), own_text=rows is not None)

@@ -101,7 +101,7 @@ def write_weights(
     replaced: Mapping[str, StoredTensor] | None = None,
     packing: Packing | None = None,
 ) -> dict[str, str]:
-    """Gather every tensor along the plan: one output file for each shard of the base.
+    """Gather every tensor along the plan, shard by shard; returns file name → SHA-256.
 
     Called again with the same arguments after an interruption, it keeps the files that are whole.
 
@@ -112,9 +112,6 @@ def write_weights(
         progress: Shows the bytes gathered; files that are kept count at once.
         replaced: Tensors, already of the pruned shapes, to copy in place of what gathering gives.
         packing: Which weights are written in 4 bits.
-
-    Returns:
-        File name → SHA-256.
 
     Raises:
         LoRAMError: A shard of the base ends early, or a weight is not finite.

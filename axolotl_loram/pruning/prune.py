@@ -138,7 +138,7 @@ def prune(
     progress: Progress = no_progress,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Write a pruned checkpoint: an ordinary Hugging Face folder, its plan and its record.
+    """Write a pruned checkpoint: a Hugging Face folder, its plan and its record; returns that.
 
     Interrupted, it leaves what it has done beside `output`, and goes on from there when it is
     called again with the same arguments.
@@ -151,9 +151,6 @@ def prune(
         overwrite: Replace what `output` holds.
         progress: Shows how far it is.
         calibration: Calibration text, by default what `settings` names.
-
-    Returns:
-        What `loram.json` says.
 
     Raises:
         LoRAMError: Anything is wrong with the input; nothing is left at `output` then.
@@ -220,11 +217,7 @@ def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
 
 
 def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
-    """Refuse a criterion that does not know what it is to score.
-
-    Raises:
-        LoRAMError: It needs text and the model reads none, or cannot look inside stacked experts.
-    """
+    """Refuse a criterion that needs text of a model that reads none, or cannot look into stacks."""
     family, method = family_of(sketch.config), settings.method
     if settings.needs_calibration and family.auto_class == "AutoModelForImageClassification":
         raise LoRAMError(
@@ -243,11 +236,7 @@ def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
 
 
 def check_room(job: Job, output: Path) -> None:
-    """Refuse to start without the disk space for the result and the work before it.
-
-    Raises:
-        LoRAMError: Too little is free, or nothing can be written there.
-    """
+    """Refuse to start without the disk space for the result and the work before it."""
     needed = needed_bytes(job.checkpoint, job.sketch, job.packing)
     if job.settings.sparsity or job.settings.refit:
         needed += needed_bytes(job.checkpoint, job.sketch)
@@ -340,7 +329,7 @@ def _write_rest(
         refit=dict(outcome.refit) or None,
         alignments=[],
         parameters={**summary(plan.config, plan.counts), **outcome.zeros},
-        weight_bytes=sum(tensor.nbytes for tensor in written.tensors.values()),
+        weight_bytes=written.nbytes,
         fingerprint=weights_fingerprint(written),
         vocabulary=vocabulary_digest(folder),
         versions=versions(),

@@ -88,9 +88,6 @@ def sparsegpt(
         gram: Σ x xᵀ (inputs, inputs), float32.
         sparsity: Share, chosen within blocks of `BLOCK` inputs, or pattern.
         name: What to call W in messages.
-
-    Returns:
-        The sparse weight.
     """
     pattern = pattern_of(sparsity)
     dead = gram.diagonal() == 0

@@ -84,9 +84,6 @@ class Adapter:
     def of_today(self, config: Config) -> Adapter:
         """The adapter with its modules called, and stacked, as they are today, as PEFT loads it.
 
-        Args:
-            config: Of the model whose shapes it has.
-
         Raises:
             LoRAMError: A tensor is there under both names, or single experts have LoRA that is
                 none of their stack.
@@ -139,11 +136,7 @@ def unrecoverable(settings: Mapping[str, Any]) -> str | None:
 
 
 def check_settings(settings: Mapping[str, Any], where: Path) -> None:
-    """Refuse an adapter's config in which something is of another type, or no finite number.
-
-    Raises:
-        LoRAMError: The first that is.
-    """
+    """Refuse an adapter's config in which something is of another type, or no finite number."""
     check_types(settings, TYPES, where)
     for name in NAMES:
         named = settings.get(name)
@@ -172,11 +165,7 @@ def _check_expression(expression: str, where: str) -> None:
 
 
 def check_names(weights: Checkpoint) -> None:
-    """Refuse tensors under names that PEFT would pass over when it loads the adapter.
-
-    Raises:
-        LoRAMError: The first of them.
-    """
+    """Refuse tensors under names that PEFT would pass over when it loads the adapter."""
     for name in weights.tensors:
         if not name.startswith(PREFIX):
             raise LoRAMError(

@@ -307,19 +307,10 @@ def recover_fitted(
     progress: Progress = no_progress,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """`recover`, with B fitted where features were pruned.
+    """`recover`, whose arguments these are, with B fitted to text where features were pruned.
 
-    Args:
-        adapter: Folder of the adapter as trained.
-        settings: The text to fit on, and where to compute.
-        pruned_model: Folder or hub id of the pruned model; by default what the adapter names.
-        output: Folder to write, by default `recover.default_output(adapter)`.
-        overwrite: Replace what `output` holds.
-        progress: Shows how far it is.
-        calibration: Text to fit on, by default what `settings` names.
-
-    Returns:
-        What `recover` does; "fill" in it has the errors of each layer.
+    The text is by default what `settings` name. In what is returned, "fill" has each layer's
+    errors.
 
     Raises:
         LoRAMError: Base, pruned model and adapter do not belong together, or cannot be fitted.
@@ -336,11 +327,7 @@ def recover_fitted(
 
 
 def check_free_rows(moved: Sequence[Moved]) -> None:
-    """Refuse an adapter in which nothing can be filled.
-
-    Raises:
-        LoRAMError: No row of B is free, or it has LoRA that is not filled.
-    """
+    """Refuse an adapter in which nothing can be filled."""
     if all(b.features[0] is None for _, b in pairs_of(moved).values()):
         raise LoRAMError(
             "expected LoRA on a projection that lost outputs (such as up_proj or v_proj) to fit, "
@@ -349,11 +336,7 @@ def check_free_rows(moved: Sequence[Moved]) -> None:
 
 
 def check_fillable(pruned: Path, plan: PruningPlan) -> None:
-    """Refuse a pruned model that says nothing of the features that were pruned.
-
-    Raises:
-        LoRAMError: No units were removed from it, or its weights are in 4 bits.
-    """
+    """Refuse a pruned model, sparse or in 4 bits, that says nothing of the features that went."""
     if not plan.counts:
         raise LoRAMError(
             f"expected a model that units were removed from, found {pruned} with its layers whole: "

@@ -132,8 +132,7 @@ def added(layer: nn.Module, adapter: Loras) -> Iterator[None]:
     """In the block, the layer runs with its LoRA (paths below the layer)."""
     with ExitStack() as stack:
         for path, lora in adapter.items():
-            handle = layer.get_submodule(path).register_forward_hook(_adder(lora))
-            stack.callback(handle.remove)
+            stack.enter_context(layer.get_submodule(path).register_forward_hook(_adder(lora)))
         yield
 
 

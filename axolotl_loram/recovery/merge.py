@@ -26,13 +26,7 @@ from axolotl_loram.files.atomic import check_vacant, new_folder, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.quantized import without_format
-from axolotl_loram.files.tensors import (
-    Checkpoint,
-    StoredTensor,
-    finite,
-    write_index,
-    write_safetensors,
-)
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite, write_shards
 from axolotl_loram.files.untrusted import copy_files, read_json
 from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.masked import add_update, pack, read_support
@@ -56,7 +50,7 @@ def merge_masked(
     progress: Progress = no_progress,
     of_run: bool = False,
 ) -> dict[str, Any]:
-    """Write the base model with the trained update added to it.
+    """Write the base model with the trained update added; returns its record, and "output".
 
     Args:
         adapter: Folder of the adapter as trained, on a sparse pruned model.
@@ -66,9 +60,6 @@ def merge_masked(
         overwrite: Replace what `output` holds.
         progress: Shows the bytes written.
         of_run: As in `recover`.
-
-    Returns:
-        What the result's `loram.json` says, and "output", the folder.
 
     Raises:
         LoRAMError: Nothing is masked, or base, pruned model and adapter do not belong together.
@@ -120,17 +111,8 @@ def check_mergeable(
 ) -> dict[str, _Update]:
     """Refuse an adapter whose masked update cannot be added to the base's weights.
 
-    Args:
-        adapter: The adapter.
-        moved: Its tensors, as `check_adapter` returns them.
-        plan: The plan.
-        base: The base's weights.
-
     Returns:
         Weight of the base, as it is stored → what the adapter holds for it.
-
-    Raises:
-        LoRAMError: Nothing is masked, or it holds what cannot be added to a weight.
     """
     _check_masked(plan, adapter)
     updates = _updates(moved, plan, base)
@@ -240,17 +222,8 @@ class _Merger:
         Raises:
             LoRAMError: A weight holds a NaN or an infinity.
         """
-        size = sum(tensor.nbytes for tensor in self.base.tensors.values())
-        done = progress(size, "merging")
-        files, held = {}, {}
-        for file, names in self.base.shards.items():
-            stored = [self.base[name] for name in names]
-            held[file] = [(tensor.name, tensor.dtype, self.shape(tensor)) for tensor in stored]
-            data = (self.merged(tensor, done) for tensor in stored)
-            files[file] = write_safetensors(folder / file, held[file], data)
-        if len(held) > 1:
-            write_index(folder, held)
-        return files
+        done = progress(self.base.nbytes, "merging")
+        return write_shards(self.base, folder, lambda tensor: self.merged(tensor, done), self.shape)
 
     def shape(self, tensor: StoredTensor) -> tuple[int, ...]:
         """The shape of a tensor with its update: another only where the vocabulary grew."""

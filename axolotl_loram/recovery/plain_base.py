@@ -20,13 +20,7 @@ from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress
 from axolotl_loram.files.quantized import FORMATS, check_weights, format_of, without_format
 from axolotl_loram.files.resumable import check_free
-from axolotl_loram.files.tensors import (
-    Checkpoint,
-    StoredTensor,
-    finite,
-    write_index,
-    write_safetensors,
-)
+from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite, write_shards
 from axolotl_loram.files.untrusted import copy_files, read_json
 
 LOG = logging.getLogger(__name__)
@@ -36,14 +30,10 @@ LOG = logging.getLogger(__name__)
 def plain_base(
     model: str, revision: str | None, place: Path, progress: Progress, stored_in: str | None = None
 ) -> Iterator[str]:
-    """The base in plain numbers: itself, or a copy that is gone when the block ends.
+    """In the block, the base in plain numbers: itself, or a copy in `place` that goes when it ends.
 
-    Args:
-        model: Folder or hub id.
-        revision: Of a hub id.
-        place: Folder for the copy; there must be room for two, as what is merged is as large.
-        progress: Shows the bytes written.
-        stored_in: What the merged model will be stored in, by default what the copy is.
+    There must be room for two copies, as what is merged is as large; `stored_in` is what the merged
+    model will be stored in, by default what the copy is.
 
     Raises:
         LoRAMError: Its weights are packed otherwise than its config says, or there is no room.
@@ -56,7 +46,7 @@ def plain_base(
         return
     checkpoint = Checkpoint(folder)
     check_weights(config, checkpoint.tensors, str(folder))
-    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    size = checkpoint.nbytes
     shutil.rmtree(place, ignore_errors=True)  # what a killed process left
     check_free(place, {}, 2 * size, "make room, or merge on another machine")
     dtypes = ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()}))
@@ -84,7 +74,7 @@ def write_plain(checkpoint: Checkpoint, folder: Path, progress: Progress) -> Non
     Raises:
         LoRAMError: A weight holds a NaN or an infinity.
     """
-    done = progress(sum(tensor.nbytes for tensor in checkpoint.tensors.values()), "dequantizing")
+    done = progress(checkpoint.nbytes, "dequantizing")
 
     def counted(tensor: StoredTensor) -> Iterator[np.ndarray]:
         for block in tensor.blocks():
@@ -93,12 +83,4 @@ def write_plain(checkpoint: Checkpoint, folder: Path, progress: Progress) -> Non
             done(block.nbytes)
             yield block
 
-    files = {
-        file: [(name, checkpoint[name].dtype, checkpoint[name].shape) for name in names]
-        for file, names in checkpoint.shards.items()
-    }
-    for file, described in files.items():
-        data = (counted(checkpoint[name]) for name, *_ in described)
-        write_safetensors(folder / file, described, data)
-    if len(files) > 1:
-        write_index(folder, files)
+    write_shards(checkpoint, folder, counted)

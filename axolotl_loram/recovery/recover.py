@@ -47,7 +47,9 @@ def recover(
     fill: Filler | None = None,
     of_run: bool = False,
 ) -> dict[str, Any]:
-    """Turn an adapter trained on a pruned model into an ordinary PEFT adapter for the base.
+    """Turn an adapter trained on a pruned model into a PEFT adapter for the base.
+
+    Returns what its `loram.json` says, and "output", the folder.
 
     Args:
         adapter: Open, or its folder.
@@ -60,9 +62,6 @@ def recover(
         card: Text to append to the model card.
         fill: What to put in the place of zeros (see `fitted.Job`); by default, zeros stay.
         of_run: As in `check_adapter`.
-
-    Returns:
-        What the result's `loram.json` says, and "output", the folder.
 
     Raises:
         LoRAMError: The adapter cannot be recovered exactly, or does not belong to the plan.
@@ -127,12 +126,6 @@ def gather_adapter(
     adapter: Path | Adapter, plan: PruningPlan, pruned_model: str, output: Path
 ) -> None:
     """The mirror of `recover`: cut a full-size adapter to the pruned model, for a warm start.
-
-    Args:
-        adapter: A PEFT LoRA adapter for the base.
-        plan: The pruned model's plan.
-        pruned_model: What the result names as its base.
-        output: Folder to write; replaced.
 
     Raises:
         LoRAMError: The adapter is not one for the plan's base.

@@ -119,16 +119,13 @@ class Moved:
 
 
 def match(adapter: Adapter, plan: PruningPlan, full_size: bool) -> list[Moved]:
-    """Find out, for each adapter tensor, along which features of the base it lies.
+    """Each adapter tensor, in stored order: the features of the base it lies along, its new shape.
 
     Args:
         adapter: The adapter.
         plan: The plan.
         full_size: Whether its tensors have the base's shapes (to gather) or the pruned model's
             (to scatter).
-
-    Returns:
-        The tensors in stored order, each with the shape it will have.
 
     Raises:
         LoRAMError: A tensor is none of LoRA's, is empty, or its shape does not fit the plan.

@@ -8,13 +8,13 @@ else, since it passes over a setting or a tensor. `servable` holds adapters agai
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from axolotl_loram.architecture.config_json import Config, is_tied, layer_fields
+from axolotl_loram.architecture.families import FAMILIES
 from axolotl_loram.architecture.lora_names import PARTNERS, split_name
 from axolotl_loram.architecture.model import embedding_module, parameters
 from axolotl_loram.config_loram import Server
@@ -52,7 +52,8 @@ SGLANG_MODULES = frozenset(
 """`SUPPORTED_LORA_TARGET_MODULES`, those of them that our families have."""
 SGLANG_LACKS = ("olmo3", "smollm3", "seed_oss", "glm", "gpt_neox")
 """Families without a model class of its own; its Transformers backend says nothing of LoRA."""
-TOWER = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector)\.")
+TOWERS = {prefix.split(".")[-2] for row in FAMILIES.values() if row.section for prefix in row.whole}
+"""What modules beside a language tower are in."""
 EMBEDDINGS = ("embed_tokens", "embed_in", "lm_head")
 
 
@@ -206,8 +207,8 @@ def _vllm_experts(subject: Subject) -> str | None:
 
 
 def _tower(subject: Subject) -> str | None:
-    inside = next((module for module in sorted(subject.modules) if TOWER.search(module)), None)
-    return f"LoRA on {inside}" if inside else None
+    inside = [module for module in subject.modules if TOWERS.intersection(module.split(".")[:-1])]
+    return f"LoRA on {min(inside)}" if inside else None
 
 
 def _on(module: str, families: Collection[str]) -> Callable[[Subject], str | None]:

@@ -38,7 +38,7 @@ Shape = tuple[int, ...]
 def check_adapter(
     adapter: Adapter, plan: PruningPlan, pruned: Path | None = None, of_run: bool = False
 ) -> list[Moved]:
-    """All that is asked of an adapter before it is moved between the two models' shapes.
+    """All that is asked of an adapter before it is moved between shapes; returns it so moved.
 
     Args:
         adapter: The adapter.
@@ -46,9 +46,6 @@ def check_adapter(
         pruned: Folder of the pruned model that it was trained on.
         of_run: Whether the run that trained it is the caller: then it may be untrained, as before
             the first step, and its tokenizer is not held against the pruned model's.
-
-    Returns:
-        Its tensors, each with the shape it will have.
 
     Raises:
         LoRAMError: It is not whole, not trained, or not for this plan.
@@ -131,10 +128,6 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
 
     PEFT leaves out what is too many and begins anew with what is missing, both with a warning at
     most. Where the config names no modules, there is nothing to compare.
-
-    Args:
-        adapter: The adapter, with A and B of every module.
-        plan: Of whose base, or pruned model, the modules are.
 
     Raises:
         LoRAMError: A tensor has none of its rank, is of a module that is not named, or a module
@@ -241,31 +234,21 @@ def _is_zero(tensor: StoredTensor) -> bool:
     return not any(np.left_shift(block, 1).any() for block in tensor.blocks())
 
 
-def trained_shapes(model: Any, adapter: str = "default") -> dict[str, Shape]:
+def trained_shapes(model: Any) -> dict[str, Shape]:
     """Name, as PEFT saves it → shape of each tensor that a PEFT model is about to train.
 
-    Args:
-        model: The PEFT model, before the trainer shards it; ZeRO-3 may have done so already.
-        adapter: The name that the adapter has in it.
+    It is asked before the trainer shards the model; ZeRO-3 may have done so already.
     """
     shapes = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            saved = name.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "")
+            saved = name.replace(".modules_to_save.default", "").replace(".default", "")
             shapes[saved] = tuple(getattr(weight, "ds_shape", weight.shape))
     return shapes
 
 
 def check_complete(folder: Path, trained: Mapping[str, Shape]) -> None:
-    """Refuse a saved adapter that is not all that was trained, or not finite.
-
-    Args:
-        folder: With adapter_model.safetensors.
-        trained: What `trained_shapes` said.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Refuse a saved adapter that is not all of `trained_shapes`, or not finite."""
     again = f"the run's checkpoints are in {folder}: go on from the last with other settings"
     try:
         saved = Checkpoint(folder, ADAPTER_FILE)

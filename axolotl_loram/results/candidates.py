@@ -35,7 +35,7 @@ from axolotl_loram.recovery.scatter import vocabulary_of
 from axolotl_loram.results.artefacts import ALSO, BASE, MODELS, PRUNED, RECOVERED, TRAINED
 from axolotl_loram.text.axolotl_text import one_line
 
-DEFAULT_OUTPUT = "./model-out"  # Axolotl's
+DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
 TRAINED_FOLDER = "pruned"
 
 
@@ -102,12 +102,7 @@ class Trial:
 
 
 def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[str, Path]) -> Trial:
-    """Find what an Axolotl YAML's run made, and check that it belongs together.
-
-    Args:
-        settings: The YAML.
-        names: Which of MODELS.
-        also: Name → folder of an adapter for the base, or of a whole model.
+    """Find what an Axolotl YAML's run made (`names`), and what else is named; check it all.
 
     Raises:
         LoRAMError: Something that is asked for is not there, or belongs to another model.
@@ -248,12 +243,9 @@ def load_model(
 def with_adapter(
     model: Any, adapter: Path | None, confined_to: Path | None = None
 ) -> Iterator[Any]:
-    """Put an adapter on a model, and take it off again: the model is then what it was.
+    """In the block, a model has an adapter (or none), confined to the zeros of a sparse model.
 
-    Args:
-        model: As from `load_model`.
-        adapter: Folder of the adapter; None for the model itself.
-        confined_to: Folder of the sparse pruned model whose zeros the update keeps to.
+    Afterwards the model is what it was.
 
     Raises:
         LoRAMError: The adapter is for another model.

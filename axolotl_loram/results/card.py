@@ -174,13 +174,7 @@ def read_evaluation(folder: Path, plan: PruningPlan) -> dict[str, Any]:
 
 
 def licence_of(base: str, revision: str | None, online: bool) -> dict[str, Any]:
-    """What a base's own card or config says of its licence; empty where nothing is known.
-
-    Args:
-        base: Folder or hub id.
-        revision: Revision on the hub.
-        online: Whether its card may be downloaded.
-    """
+    """What a base's card (downloaded if `online`) or config says of its licence, if at all."""
     file = find_local_file(base, "README.md", revision)
     if file is None and online and is_hub_id(base):
         with suppress(LoRAMError):

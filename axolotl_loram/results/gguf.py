@@ -140,11 +140,7 @@ def names_of(architecture: str, layers: int) -> Callable[[str], str | None]:
 
 
 def pairs_of(loras: Iterable[LoRA], config: Config) -> dict[str, Pair]:
-    """What the file must hold, by llama.cpp's names.
-
-    Args:
-        loras: The LoRA of each module, in the base's shapes.
-        config: Of the base.
+    """What the file must hold, by llama.cpp's names, for the LoRA of modules in the base's shapes.
 
     Raises:
         LoRAMError: llama.cpp has no tensor for a module.
@@ -185,11 +181,7 @@ def field_of(reader: Any, name: str) -> Any:
 
 
 def check_base(file: Path, pairs: Mapping[str, Pair], config: Config) -> None:
-    """Refuse a base GGUF that llama.cpp would not load this adapter onto.
-
-    Raises:
-        LoRAMError: It is of another architecture or size, or an adapter.
-    """
+    """Refuse a base GGUF of another architecture or size, or that is an adapter."""
     reader, (name, _) = read_gguf(file), architecture_of(config)
     found = field_of(reader, "general.architecture")
     if found != name or field_of(reader, "general.type") == "adapter":
@@ -215,17 +207,7 @@ def check_base(file: Path, pairs: Mapping[str, Pair], config: Config) -> None:
 
 
 def check_adapter_file(file: Path, pairs: Mapping[str, Pair], config: Config, alpha: float) -> None:
-    """Hold a GGUF adapter against what must stand in it: header, names, shapes and ΔW.
-
-    Args:
-        file: What the converter wrote.
-        pairs: What `pairs_of` said.
-        config: Of the base.
-        alpha: The adapter's.
-
-    Raises:
-        LoRAMError: The first that differs.
-    """
+    """Refuse a GGUF that is not the adapter `pairs`: its header, names, shapes and ΔW."""
     reader = read_gguf(file)
     header = {
         "general.architecture": architecture_of(config)[0],

@@ -84,16 +84,10 @@ class Check:
 
 
 def verify(folder: Path, base: str | None = None, progress: Progress = no_progress) -> list[Check]:
-    """Check all that can be checked of a pruned model or an adapter.
+    """Check all that can be checked of a pruned model or an adapter, in a folder with `loram.json`.
 
-    Args:
-        folder: With `loram.json`.
-        base: Folder or hub id of the base model; by default what the record names, where that is
-            on this machine.
-        progress: Shows the bytes hashed, of all that are to be.
-
-    Returns:
-        The checks. Nothing is downloaded but the config of a `base` that is given.
+    The base is by default what the record names, where that is on this machine; nothing is
+    downloaded but the config of a `base` that is given.
 
     Raises:
         LoRAMError: There is no record that could be held against the files.
@@ -112,11 +106,7 @@ def failures(made: Iterable[Check]) -> list[Check]:
 
 
 def require_whole(made: Iterable[Check], what: object) -> None:
-    """Refuse what failed a check.
-
-    Raises:
-        LoRAMError: It names every failure.
-    """
+    """Refuse what failed a check, naming every failure."""
     failed = failures(made)
     if failed:
         listed = "; ".join(f"{check.name}: {check.detail}" for check in failed)
@@ -151,21 +141,12 @@ def inspect(
 ) -> dict[str, Any]:
     """Tell what a model or an adapter is, and with `verifying` whether what LoRAM made is whole.
 
-    Args:
-        model: A folder, or a hub id: of that, only small files are downloaded unless `verifying`.
-        revision: Revision on the hub.
-        verifying: Make every check of `verify`.
-        base: Folder or hub id of the base model, for the checks.
-        progress: Shows the bytes hashed.
-        servable: Tell which servers take the adapter.
+    See `api.inspect`, which says what the arguments mean and when LoRAMError is raised. Of a hub
+    id, only small files are downloaded unless `verifying`.
 
     Returns:
         What `loram.json` says; "checks" and "failed" (how many) where they were made; "servable",
         a verdict for each server. Of a folder without a record, what `describe_ordinary` finds.
-
-    Raises:
-        LoRAMError: No such model, nothing to verify it by, or (without `verifying`) files that do
-            not fit one another.
     """
     patterns = (*SMALL_PATTERNS, ADAPTER_FILE) if servable else SMALL_PATTERNS
     folder = find_folder(model, revision, ALL_PATTERNS if verifying else patterns)
@@ -206,11 +187,7 @@ def _told(folder: Path, record: Record) -> dict[str, Any]:
 
 
 def describe_ordinary(folder: Path, model: str) -> dict[str, Any]:
-    """What a folder without `loram.json` holds, and what can be done with it.
-
-    Args:
-        folder: With config.json or adapter_config.json, the weights or without them.
-        model: What the user calls it.
+    """What a folder without `loram.json`, called `model`, holds, and what can be done with it.
 
     Raises:
         LoRAMError: It holds neither, or a model of an unknown architecture, or weights that do not

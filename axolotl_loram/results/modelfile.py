@@ -55,12 +55,8 @@ class Turns(NamedTuple):
 def modelfile(adapter: Path, base: Path, file: str, base_gguf: Path | None, named: str) -> str:
     """FROM, ADAPTER, and TEMPLATE where the tokenizer's can be said in Ollama's words.
 
-    Args:
-        adapter: The adapter's folder, whose tokenizer comes first.
-        base: The original's folder.
-        file: What the GGUF adapter is called, beside the Modelfile.
-        base_gguf: The original as GGUF.
-        named: The original, as the adapter calls it.
+    The adapter's own tokenizer comes before the one in the base's folder. The GGUF adapter is
+    `file`, beside the Modelfile; the original is `named` so by the adapter.
     """
     if base_gguf is None:
         name = " ".join(named.split())  # of a file that a stranger may have written

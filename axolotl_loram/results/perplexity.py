@@ -21,14 +21,11 @@ Result = TypeVar("Result")
 
 
 def fitting(batch_size: int, run: Callable[[int], Result]) -> tuple[Result, int]:
-    """Run something with a batch size, halved as long as memory does not suffice.
+    """Run something with a batch size, halved while memory does not suffice; returns both.
 
     Args:
         batch_size: To start with.
         run: Takes the batch size; its first batch should be its largest.
-
-    Returns:
-        What `run` returns, and the batch size that it did so with.
     """
     while True:
         try:

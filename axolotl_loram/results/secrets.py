@@ -25,11 +25,7 @@ def without_secrets(text: str) -> str:
 
 
 def refuse_tokens(files: Mapping[str, Path]) -> None:
-    """Refuse a small file, such as a YAML in a card, that has a token of the hub in it.
-
-    Raises:
-        LoRAMError: One has.
-    """
+    """Refuse a small file, such as a YAML in a card, that has a token of the hub in it."""
     from huggingface_hub import get_token
 
     own = (get_token() or "").encode()

@@ -53,13 +53,9 @@ def perplexity_section(held: HeldOut, losses: Mapping[str, np.ndarray]) -> dict[
 
 
 def task_sections(found: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> dict:
-    """What is said of the tasks.
+    """Task → each model's value, and how much higher it is than the base's, paired by question.
 
-    Args:
-        found: Model, task → what `score` returns, task → scores of each question.
-
-    Returns:
-        Task → value of each model, and how much higher it is than the base's, paired by question.
+    Of each model, task → what `score` returns, and task → scores of each question.
     """
     tasks: dict[str, Any] = {}
     scores: dict[str, dict[str, np.ndarray]] = {}
@@ -100,9 +96,6 @@ def mean_loss(losses: np.ndarray) -> dict[str, Any]:
 
     The loss is a ratio of sums over documents; its standard error is that of a ratio estimate
     (Cochran, Sampling Techniques, 1977, section 6.4), since documents, not tokens, are independent.
-
-    Args:
-        losses: What `document_losses` returns.
     """
     mean, error = _ratio(losses)
     return {"loss": mean, "standard_error": error, "perplexity": exp(mean)}

@@ -1,4 +1,8 @@
-"""The training data of an Axolotl config, tokenized by Axolotl itself (axolotl 0.19)."""
+"""The training data of an Axolotl config, tokenized by Axolotl itself (axolotl 0.19).
+
+A cfg is one that Axolotl validated, as from `load_yaml` or inside `axolotl train`; but for
+`training_data`, it is left as it is.
+"""
 
 from __future__ import annotations
 
@@ -103,10 +107,6 @@ def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
     here, so the LoRAM plugin may be the caller. Nothing is loaded, and no error raised, before the
     first row is asked for.
 
-    Args:
-        cfg: Validated, as from `load_yaml` or inside `axolotl train`; left as it is.
-        seed: Of the order of the rows.
-
     Raises:
         LoRAMError: Axolotl cannot load the data, or makes no token ids of it.
     """
@@ -163,9 +163,6 @@ def heldout_rows(cfg: Any) -> list[tuple[list[int], list[int]]]:
     They are the run's `test_datasets`, or else its share `val_set_size` of the data, split off with
     its seed as in training. A label of -100 does not count.
 
-    Args:
-        cfg: Validated, as from `load_yaml`; left as it is.
-
     Raises:
         LoRAMError: The run holds no data out, or Axolotl cannot load it.
     """
@@ -186,9 +183,6 @@ def heldout_rows(cfg: Any) -> list[tuple[list[int], list[int]]]:
 
 def prepared_rows(cfg: Any) -> Iterator[dict[str, Any]]:
     """All rows of a run as Axolotl prepares them, those that it holds out at the end.
-
-    Args:
-        cfg: Validated, as from `load_yaml`; left as it is.
 
     Raises:
         LoRAMError: Axolotl cannot load the data.
@@ -242,17 +236,11 @@ def training_data(cfg: Any) -> Any:
     Of several streamed `datasets`, axolotl 0.19 reads one after the other, so that a short run
     would see the first alone: here they are mixed, row by row, in equal shares. And it leaves
     `test_datasets` out beside streamed `datasets`.
-
-    Args:
-        cfg: Axolotl's; ranks are made to read streams themselves, which rows of any length need.
-
-    Returns:
-        Axolotl's `TrainDatasetMeta`.
     """
     from axolotl.common.datasets import load_datasets
 
     streamed = bool(cfg.streaming or cfg.pretraining_dataset)
-    if streamed and cfg.accelerator_config is None:
+    if streamed and cfg.accelerator_config is None:  # rows of any length: each rank reads its own
         cfg.accelerator_config = type(cfg)(split_batches=False, dispatch_batches=False)
     if not streamed or cfg.pretraining_dataset or cfg.sample_packing:
         return load_datasets(cfg=cfg)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_loram.architecture.config_json import layer_fields, load_config
+from axolotl_loram.architecture.vocabulary import OTHER_FILES, TOKENIZER_FILE
 from axolotl_loram.config import FillArgs, LayerwiseArgs, Pruning
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import user_path
@@ -29,7 +30,6 @@ Calibrated = Pruning | LayerwiseArgs | FillArgs
 """Settings that name calibration text, its length, samples and seed."""
 LOG = logging.getLogger(__name__)
 TEXT, ROWS, YAML = (".txt",), (".jsonl", ".json"), (".yml", ".yaml")
-VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken")
 WINDOWS_PER_DOCUMENT = 4
 """At most so many sequences' worth of any one document, as long as there are others."""
 CHARACTERS_PER_TOKEN = 4
@@ -239,7 +239,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     # For some families transformers makes up an empty tokenizer where a folder has none.
     reason = "no file of a vocabulary"
-    if any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern)):
+    if any(file for pattern in (TOKENIZER_FILE, *OTHER_FILES) for file in folder.glob(pattern)):
         from transformers import AutoTokenizer
 
         try:

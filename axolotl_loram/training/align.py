@@ -71,11 +71,7 @@ class Alignment:
 
 
 def begin_alignment(cfg: Any) -> Alignment:
-    """Check that base_model can be aligned as cfg says, and let the trainer work in its own folder.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Check that base_model can be aligned as cfg says; let the trainer work in its own folder."""
     section = LoRAMConfig.model_validate(dict(cfg.loram))
     check_sharding(cfg)
     model, revision = str(cfg.base_model), cfg.revision_of_model
@@ -177,15 +173,7 @@ def named_data(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_one_step(cfg: Any, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse training data that does not fill a single step.
-
-    Args:
-        cfg: Axolotl's cfg, after the data were prepared.
-        rows: The training rows; no more of them are read than a step takes.
-
-    Raises:
-        LoRAMError: It says how many there are.
-    """
+    """Refuse training data that does not fill a single step; no more than that is read."""
     needed = cfg.micro_batch_size * cfg.gradient_accumulation_steps * (cfg.world_size or 1)
     packed = cfg.sample_packing and not (cfg.streaming or cfg.pretraining_dataset)
     wanted = needed * cfg.sequence_len
@@ -213,15 +201,7 @@ def seconds_before(checkpoint: str | None) -> float:
 
 
 def heldout_losses(log: Iterable[Mapping[str, Any]], steps: int) -> dict[str, float] | None:
-    """Losses on the held-out data before the first step and after the last, from a trainer's log.
-
-    Args:
-        log: `TrainerState.log_history`.
-        steps: Steps done.
-
-    Returns:
-        None where either is missing.
-    """
+    """From a trainer's log, held-out losses before the first step and after the last, or None."""
     losses = {row["step"]: float(row["eval_loss"]) for row in log if "eval_loss" in row}
     if 0 not in losses or steps not in losses or not steps:
         return None

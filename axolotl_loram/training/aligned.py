@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -23,15 +22,15 @@ from axolotl_loram.architecture.pairing import (
 from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
 from axolotl_loram.architecture.record import Record
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import updated_folder, write_json
+from axolotl_loram.files.atomic import updated_folder
 from axolotl_loram.files.find import TOKENIZER_PATTERNS
 from axolotl_loram.files.tensors import (
-    ELEMENT_BYTES,
     FLOATS,
     MODEL_FILE,
     Checkpoint,
     StoredTensor,
     finite,
+    write_index,
     write_safetensors,
 )
 from axolotl_loram.files.untrusted import copy_files
@@ -50,21 +49,11 @@ def assemble(
     alignment: Mapping[str, Any],
     frozen: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Write the aligned checkpoint: whole, or not at all.
+    """Write the aligned checkpoint `output` of what the trainer saved; returns its record.
 
-    Weights keep the dtype that the pruned checkpoint stores them in. Files that have it already are
-    linked into `output`, where the file system can; when all is in its place, those in `trained`
-    are removed.
-
-    Args:
-        trained: Folder that the trainer saved the model in.
-        pruned: Folder of the pruned model that it was trained from.
-        output: Folder to write.
-        alignment: What the record is to say.
-        frozen: Weights that were not trained: they are the pruned model's own, bit for bit.
-
-    Returns:
-        What `loram.json` says.
+    Weights keep the dtype that the pruned checkpoint stores them in; `frozen` ones are the pruned
+    model's own, bit for bit. Files that have it already are linked into `output`, where the file
+    system can; when all is in its place, those in `trained` are removed.
 
     Raises:
         LoRAMError: A weight is missing, of another shape, or not finite; `output` stays as it was.
@@ -87,23 +76,18 @@ def assemble(
 def aligned_record(
     pruned: Path, folder: Path, files: Mapping[str, str], alignment: Mapping[str, Any]
 ) -> Record:
-    """The record of an aligned checkpoint: the pruned one's, with one alignment more.
+    """The record of an aligned checkpoint, else complete: the pruned one's, one alignment more.
 
-    Args:
-        pruned: Folder of the pruned model.
-        folder: Folder of the aligned one, complete but for the record.
-        files: SHA-256 of its weights' files; those of the others are computed.
-        alignment: What to say about this alignment.
+    `files` has the SHA-256 of its weights' files; those of the others are computed.
     """
     there = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     rest = {name: sha256_of(file) for name, file in there.items() if name not in files}
     record = Record.load(pruned)
     written = Checkpoint(folder)
-    size = sum(tensor.nbytes for tensor in written.tensors.values())
     return replace(
         record,
         alignments=[*(record.alignments or []), dict(alignment)],
-        weight_bytes=size,
+        weight_bytes=written.nbytes,
         fingerprint=weights_fingerprint(written),
         files=dict(sorted({**rest, **files}.items())),
     )
@@ -133,10 +117,10 @@ def _write_weights(trained: Path, pruned: Path, folder: Path, frozen: set[str]) 
             f"expected all weights of the aligned model in {trained}, found no {missing[0]} "
             f"({len(missing)} such): resume from the last checkpoint in it"
         )
-    files, sizes = {}, 0
+    files, held = {}, {}
     for file, names in new.shards.items():
         parts = [_part(new[name], stored.tensors.get(name), name in frozen) for name in names]
-        sizes += sum(part.nbytes for part in parts)
+        held[file] = [(part.source.name, part.dtype, part.source.shape) for part in parts]
         if all(part.source.file.parent == trained and not part.converts for part in parts):
             for part in parts:
                 for _ in part.blocks():  # refuses what is not finite
@@ -144,13 +128,10 @@ def _write_weights(trained: Path, pruned: Path, folder: Path, frozen: set[str]) 
             _link(trained / file, folder / file)
             files[file] = sha256_of(folder / file)
         else:
-            described = [(part.source.name, part.dtype, part.source.shape) for part in parts]
             data = (part.blocks() for part in parts)
-            files[file] = write_safetensors(folder / file, described, data)
+            files[file] = write_safetensors(folder / file, held[file], data)
     if MODEL_FILE not in new.shards:
-        weight_map = {name: file for file, names in new.shards.items() for name in names}
-        index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
-        write_json(folder / f"{MODEL_FILE}.index.json", index)
+        write_index(folder, held)
     return files
 
 
@@ -165,11 +146,6 @@ class _Part:
     def converts(self) -> bool:
         """Whether its dtype is another than the one it has."""
         return self.dtype != self.source.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes, as written."""
-        return math.prod(self.source.shape) * ELEMENT_BYTES[self.dtype]
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Its bits, some rows at a time.

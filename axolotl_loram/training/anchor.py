@@ -40,17 +40,9 @@ CHECKED_ROWS = 4
 def prepare_anchor(
     run: Run, path: str | None, cache_dir: str | None, trainer: Any
 ) -> dict[str, Any]:
-    """Have the trainer minimize the anchored loss.
+    """Have the trainer minimize the anchored loss; returns what to record.
 
-    Args:
-        run: The run.
-        path: The folder that `axolotl-loram anchor` wrote; by default what the base says is
-            computed here.
-        cache_dir: Where what is computed is kept, if not in the usual place.
-        trainer: Of an adapter.
-
-    Returns:
-        What to record.
+    What the base says is in `path`, as `axolotl-loram anchor` wrote it, or else computed here.
 
     Raises:
         LoRAMError: The base's outputs cannot be computed or read, or are another model's; or the
@@ -76,11 +68,7 @@ def prepare_anchor(
 
 
 def check_anchor(teacher: Teacher, folder: Path, run: Run) -> None:
-    """Refuse outputs that are another model's, or of all places.
-
-    Raises:
-        LoRAMError: They are.
-    """
+    """Refuse outputs that are another model's, or of all places."""
     if not teacher.record.get("trained_only"):
         raise LoRAMError(
             f"expected what `axolotl-loram anchor` wrote in {folder}, found the outputs of a "
@@ -106,7 +94,7 @@ def make_anchor(
     server: str | None = None,
     served_model: str | None = None,
 ) -> dict[str, Any]:
-    """Write what the base says of a run's rows, for a run on a machine that has no base.
+    """Write what the base says of a run's rows, for a machine without it; returns its record.
 
     Interrupted, it goes on when it is called again.
 
@@ -117,9 +105,6 @@ def make_anchor(
         server: Address of a server of the base, up to and with `/v1`; then `model`, where it is
             given, computes only a few rows, to hold the server's answers against.
         served_model: What the server calls the base; by default the YAML's base_model.
-
-    Returns:
-        The record in it.
 
     Raises:
         LoRAMError: The data or the base cannot be read, nothing is trained, or the server does

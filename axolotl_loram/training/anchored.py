@@ -16,11 +16,10 @@ whose probability under both models is known too. With every token named it is t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from axolotl_loram.training.distil import TOKENS_PER_CHUNK, Targets
+from axolotl_loram.training.distil import TOKENS_PER_CHUNK, Targets, in_chunks
 
 TINY = 1e-38
 """The least probability of all that is not named; 0 has no logarithm."""
@@ -76,28 +75,12 @@ def anchored_loss(logits: torch.Tensor, anchor: Offsets) -> torch.Tensor:
     Returns:
         A scalar in float32; its derivative by the logits is in their dtype.
     """
-    return _Anchored.apply(logits, anchor.ids, anchor.named, anchor.rest)
-
-
-class _Anchored(torch.autograd.Function):
-    """Loss and derivative come out together, some places at a time: float32 only of a chunk."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, ids: Any, named: Any, rest: Any) -> torch.Tensor:
-        total = torch.zeros((), device=logits.device)
-        slopes = torch.empty_like(logits)
-        for start in range(0, len(logits), TOKENS_PER_CHUNK):
-            part = slice(start, start + TOKENS_PER_CHUNK)
-            losses, slope = _of_places(logits[part].float(), ids[part], named[part], rest[part])
-            total += losses.sum()
-            slopes[part] = slope
-        ctx.save_for_backward(slopes)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        return slopes * gradients[0].to(slopes.dtype), None, None, None
+    return in_chunks(
+        logits,
+        lambda logits, part: _of_places(
+            logits, anchor.ids[part], anchor.named[part], anchor.rest[part]
+        ),
+    )
 
 
 def _of_places(

@@ -46,10 +46,7 @@ def number_of(checkpoint: Path) -> int:
 
 
 def last_on_all_ranks(checkpoints: Sequence[Path]) -> str | None:
-    """The latest of rank 0's checkpoints of which every rank has its share; all ranks call this.
-
-    Args:
-        checkpoints: Whole checkpoints, as this rank sees them; those of rank 0 count.
+    """The latest of rank 0's whole checkpoints of which every rank has its share; all call this.
 
     Raises:
         LoRAMError: Rank 0 has some, and none is whole on all nodes.
@@ -122,12 +119,9 @@ class NodeCallback(TrainerCallback):
 
 
 def surplus(folder: Path, step: int, limit: int) -> list[Path]:
-    """Shares of checkpoints on a disk of its own that are more than the limit, oldest first.
+    """Shares of checkpoints before `step` that are more than the limit, oldest first.
 
-    Args:
-        folder: With the folders `checkpoint-N`; one with a trainer's state is rank 0's to delete.
-        step: Of the checkpoint that was just written.
-        limit: How many are kept.
+    Of a folder with a trainer's state rank 0 takes care.
     """
     found = [path for path in folder.glob("checkpoint-*") if not (path / STATE_FILE).exists()]
     older = sorted((path for path in found if number_of(path) < step), key=number_of)
@@ -135,13 +129,9 @@ def surplus(folder: Path, step: int, limit: int) -> list[Path]:
 
 
 def choose_checkpoint(cfg: Any, folder: Path, key: str, value: str) -> None:
-    """Settle in cfg which checkpoint training goes on from, the same for all ranks.
+    """Settle in cfg which checkpoint in a folder training goes on from, the same for all ranks.
 
-    Args:
-        cfg: Axolotl's cfg.
-        folder: Where the trainer's checkpoints are.
-        key: What their `loram.json` names the model they were trained from by.
-        value: What it says there for this run.
+    In its `loram.json`, `key` is to be `value`: the model that it is trained from.
 
     Raises:
         LoRAMError: The one that is named is not whole, or of another run.

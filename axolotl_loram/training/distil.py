@@ -12,6 +12,7 @@ some tokens at a time: beside the logits only the derivative is ever held whole,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,38 +64,44 @@ def distillation_loss(
         A scalar in float32; its derivative by the logits is in their dtype.
     """
     flat, labels = targets.to(logits.device).flat(), labels.to(logits.device).flatten()
-    return _Distillation.apply(
-        logits.flatten(0, -2), flat.ids, flat.logprobs, flat.rest, labels, next_token
-    )
+
+    def of_part(logits: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        said = Targets(flat.ids[part], flat.logprobs[part].float(), flat.rest[part].float())
+        losses, slope = _of_tokens(logits, said, labels[part], next_token)
+        counts = labels[part] != IGNORED
+        return losses[counts], slope.mul_(counts[:, None])
+
+    return in_chunks(logits.flatten(0, -2), of_part)
 
 
-class _Distillation(torch.autograd.Function):
+Part = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+"""Some logits in float32, (places, vocabulary), and which they are → losses, and their derivative
+by the logits."""
+
+
+def in_chunks(logits: torch.Tensor, of_part: Part) -> torch.Tensor:
+    """The sum of what `of_part` gives of logits (places, vocabulary), some places at a time."""
+    return _InChunks.apply(logits, of_part)
+
+
+class _InChunks(torch.autograd.Function):
+    """Loss and derivative come out together: float32 only of a chunk."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        ids: torch.Tensor,
-        logprobs: torch.Tensor,
-        rest: torch.Tensor,
-        labels: torch.Tensor,
-        share: float,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, of_part: Part) -> torch.Tensor:
         total = torch.zeros((), device=logits.device)
         slopes = torch.empty_like(logits)
         for start in range(0, len(logits), TOKENS_PER_CHUNK):
             part = slice(start, start + TOKENS_PER_CHUNK)
-            said = Targets(ids[part], logprobs[part].float(), rest[part].float())
-            losses, slope = _of_tokens(logits[part].float(), said, labels[part], share)
-            counts = labels[part] != IGNORED
-            total += losses[counts].sum()
-            slopes[part] = slope.mul_(counts[:, None])
+            losses, slopes[part] = of_part(logits[part].float(), part)
+            total += losses.sum()
         ctx.save_for_backward(slopes)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (slopes,) = ctx.saved_tensors
-        return slopes * gradients[0].to(slopes.dtype), None, None, None, None, None
+        return slopes * gradients[0].to(slopes.dtype), None
 
 
 def _of_tokens(

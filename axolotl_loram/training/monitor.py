@@ -43,10 +43,7 @@ KEY = "evaluate_recovered_every"
 
 
 def check_can_evaluate(cfg: Any) -> None:
-    """Refuse `evaluate_recovered_every` where it cannot work, before anything long.
-
-    Args:
-        cfg: Axolotl's, with the base still in its place.
+    """Refuse `evaluate_recovered_every` where it cannot work; cfg still names the base.
 
     Raises:
         LoRAMError: The adapter is spread over ranks, or there are no weights, memory or text.

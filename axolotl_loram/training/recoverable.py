@@ -38,12 +38,7 @@ class _Unwritten(StoredTensor):
 def check_recoverable(run: Run, model: Any) -> Adapter:
     """Refuse, before the first step, an adapter that the run could not recover after the last.
 
-    Args:
-        run: The run.
-        model: The PEFT model, before the trainer shards it; ZeRO-3 may have done so already.
-
-    Returns:
-        The adapter that PEFT would write, without its values.
+    Returns the one that PEFT would write, without values; ZeRO-3 may have sharded the model.
 
     Raises:
         LoRAMError: Something is trained that PEFT will not save, or saved that is not recovered.
@@ -68,7 +63,7 @@ def check_recoverable(run: Run, model: Any) -> Adapter:
     return adapter
 
 
-def adapter_to_be(run: Run, model: Any, name: str = "default") -> Adapter:
+def adapter_to_be(run: Run, model: Any) -> Adapter:
     """The adapter that PEFT would write now, without its values."""
     folder = run.trained
     state = model.state_dict(keep_vars=True)
@@ -78,13 +73,13 @@ def adapter_to_be(run: Run, model: Any, name: str = "default") -> Adapter:
         for value in held.values()
     }
     shapes = {key: empty[id(value)] for key, value in held.items()}
-    saved = get_peft_model_state_dict(model, shapes, name)
+    saved = get_peft_model_state_dict(model, shapes)
     numbers = {id(value): number for number, value in enumerate(saved.values(), start=1)}
     file = folder / ADAPTER_FILE
     tensors = {
         key: _Unwritten(key, "F32", tuple(value.shape), file, 0, numbers[id(value)])
         for key, value in saved.items()
     }
-    settings = json.loads(json.dumps(model.peft_config[name].to_dict(), default=sorted))
+    settings = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
     record = Record(Kind.TRAINED_ADAPTER, run.base, run.plan.digest, masked=run.masked)
     return Adapter(folder, settings, record, Checkpoint(run.pruned), tensors)

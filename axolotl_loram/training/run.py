@@ -28,6 +28,7 @@ from axolotl_loram.pruning.cache import OWN_TEXT, own_text, prune_into_cache
 from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.fitted import Job, check_fillable
 from axolotl_loram.recovery.recover import gather_adapter
+from axolotl_loram.results.candidates import DEFAULT_OUTPUT, TRAINED_FOLDER
 from axolotl_loram.text.axolotl_text import token_rows
 from axolotl_loram.training.checkpoints import choose_checkpoint, is_first_rank
 from axolotl_loram.training.memory_log import predict_run
@@ -40,10 +41,8 @@ from axolotl_loram.training.sharding import (
 from axolotl_loram.training.support import switch_off_kernels, trains_masked
 
 LOG = logging.getLogger(__name__)
-PRUNED_FOLDER = "pruned"
 STARTS_ANEW = ("dpo", "ipo", "kto")
 """Trainers that Axolotl hands a new adapter's config, never an adapter."""
-DEFAULT_OUTPUT = "./model-out"  # Axolotl's, which it fills in only after `register`
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Run:
     @property
     def trained(self) -> Path:
         """Folder of the adapter as trained, and of the checkpoints."""
-        return self.output / PRUNED_FOLDER
+        return self.output / TRAINED_FOLDER
 
     def follow(self, state: Any) -> None:
         """Keep what the trainer's state says of steps and losses, for the record."""
@@ -234,7 +233,7 @@ def use_recovered_adapter(cfg: Any) -> None:
     if recovered.kind != Kind.RECOVERED_ADAPTER:
         raise LoRAMError(
             f"expected a recovered adapter in output_dir, found none in {output}: run `axolotl "
-            f"train` first, or `axolotl-loram recover {output / PRUNED_FOLDER}/checkpoint-N` and "
+            f"train` first, or `axolotl-loram recover {output / TRAINED_FOLDER}/checkpoint-N` and "
             "pass --lora-model-dir"
         )
     check_recorded_base(recovered, str(cfg.base_model), cfg.revision_of_model)

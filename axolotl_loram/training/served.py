@@ -151,21 +151,11 @@ def make_served(
     progress: Progress = no_progress,
     known: Mapping[bytes, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Store what a served base says, as `make_teacher` does what it computes.
+    """Store what a served base says, as `make_teacher` stores what it computes.
 
-    Interrupted, it goes on when it is called again with the same arguments.
-
-    Args:
-        server: To ask.
-        rows: The sequences, with what is trained.
-        output: Folder to write.
-        top_k: How many of the most likely tokens to keep, the trained one among them.
-        progress: Shows how far it is.
-        known: Log-probabilities of the trained tokens of some rows, by the rows' digest, as the
-            base itself has them: the server's are held against these.
-
-    Returns:
-        What `teacher.json` says.
+    Interrupted, it goes on when it is called again with the same arguments. The server's answers
+    are held against `known`, by the rows' digest: log-probabilities of the trained tokens of some
+    rows, as the base itself has them.
 
     Raises:
         LoRAMError: The server answers otherwise than expected, or as another model would.
@@ -194,17 +184,7 @@ def make_served(
 
 
 def check_server(server: Server, rows: Sequence[Row], top_k: int, tokenizer: Any) -> None:
-    """Refuse a server that gives too little or has another tokenizer, before the long work.
-
-    Args:
-        server: To ask.
-        rows: Some rows.
-        top_k: How many tokens each place needs.
-        tokenizer: The run's.
-
-    Raises:
-        LoRAMError: It does not answer, or not as needed.
-    """
+    """Refuse a server that gives too little, or has another tokenizer, before the work."""
     same = total = 0
     try:
         for row in rows:

@@ -32,15 +32,9 @@ YAML_KEYS = {
 
 
 def check_yaml(cfg: Any, section: LoRAMConfig, base: Config) -> None:
-    """Refuse, before the base is pruned, what a server of `serve_with` would not take.
+    """Refuse, before the base is pruned, a YAML whose adapter a server of `serve_with` refuses.
 
-    Args:
-        cfg: The YAML as Axolotl validated it: what it says, not all that PEFT makes of it.
-        section: Its `loram:`.
-        base: Config of the base.
-
-    Raises:
-        LoRAMError: One sentence.
+    The YAML is as Axolotl validated it: what it says, not all that PEFT makes of it.
     """
     settings = {name: cfg[key] for name, key in YAML_KEYS.items()}
     if cfg.lora_target_linear:
@@ -51,16 +45,7 @@ def check_yaml(cfg: Any, section: LoRAMConfig, base: Config) -> None:
 
 
 def check_adapter_to_be(adapter: Adapter, section: LoRAMConfig, base: Config) -> None:
-    """Refuse what a server of `serve_with` would not take; warn of other common ones.
-
-    Args:
-        adapter: What PEFT would write.
-        section: The `loram:` of the YAML.
-        base: Config of the base.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Refuse what a server of `serve_with` would not take; warn of other common ones."""
     shapes = {name: tensor.shape for name, tensor in adapter.tensors.items()}
     made = verdicts(Subject(adapter.settings, shapes, base), section.serve_with or COMMON)
     if section.serve_with:

@@ -25,9 +25,6 @@ def check_sharding(cfg: Mapping[str, Any]) -> None:
 
     Args:
         cfg: Axolotl's cfg, with its defaults filled in.
-
-    Raises:
-        LoRAMError: One sentence.
     """
     if cfg.get("deepspeed"):
         check_deepspeed(cfg, read_deepspeed(cfg["deepspeed"]))
@@ -55,11 +52,7 @@ def check_deepspeed(cfg: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> Non
 
 
 def check_adapter_saves(cfg: Mapping[str, Any]) -> None:
-    """Refuse settings under which an adapter would not be trained or saved whole.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Refuse settings under which an adapter would not be trained or saved whole."""
     whole, reason = cfg.get("lora_modules_to_save"), None
     if cfg.get("deepspeed"):
         deepspeed = read_deepspeed(cfg["deepspeed"])
@@ -96,10 +89,8 @@ def settle_checkpointing(cfg: Any) -> None:
     0.18 empties a frozen weight in place when a module's forward pass is over, that of the
     recomputation too (transformers' issue 47254; trained weights are saved detached, so that
     alignment is free of it). Axolotl 0.19 takes the reentrant way by itself, but not with `rl`, for
-    which some of TRL's trainers do (DPO's, KTO's) and some do not (ORPO's, CPO's).
-
-    Args:
-        cfg: Axolotl's cfg, with its defaults filled in; `use_reentrant` is set where it is not.
+    which some of TRL's trainers do (DPO's, KTO's) and some do not (ORPO's, CPO's). It is set where
+    cfg, with its defaults filled in, does not say it.
 
     Raises:
         LoRAMError: The YAML asks for the other way.
@@ -163,9 +154,6 @@ def check_gathering(deepspeed: Mapping[str, Any]) -> None:
     DeepSpeed 0.18.9 starts the gathers of a module's weights together and waits for the last. On a
     GPU they end in order. Gloo, on CPUs, has two threads: another may still be under way, and then
     writes over weights that were just loaded, or leaves out of a save what it has not brought yet.
-
-    Raises:
-        LoRAMError: One sentence.
     """
     if zero_stage(deepspeed) != 3:
         return

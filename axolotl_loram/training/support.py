@@ -25,14 +25,7 @@ SPLITTING = {
 
 
 def check_supported(cfg: Any) -> None:
-    """Refuse, by name and with the reason, what LoRAM cannot recover.
-
-    Args:
-        cfg: The YAML as Axolotl read it, not validated yet.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Refuse, by name and with the reason, what LoRAM cannot recover; cfg is not validated yet."""
     if not cfg.loram:
         raise LoRAMError(
             "expected a `loram:` section for the LoRAMPlugin, found none: add "
@@ -100,11 +93,7 @@ def aligns(cfg: Any) -> bool:
 
 
 def check_alignment(cfg: Any) -> None:
-    """Refuse, by name and with the reason, what does not go with `stage: align`.
-
-    Raises:
-        LoRAMError: One sentence.
-    """
+    """Refuse, by name and with the reason, what does not go with `stage: align`."""
     whole = "all weights are trained; adapters come after, with `stage: train`"
     sharded = "no rank would have the whole weights to save"
     refused = {
@@ -176,12 +165,7 @@ def trains_masked(section: LoRAMConfig, plan: PruningPlan) -> bool:
 def check_router_losses(config: Any, plan: PruningPlan) -> None:
     """Refuse a load-balancing loss over layers that have different numbers of experts.
 
-    Args:
-        config: The pruned model's config, as it was built.
-        plan: Its plan.
-
-    Raises:
-        LoRAMError: transformers would stack the routers' outputs of all layers, and fail.
+    transformers would stack the routers' outputs of all layers, and fail.
     """
     pruned = any("experts" in kept for kept in plan.counts.values())
     if pruned and getattr(config, "output_router_logits", False):

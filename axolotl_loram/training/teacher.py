@@ -188,7 +188,7 @@ def make_teacher(
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Compute and store a model's outputs on token sequences.
+    """Compute and store a model's outputs on token sequences; returns what `teacher.json` says.
 
     Interrupted, it leaves what it has done beside `output`, and goes on from there when it is
     called again with the same arguments.
@@ -201,9 +201,6 @@ def make_teacher(
         top_k: How many of the most likely tokens to keep.
         device: Where to compute: in float32 on a CPU, in bfloat16 on a GPU.
         progress: Shows how far it is.
-
-    Returns:
-        What `teacher.json` says.
 
     Raises:
         LoRAMError: There are no sequences, or tokens that the teacher lacks.
@@ -233,14 +230,7 @@ def make_teacher(
 def kept_outputs(
     name: str, model: Path, rows: Iterable[Row | np.ndarray], top_k: int, cache_dir: str | None
 ) -> Path:
-    """The cached folder of a model's outputs on a run's rows, made by whichever rank comes first.
-
-    Args:
-        name: What to call them.
-        model: Folder of the model.
-        rows: The sequences, or their token ids.
-        top_k: How many of the most likely tokens to keep.
-        cache_dir: Where they are kept, if not in the usual place.
+    """The cached folder (`name`) of a model's outputs on a run's rows, made by whoever comes first.
 
     Raises:
         LoRAMError: They cannot be computed, or not kept there.

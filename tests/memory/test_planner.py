@@ -245,7 +245,7 @@ def test_bad_input_is_one_line(arguments, status, message, large, tmp_path):
 
 
 def test_without_matplotlib_the_plot_says_what_to_install(large, monkeypatch, tmp_path):
-    from axolotl_loram.results.plan_figures import save_memory
+    from axolotl_loram.results.footprint import save_memory
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(LoRAMError, match=r"axolotl-loram\[plot\]"):

