@@ -60,7 +60,9 @@ def test_every_patch_says_why_and_until_when():
 def test_no_other_module_changes_what_it_imports():
     """Assigning to an imported name's attributes, and `setattr` on one, are of `patches` alone."""
     for file in ROOT.rglob("*.py"):
-        if file.name.startswith("patches") or file.parent.name == "llama_cpp":  # those: another process
+        if (
+            file.name.startswith("patches") or file.parent.name == "llama_cpp"
+        ):  # those: another process
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imported = {

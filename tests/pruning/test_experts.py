@@ -19,6 +19,7 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.pruning.cache import prune_into_cache
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.training.support import check_router_losses
 
@@ -359,6 +360,23 @@ def test_a_plan_that_keeps_fewer_experts_than_a_token_uses_is_refused(moe, tmp_p
     config = load_config(str(moe))
     with pytest.raises(LoRAMError, match=r"mlp.experts to keep 2 to 4 units, .* found .3."):
         PruningPlan(config, {"model.layers.1.mlp.experts": np.array([3], np.int32)})
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        (None, "keep 2 experts, found 1 of 4"),
+        ("awq", "MXFP4 or FP8, found quantization_config 'awq"),
+    ],
+)
+def test_what_cannot_be_pruned_is_said_before_a_run_reads_its_text(format, message, moe, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((moe / "config.json").read_text())
+    named = {"quantization_config": {"quant_method": format}} if format else {}
+    (base / "config.json").write_text(json.dumps(config | named))
+    with pytest.raises(LoRAMError, match=message):
+        prune_into_cache(str(base), None, PruningArgs(ratio=0.75), str(tmp_path), pytest.fail)
 
 
 def test_a_load_balancing_loss_over_unequal_layers_is_refused(moe, tmp_path):
