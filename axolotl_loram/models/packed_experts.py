@@ -18,7 +18,6 @@ from axolotl_loram.architecture.families import FAMILIES
 from axolotl_loram.architecture.spaces import EXPERTS
 from axolotl_loram.files.nf4 import DTYPES, STATE
 from axolotl_loram.models.patches import take_any_width
-from axolotl_loram.models.patches_peft import adapt_packed_stacks
 
 PARTS = (".absmax", *DTYPES, STATE)
 STACKS = tuple(
@@ -51,6 +50,8 @@ class StackedNf4(Bnb4BitHfQuantizer):
         """PEFT nests LoRA on several parameters of a module in the order that it finds them in."""
         take_any_width()
         if stacks := packed_stacks(model):
+            from axolotl_loram.models.patches_peft import adapt_packed_stacks
+
             adapt_packed_stacks()
         order = [stack.rpartition(".")[2] for stack in STACKS]
         for module in stacks:

@@ -28,14 +28,15 @@ def adapt_packed_stacks() -> None:
     """
     _wrap(BaseTuner, "_inject_parameters", _inject_by_place)
     _wrap(ParamWrapper, "_activate_lora", _activate_uncached)
-    found = BaseTuner._check_target_module_exists
+    check = "_check_target_module_exists"
+    found = getattr(BaseTuner, check)
     if found.__module__ != __name__:
 
         @functools.wraps(found, assigned=("__doc__",))
         def is_target(config: Any, key: str) -> Any:
             return ".parametrizations." not in key and found(config, key)
 
-        BaseTuner._check_target_module_exists = staticmethod(is_target)
+        setattr(BaseTuner, check, staticmethod(is_target))
 
 
 class _Placed(str):
