@@ -118,8 +118,14 @@ def test_peft_leaves_frozen_experts_packed(family, make_model, tmp_path):
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("targets", [{"target_parameters": NAMES}, {"target_modules": LINEAR}])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("mixtral", {"target_parameters": NAMES}),
+        ("qwen3_moe", {"target_modules": LINEAR}),  # which PEFT takes for stacks, too
+        ("qwen2_moe", {"target_modules": LINEAR}),  # of shared experts alone
+    ],
+)
 def test_peft_adapts_packed_experts_as_plain_ones(family, targets, make_model, tmp_path):
     """The same tensors under the same names, the same outputs, and gradients for all of them."""
     prune(str(make_model(family)), tmp_path / "packed", PruningArgs(**PACKED))
@@ -137,6 +143,7 @@ def test_peft_adapts_packed_experts_as_plain_ones(family, targets, make_model, t
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
     held = {n for n, _ in adapted.named_parameters() if "lora_" in n}
+    assert any(".experts." in name for name in held) == (family != "qwen2_moe")
     assert held == {n for n, _ in loaded.named_parameters() if "lora_" in n} != set()
     torch.testing.assert_close(logits_of(adapted), logits_of(loaded), rtol=1e-5, atol=1e-5)
     again = PeftModel.from_pretrained(load_pruned(str(tmp_path / "packed")), tmp_path / "adapter")
