@@ -41,7 +41,7 @@ def schema_options(schema: Any, names: Mapping[str, str]) -> Callable:
             several = get_origin(field.annotation) in (tuple, dict)
             given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
             kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
-            kind = str if several else kind
+            kind = str if several or get_origin(kind) is dict else kind
             shown = (
                 ",".join(field.get_default(call_default_factory=True)) if several else field.default
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from axolotl_loram.config_shares import Ratio, check_ratio, check_sparsity
 from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 
@@ -94,10 +93,11 @@ class PruningArgs(Section):
         "is calibration text (in a training YAML, its own data sets), otherwise random; with a "
         "sparsity, magnitude.",
     )
-    ratio: float | None = Field(
+    ratio: Ratio | None = Field(
         default=None,
-        description="Share of the neurons and KV groups to remove from each pruned layer, between "
-        "0 and 1.",
+        description="Share of the neurons, KV groups and experts to remove from each pruned layer, "
+        "between 0 and 1; or one for each kind of unit, such as "
+        "{experts: 0.5, expert_neurons: 0.25}, as an option experts=0.5,expert_neurons=0.25.",
     )
     sparsity: float | str | None = Field(
         default=None,
@@ -173,9 +173,9 @@ class PruningArgs(Section):
         "or 256 (4.03).",
     )
 
-    @field_validator("ratio")
+    @field_validator("ratio", mode="before")
     @classmethod
-    def _inside_unit_interval(cls, ratio: float | None) -> float | None:
+    def _inside_unit_interval(cls, ratio: Any) -> Ratio | None:
         return None if ratio is None else check_ratio(ratio)
 
     @field_validator("units", mode="before")
@@ -214,6 +214,11 @@ class PruningArgs(Section):
                 f"expected one of ratio, sparsity and indices, found {' and '.join(given)}: units "
                 "are removed by ratio or indices, single weights by sparsity"
             )
+        if isinstance(self.ratio, dict) and self.units:
+            raise LoRAMError(
+                f"expected units ({', '.join(self.units)}) or a ratio for each kind of unit, found "
+                f"both: name in ratio all kinds that are to be removed ({', '.join(self.ratio)})"
+            )
         methods = SPARSE if self.sparsity else STRUCTURED
         if self.method and self.method not in methods and not self.indices_path:
             raise LoRAMError(
@@ -226,6 +231,11 @@ class PruningArgs(Section):
             )
         return self
 
+    @property
+    def kinds(self) -> tuple[str, ...] | None:
+        """Kinds of unit that are named, by `units` or by a ratio of each."""
+        return tuple(self.ratio) if isinstance(self.ratio, dict) else self.units  # type: ignore
+
     def resolve(self, own_text: bool = False, longest: int | None = None) -> Pruning:
         """Settle every default that depends on something else: the one place that does.
 
@@ -237,9 +247,7 @@ class PruningArgs(Section):
             Settings that say all they mean. Resolved again, they stay the same.
         """
         whole_units = self.ratio is not None
-        # Stacked experts do not show what goes into each neuron, so text tells nothing of those.
-        readable = "expert_neurons" not in (self.units or ())
-        text = readable and (own_text or self.calibration_path is not None)
+        text = own_text or self.calibration_path is not None
         method = "magnitude" if self.sparsity else "random"
         if whole_units and text:
             # The recovered adapter kept 96 % of LoRA's gain by this (benchmarks/ablation.py).
@@ -277,38 +285,6 @@ class Pruning(PruningArgs):
     def protected(self) -> tuple[int, int]:
         """Layers to leave whole at the start and the end."""
         return self.protect_first, self.protect_last
-
-
-def check_ratio(ratio: float) -> float:
-    """Refuse a pruning ratio outside (0, 1)."""
-    if not 0 < ratio < 1:
-        raise LoRAMError(
-            f"expected a pruning ratio between 0 and 1 (both excluded), found {ratio}: 0.85 "
-            "removes 85 % of each pruned layer's neurons and KV groups"
-        )
-    return ratio
-
-
-def check_sparsity(sparsity: Any) -> float | str:
-    """A share of zeros in (0, 1), or a pattern "N:M" with 0 < N < M.
-
-    YAML 1.1 reads an unquoted 2:4 as the base-60 number 124, which is taken back here.
-    """
-    if isinstance(sparsity, int) and not isinstance(sparsity, bool) and sparsity > 60:
-        sparsity = "{}:{}".format(*divmod(sparsity, 60))
-    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", str(sparsity))
-    if found and 0 < int(found[1]) < int(found[2]):
-        return f"{int(found[1])}:{int(found[2])}"
-    try:
-        share = float(sparsity)
-    except (TypeError, ValueError):
-        share = math.nan
-    if not 0 < share < 1:
-        raise LoRAMError(
-            "expected a sparsity between 0 and 1 (both excluded) or a pattern such as 2:4, found "
-            f"{sparsity!r}: 0.55 sets 55 % of the weights to zero"
-        )
-    return share
 
 
 GONE_FILLS = ("normal", "corrected")

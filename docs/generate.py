@@ -66,7 +66,12 @@ def kind_of(annotation: Any) -> str:
         "int": "whole number",
     }.items():
         text = re.sub(rf"\b{name}\b", word, text)
-    text = text.replace(" | None", "").replace("tuple[text, ...] | text", "text")
+    for name, word in {
+        " | None": "",
+        "dict[text, number]": "one for each kind",
+        "tuple[text, ...] | text": "text",
+    }.items():
+        text = text.replace(name, word)
     return text.replace("<class '", "").replace("'>", "").replace(" | ", " or ")
 
 

@@ -77,6 +77,17 @@ def test_prune_train_recover_by_command_line(make_model, tmp_path):
         (("plan", "some-org/nowhere", "--pruning-ratio", "0.5"), 1, "no such model"),
         (("plan", "{base}", "--pruning-ratio", "1.5"), 2, "between 0 and 1"),
         (("plan", "{base}", "--pruning-ratio", "0"), 2, "between 0 and 1"),
+        (("plan", "{base}", "--pruning-ratio", "neurons=2"), 2, "found 2 for neurons"),
+        (
+            ("plan", "{base}", "--pruning-ratio", "half"),
+            2,
+            "between 0 and 1 (both excluded), found",
+        ),
+        (("plan", "{base}", "--pruning-ratio", "neurons=.5,neurons=.4"), 2, "name each kind once"),
+        (
+            ("plan", "{base}", "--pruning-ratio", "neurons=.5", "--units", "kv_groups"),
+            *(2, "expected units (kv_groups) or a ratio for each kind of unit, found both"),
+        ),
         (("plan", "{base}"), 2, "expected a pruning ratio, found none"),
         (("plan", "{heads}", "--pruning-ratio", "0.9"), 1, "KV group"),
         (("plan", "{mamba}", "--pruning-ratio", "0.5"), 1, "unknown architecture"),

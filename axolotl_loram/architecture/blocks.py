@@ -165,7 +165,7 @@ def deepseek_sizes(fields: Fields, layer: int | None) -> dict[str, int]:
     experts, width = positive(fields, "num_experts"), positive(fields, "moe_intermediate_size")
     nope, rope = positive(fields, "qk_nope_head_dim"), positive(fields, "qk_rope_head_dim")
     value, latent = positive(fields, "v_head_dim"), positive(fields, "kv_lora_rank")
-    in_groups = (fields.get("n_group") or 1) > 1  # the router picks among equal groups of them
+    groups = fields.get("n_group") or 1  # equal ones, among which the router picks first
     return {
         "hidden": positive(fields, "hidden_size"),
         "vocabulary": positive(fields, "vocab_size"),
@@ -178,7 +178,8 @@ def deepseek_sizes(fields: Fields, layer: int | None) -> dict[str, int]:
         "latent_and_rope": latent + rope,
         "neurons": positive(fields, "intermediate_size") if dense else 0,
         "experts": 0 if dense else experts,
-        "fewest_experts": experts if in_groups else positive(fields, "num_experts_per_tok"),
+        "router_groups": groups,
+        "fewest_experts": experts if groups > 1 else positive(fields, "num_experts_per_tok"),
         "expert_width": width,
         "shared_width": 0 if dense else width * positive(fields, "n_shared_experts", default=1),
     }

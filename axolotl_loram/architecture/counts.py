@@ -30,7 +30,8 @@ from axolotl_loram.architecture.model import (
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.reference import read_indices
 from axolotl_loram.architecture.spaces import Group, Sizes
-from axolotl_loram.config import Pruning, check_ratio
+from axolotl_loram.config import Pruning
+from axolotl_loram.config_shares import Ratio, check_ratio, share_of
 from axolotl_loram.errors import LoRAMError
 
 LOG = logging.getLogger(__name__)
@@ -59,35 +60,39 @@ def _say_fewer(*numbers: int) -> None:
 
 
 def keep_counts(
-    config: Config, ratio: float, first: int, last: int, units: Collection[str] | None = None
+    config: Config, ratio: Ratio, first: int, last: int, units: Collection[str] | None = None
 ) -> dict[int, dict[str, int]]:
     """Layer → kind → units kept at a uniform pruning ratio; protected layers are missing.
 
     Args:
         config: The base's config.
-        ratio: Share of the units to remove.
+        ratio: Share of the units to remove, of all kinds or of each.
         first: Layers at the start that stay whole.
         last: Layers at the end that stay whole.
-        units: Kinds of unit to remove, by default all but the optional ones.
+        units: Kinds of unit to remove, by default those that the ratio names, or else all but the
+            optional ones.
 
     Raises:
         LoRAMError: The ratio is outside (0, 1), leaves a layer without a unit of some kind, the
             model has no such units, or is pruned already.
     """
-    check_ratio(ratio)
+    ratio = check_ratio(ratio)
     if own_fields(config):
         raise LoRAMError(
             "expected a model whose layers are all alike, found per_layer_config in its config: "
             "prune the original model, not one that is pruned already"
         )
     protected = protected_layers(layer_count(config), first, last)
-    wanted = _kinds(config, units)
+    wanted = _kinds(config, ratio if isinstance(ratio, dict) else units)
     counts: dict[int, dict[str, int]] = {}
     for layer in range(layer_count(config)):
         groups = [group for group in layer_groups(config, layer) if group.kind in wanted]
         if layer not in protected and groups:
             sizes = sizes_of(config, layer)
-            counts[layer] = {group.kind: _keep_count(group, ratio, sizes) for group in groups}
+            counts[layer] = {
+                group.kind: _keep_count(group, share_of(ratio, group.kind), sizes)
+                for group in groups
+            }
     return counts
 
 
@@ -104,6 +109,12 @@ def _kinds(config: Config, units: Collection[str] | None) -> set[str]:
 
 def _keep_count(group: Group, ratio: float, sizes: Sizes) -> int:
     count, fewest, total = group.keep_count(ratio, sizes), group.fewest(sizes), sizes[group.kind]
+    if count < total and group.kind == "experts" and (groups := sizes.get("router_groups", 1)) > 1:
+        raise LoRAMError(
+            f"expected all {total} experts of each layer to stay, found {count} left at pruning "
+            f"ratio {ratio}: the router picks among {groups} equal groups of them (n_group), which "
+            "would be split; use `units:` without experts"
+        )
     if count < fewest:
         least = f"a {group.noun}" if fewest == 1 else f"{fewest} {group.kind}"
         found = "none" if count == 0 else str(count)

@@ -92,7 +92,7 @@ class PruningPlan:
             if group.inside:
                 around = self.kept_in(layer).get(group.inside)
                 rows = sizes[group.inside] if around is None else len(around)
-            _check_units(name, units, sizes[group.kind], rows)
+            _check_units(name, units, sizes[group.kind], rows, group.fewest(sizes))
         known = (tensor.name for tensor in tensors(self.config)) if self.masks else ()
         unknown = set(self.masks).difference(known)
         if unknown:
@@ -267,13 +267,15 @@ def entries_of(config: Config) -> Iterator[tuple[str, int, Group]]:
             yield family.entry(layer, group), layer, group
 
 
-def _check_units(name: str, units: np.ndarray, available: int, rows: int | None) -> None:
+def _check_units(
+    name: str, units: np.ndarray, available: int, rows: int | None, fewest: int
+) -> None:
     shaped = units.ndim == 1 if rows is None else units.ndim == 2 and len(units) == rows
-    ascending = shaped and units.shape[-1] > 0 and bool((np.diff(units) > 0).all())
+    ascending = shaped and units.shape[-1] >= fewest and bool((np.diff(units) > 0).all())
     if not ascending or units.min() < 0 or units.max() >= available:
         inside = "" if rows is None else f" of each of {rows}"
         raise LoRAMError(
-            f"expected {name} to keep 1 to {available} units{inside}, ascending, each in "
+            f"expected {name} to keep {fewest} to {available} units{inside}, ascending, each in "
             f"0…{available - 1}, found {np.array2string(units, threshold=6)}: the plan is damaged "
             "or for another model"
         )

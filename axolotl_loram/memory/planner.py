@@ -86,11 +86,11 @@ def _fit(asked: Request, budget: int) -> tuple[Request, dict[str, Any]]:
     """The request at the smallest ratio that fits, and what to say of it."""
     assert asked.pruning is not None  # `request` saw to it
     config = config_of(asked.model, asked.revision)
-    protected, units = asked.pruning.protected, asked.pruning.units
+    protected, units = asked.pruning.protected, asked.pruning.kinds
     ratio = smallest_ratio(config, asked.run, protected, budget, asked.adapter, units)
     fitted = pruned_config(config, ratio, protected, units) if ratio else config
     peak = predict(Layout.of(fitted), asked.run, asked.adapter).peak_bytes
-    pruning = asked.pruning.model_copy(update={"ratio": ratio}) if ratio else None
+    pruning = asked.pruning.model_copy(update={"ratio": ratio, "units": units}) if ratio else None
     return replace(asked, pruning=pruning), {
         "budget_bytes": budget,
         "adapter": asked.adapter,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from textwrap import fill
 from typing import Any
 
+from axolotl_loram.config_shares import largest
 from axolotl_loram.memory.gpus import GPUS
 from axolotl_loram.tables import columns
 
@@ -94,7 +95,7 @@ def ways_table(result: Mapping[str, Any]) -> str:
         "Of host memory, 2 GiB a process are assumed. Nothing here was measured on a GPU.",
     ]
     notes += [f"not counted: {what}" for what in result["not_counted"]]
-    if any((way["pruning_ratio"] or 0) > TRIED for way in result["ways"]):
+    if any(largest(way["pruning_ratio"]) > TRIED for way in result["ways"]):
         notes.append(f"Ratios above {TRIED}: it fits, but no such model was ever tried here.")
     if "anchor" in result:
         notes.append(anchor_line(result["anchor"]))

@@ -25,6 +25,7 @@ from typing import Any
 from axolotl_loram.architecture.config_json import Config
 from axolotl_loram.architecture.model import Tensor
 from axolotl_loram.architecture.ties import config_of
+from axolotl_loram.config_shares import Ratio, spelled
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.cluster import PROCESS_BYTES, weights_of
 from axolotl_loram.memory.compute import Flops, training_flops
@@ -92,7 +93,7 @@ class Way:
     flops: Flops
     up_bytes: int = 0
     down_bytes: int = 0
-    pruning_ratio: float | None = None
+    pruning_ratio: Ratio | None = None
     exact: bool = False
 
     def bound(self, card: Card, tokens: int) -> dict[str, float]:
@@ -211,7 +212,7 @@ class _Ways:
         asked, ratio = self.asked, self.asked.pruning.ratio if self.asked.pruning else None
         if asked.budget is not None and asked.pruning is not None:
             ratio = self.fitting(method, asked.budget)
-            protected, units = asked.pruning.protected, asked.pruning.units
+            protected, units = asked.pruning.protected, asked.pruning.kinds
             config = pruned_config(self.config, ratio, protected, units) if ratio else self.config
         else:
             config = sizes(asked)[1]
@@ -223,13 +224,13 @@ class _Ways:
             disk = packed.on_device + packed.host
         if not asked.pruned and ratio != 0:  # pruning reads the base
             disk += self.model_bytes
-        said = {None: "", 0.0: ", nothing to prune"}.get(ratio, f" at {ratio}")
+        said = "" if ratio is None else f" at {spelled(ratio)}" if ratio else ", nothing to prune"
         return replace(way, name=way.name + said, disk_bytes=disk, pruning_ratio=ratio)
 
     def fitting(self, method: str, budget: int) -> float:
         """The smallest ratio that fits, or the largest there is."""
         assert self.asked.pruning is not None
-        protected, units = self.asked.pruning.protected, self.asked.pruning.units
+        protected, units = self.asked.pruning.protected, self.asked.pruning.kinds
         try:
             return smallest_ratio(self.config, self.run, protected, budget, method, units)
         except LoRAMError:

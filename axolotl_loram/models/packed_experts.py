@@ -49,8 +49,12 @@ class StackedNf4(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """PEFT nests LoRA on several parameters of a module in the order that it finds them in."""
         take_any_width()
+        if stacks := packed_stacks(model):
+            from axolotl_loram.models.patches_peft import adapt_packed_stacks
+
+            adapt_packed_stacks()
         order = [stack.rpartition(".")[2] for stack in STACKS]
-        for module in packed_stacks(model):
+        for module in stacks:
             parts = module.parametrizations._modules
             for name in sorted(parts, key=order.index):
                 parts[name] = parts.pop(name)

@@ -15,7 +15,7 @@ from axolotl_loram.config import FillArgs, Pruning, PruningArgs
 from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder, user_path
 from axolotl_loram.files.progress import progress_bar
-from axolotl_loram.pruning.prune import prune, resolve
+from axolotl_loram.pruning.prune import check_prunable, prune, resolve
 from axolotl_loram.text.calibration import Calibration, load_calibration, pack_checked
 
 LOG = logging.getLogger(__name__)
@@ -38,7 +38,9 @@ def prune_into_cache(
     text. The cache is `cache_folder(cache_dir)`.
     """
     cache, base = cache_folder(cache_dir), find_folder(model, revision)
-    settled = resolve(settings, load_config(str(base)), own_text=rows is not None)
+    config = load_config(str(base))
+    settled = resolve(settings, config, own_text=rows is not None)
+    check_prunable(model, config, settled)
     calibration = None
     if settled.needs_calibration:
         calibration = calibrate(settled, base, rows, settings.calibration_length is None)

@@ -216,6 +216,17 @@ def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
     return load_calibration(settings, folder)
 
 
+def check_prunable(model: str, config: Config, settings: Pruning) -> None:
+    """Refuse what the config shows cannot be pruned so, before any text is read.
+
+    Raises:
+        LoRAMError: Its format is not read here, the settings do not suit it, or the criterion does
+            not know what it is to score.
+    """
+    check_format(config, model)
+    check_scorable(plan_of_size(without_format(config), Base(model), settings), settings)
+
+
 def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
     """Refuse a criterion that needs text of a model that reads none, or cannot look into stacks."""
     family, method = family_of(sketch.config), settings.method

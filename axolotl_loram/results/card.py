@@ -16,6 +16,7 @@ from axolotl_loram.architecture.counts import summary
 from axolotl_loram.architecture.model import embedding_module
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.record import refit_summary
+from axolotl_loram.config_shares import spelled
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder, find_local_file, is_hub_id
 from axolotl_loram.files.untrusted import MOST_YAML_BYTES, parse_yaml, read_json, read_text
@@ -72,6 +73,7 @@ class Card:
             methods=compare(config, self.plan.pruned_config, run) if language else {},
             alignment_line=alignment_line,
             calibration_line=calibration_line,
+            spelled=spelled,
         )
 
     def front(self) -> str:

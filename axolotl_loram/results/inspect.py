@@ -25,6 +25,7 @@ from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
 from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record, refit_summary
 from axolotl_loram.architecture.ties import by_weights
 from axolotl_loram.config import PruningArgs
+from axolotl_loram.config_shares import spelled
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import MODEL_PATTERNS, find_folder
 from axolotl_loram.files.progress import Progress, no_progress
@@ -304,6 +305,8 @@ def report(found: Mapping[str, Any]) -> str:
     if found["kind"] in ("model", "adapter"):
         return lines(_shown({n: v for n, v in found.items() if n != "servable"})) + served
     named = {name: value for name, value in found.items() if name not in STRUCTURED}
+    if "ratio" in named:
+        named["ratio"] = spelled(named["ratio"])
     if found.get("calibration"):
         named["calibration"] = calibration_line(found["calibration"])
     for index, alignment in enumerate(found.get("alignments") or [], start=1):

@@ -12,9 +12,10 @@ from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from click.testing import CliRunner
 from conftest import run_command, write_yaml
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_experts import MIXTRAL_8X7B
 from test_nf4 import load_in_4bit
+from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import AutoModelForCausalLM
 
 from axolotl_loram.architecture.config_json import with_defaults
@@ -36,6 +37,8 @@ from axolotl_loram.pruning.gather import needed_bytes
 from axolotl_loram.pruning.prune import prune
 
 MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3")
+NAMES = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LINEAR = ["o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(3, 60)[None]
 PLAIN = {"ratio": 0.5, "method": "random", "refit": False, "protect_first": 1, "protect_last": 1}
 PACKED = PLAIN | {"quantize": "nf4", "device": "cpu"}
@@ -113,6 +116,38 @@ def test_peft_leaves_frozen_experts_packed(family, make_model, tmp_path):
     trained = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
     assert small_head.weight_bytes(adapted) == before + trained
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("mixtral", {"target_parameters": NAMES}),
+        ("qwen3_moe", {"target_modules": LINEAR}),  # which PEFT takes for stacks, too
+        ("qwen2_moe", {"target_modules": LINEAR}),  # of shared experts alone
+    ],
+)
+def test_peft_adapts_packed_experts_as_plain_ones(family, targets, make_model, tmp_path):
+    """The same tensors under the same names, the same outputs, and gradients for all of them."""
+    prune(str(make_model(family)), tmp_path / "packed", PruningArgs(**PACKED))
+    packed, plain = (load_pruned(str(tmp_path / "packed"), dtype=torch.float32) for _ in "ab")
+    for stack in packed_stacks(plain):
+        values = {name: getattr(stack, name).detach() for name in stack.parametrizations}
+        for name, value in values.items():
+            remove_parametrizations(stack, name, leave_parametrized=False)
+            setattr(stack, name, torch.nn.Parameter(value, requires_grad=False))
+    assert packed_stacks(packed) and not packed_stacks(plain)
+    how = LoraConfig(r=2, init_lora_weights=False, **{"target_modules": [], **targets})
+    adapted = get_peft_model(packed, how).train()
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    held = {n for n, _ in adapted.named_parameters() if "lora_" in n}
+    assert any(".experts." in name for name in held) == (family != "qwen2_moe")
+    assert held == {n for n, _ in loaded.named_parameters() if "lora_" in n} != set()
+    torch.testing.assert_close(logits_of(adapted), logits_of(loaded), rtol=1e-5, atol=1e-5)
+    again = PeftModel.from_pretrained(load_pruned(str(tmp_path / "packed")), tmp_path / "adapter")
+    assert torch.equal(logits_of(again), logits_of(adapted))
 
 
 QWEN3_30B_A3B = {
@@ -221,9 +256,11 @@ def test_stacks_are_named_as_models_define_them():
 )
 def test_train_packed_recover_merge(family, make_model, settings, tmp_path):
     """Train on packed experts; the merged original gives the logits of base + s B A by hand."""
-    base, names = make_model(family), ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    section = {"pruning": {**PACKED}, "cache_dir": str(tmp_path / "cache")}
-    del section["pruning"]["device"]
+    base = make_model(family)
+    shares = {"experts": 0.5, "expert_neurons": 0.25}
+    pruning = PACKED | ({"ratio": shares} if family == "mixtral" else {})
+    section = {"pruning": pruning, "cache_dir": str(tmp_path / "cache")}
+    del pruning["device"]
     latent = ["kv_b_proj", "o_proj"]
     attention = latent if family == "deepseek_v3" else [f"{name}_proj" for name in "qkvo"]
     changes = {
@@ -231,8 +268,9 @@ def test_train_packed_recover_merge(family, make_model, settings, tmp_path):
         "load_in_4bit": True,
         "lora_target_linear": False,
         "lora_target_modules": attention,
-        "lora_target_parameters": names,
+        "lora_target_parameters": NAMES,
         "lora_dropout": 0.0,
+        "bnb_config_kwargs": {"bnb_4bit_quant_storage": "uint8"},  # inference casts to float32
         "max_steps": 3,
         "save_strategy": "steps",
         "save_steps": 2,
@@ -241,13 +279,23 @@ def test_train_packed_recover_merge(family, make_model, settings, tmp_path):
     file = write_yaml(tmp_path / "run.yml", settings(base, loram=section, **changes))
     log = run_command("axolotl", "train", file, "--launcher", "python")
     assert "converting PEFT model w/ prepare_model_for_kbit_training" not in log.stdout + log.stderr
-    if family != "mixtral":  # the others are in the matrix, which has the time
+    if family == "mixtral":
+        (made,) = (tmp_path / "cache").glob("*/loram.json")
+        kept = json.loads(made.read_text())["parameters"]["kept_per_pruned_layer"]
+        assert kept == {"experts": 2, "expert_neurons": 32}
+    else:  # the others are in the matrix, which has the time
         checkpoint = str(tmp_path / "out/pruned/checkpoint-2")
         whole = (tmp_path / "out/adapter_model.safetensors").read_bytes()
         resumed = settings(base, loram=section, **changes, resume_from_checkpoint=checkpoint)
         run_command("axolotl", "train", write_yaml(file, resumed), "--launcher", "python")
         assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == whole
         run_command("axolotl", "evaluate", file)
+        measured = run_command("axolotl-loram", "evaluate", file, "--json")
+        (found,) = json.loads(measured.stdout)["perplexity"].values()
+        pruned, adapted = (found["models"][name]["loss"] for name in ("pruned", "pruned+adapter"))
+        assert adapted < pruned - 0.05
+        said = run_command("axolotl", "inference", file, "--launcher", "python", input="def f():\n")
+        assert "using the recovered adapter in" in said.stdout + said.stderr
     run_command("axolotl", "merge-lora", file)
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -8,7 +8,7 @@ from conftest import run_command, write_yaml
 
 import axolotl_loram
 from axolotl_loram.architecture.plan import SCHEMA_VERSION
-from axolotl_loram.models import patches
+from axolotl_loram.models import patches, patches_peft
 
 ROOT = Path(axolotl_loram.__file__).parent
 REFUSED = """
@@ -48,17 +48,21 @@ def test_a_refused_configuration_leaves_axolotl_as_it_was(make_model, settings, 
 
 
 def test_every_patch_says_why_and_until_when():
-    tree = ast.parse(Path(patches.__file__).read_text(encoding="utf-8"))
-    public = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"}
-    assert public - {"undo"} == set(patches.PATCHES)
-    for name, end in patches.PATCHES.items():
-        assert end and getattr(patches, name).__doc__, name
+    ends = dict(patches.PATCHES)
+    for module in (patches, patches_peft):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        public = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"}
+        for name in public - {"undo"}:
+            assert ends.pop(name) and getattr(module, name).__doc__, name
+    assert not ends
 
 
 def test_no_other_module_changes_what_it_imports():
     """Assigning to an imported name's attributes, and `setattr` on one, are of `patches` alone."""
     for file in ROOT.rglob("*.py"):
-        if file.name == "patches.py" or file.parent.name == "llama_cpp":  # those: another process
+        if (
+            file.name.startswith("patches") or file.parent.name == "llama_cpp"
+        ):  # those: another process
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imported = {

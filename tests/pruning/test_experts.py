@@ -8,6 +8,7 @@ import torch
 from calibrated import evidence_for, load, text_tokens
 from conftest import build_model
 from families import pico_config
+from test_cli import loram
 
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.architecture.config_json import load_config, sizes_of
@@ -18,6 +19,7 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.pruning.cache import prune_into_cache
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.training.support import check_router_losses
 
@@ -249,6 +251,45 @@ def test_counts_of_mixtral_8x7b():
     assert counted["base_parameters"] == outside + 32 * layer == 46_702_792_704
     assert counted["pruned_parameters"] == outside + 32 * layer - 26 * 4 * (expert + 4096)
 
+    shares = {"experts": 0.5, "expert_neurons": 0.25}
+    counted = summary(MIXTRAL_8X7B, keep_counts(MIXTRAL_8X7B, shares, 4, 2))
+    narrow = 4 * 3 * 4096 * 10752 + 4 * 4096
+    gone = 8 * expert + 8 * 4096 - narrow
+    assert counted["pruned_parameters"] == outside + 32 * layer - 26 * gone == 23_801_466_880
+
+
+def test_experts_and_their_neurons_go_by_shares_of_their_own(moe, tmp_path):
+    """`prune`, the tensors it writes, `inspect` and `plan` agree, to the parameter."""
+    pruned, shares = tmp_path / "pruned", {"expert_neurons": 0.25, "experts": 0.5}
+    option = ("--pruning-ratio", "experts=0.5, expert_neurons=0.25", "--json")
+    made = json.loads(loram("prune", moe, pruned, *option).stdout)
+    assert made["kept_per_pruned_layer"] == {"experts": 2, "expert_neurons": 32}
+    whole, left = (3 * 48 * 32 * 4 + 32 * 4, 3 * 32 * 32 * 2 + 32 * 2)
+    assert made["base_parameters"] - made["pruned_parameters"] == 2 * (whole - left)
+    model = load(pruned)
+    assert sum(p.numel() for p in model.parameters()) == made["pruned_parameters"]
+    assert torch.isfinite(model(input_ids=torch.arange(40)[None]).logits).all()
+    assert PruningPlan.load(pruned).kept_in(1)["expert_neurons"].shape == (2, 32)
+
+    assert json.loads((pruned / "loram.json").read_text())["pruning"]["ratio"] == shares
+    assert "expert_neurons=0.25,experts=0.5" in loram("inspect", pruned).stdout
+    planned = json.loads(loram("plan", moe, *option).stdout)
+    assert planned["pruned_parameters"] == made["pruned_parameters"]
+    ways = loram("plan", moe, *option[:2], "--compare").stdout
+    assert "QLoRAM at expert_neurons=0.25,experts=0.5" in ways
+
+
+def test_fit_finds_one_ratio_for_the_kinds_that_a_yaml_gives_shares_of(tmp_path):
+    config, file = tmp_path / "config.json", tmp_path / "run.yml"
+    config.write_text(json.dumps(MIXTRAL_8X7B))
+    shares = {"experts": 0.5, "expert_neurons": 0.25}
+    section = {"pruning": {"ratio": shares, "quantize": "nf4"}}
+    run = {"base_model": str(config), "adapter": "qlora", "lora_target_linear": True}
+    file.write_text(json.dumps(run | {"loram": section}))
+    fitted = json.loads(loram("plan", file, "--fit", "60GiB", "--json").stdout)
+    assert 0 < fitted["fit"]["pruning_ratio"] < 1
+    assert fitted["kept_per_pruned_layer"].keys() == shares.keys()
+
 
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
 def test_either_name_of_the_number_of_experts_is_read_and_kept(name, tmp_path):
@@ -293,6 +334,8 @@ def test_dense_layers_among_sparse_ones_have_their_own_kinds():
             {"ratio": 0.5, "units": "heads"},
             "expected units among kv_groups, experts, expert_neurons",
         ),
+        ({"ratio": {"experts": 0.75, "kv_groups": 0.5}}, "keep 2 experts, found 1 of 4 "),
+        ({"ratio": {"heads": 0.5}}, "units among kv_groups, experts, expert_neurons .* heads"),
         ({"sparsity": 0.5}, "a dense language model for sparsity, found mixtral"),
     ],
 )
@@ -300,6 +343,40 @@ def test_what_cannot_be_pruned_is_refused(settings, message, moe, tmp_path):
     with pytest.raises(LoRAMError, match=message):
         prune(str(moe), tmp_path / "pruned", PruningArgs(**settings))
     assert not (tmp_path / "pruned").exists()
+
+
+def test_experts_in_router_groups_stay(make_model, tmp_path):
+    """Whatever is removed evenly, the groups would lose other experts each."""
+    grouped, pruned = make_model("deepseek_v3", n_group=2, topk_group=1), tmp_path / "pruned"
+    refused = loram("prune", grouped, pruned, "--pruning-ratio", "0.5", check=False)
+    assert refused.returncode == 1 and not pruned.exists()
+    assert "expected all 4 experts of each layer to stay, found 2 left" in refused.stderr
+    assert "among 2 equal groups of them (n_group), which would be split" in refused.stderr
+    loram("prune", grouped, pruned, "--pruning-ratio", "0.5", "--units", "heads,neurons")
+    assert load(pruned).config.n_routed_experts == 4
+
+
+def test_a_plan_that_keeps_fewer_experts_than_a_token_uses_is_refused(moe, tmp_path):
+    config = load_config(str(moe))
+    with pytest.raises(LoRAMError, match=r"mlp.experts to keep 2 to 4 units, .* found .3."):
+        PruningPlan(config, {"model.layers.1.mlp.experts": np.array([3], np.int32)})
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        (None, "keep 2 experts, found 1 of 4"),
+        ("awq", "MXFP4 or FP8, found quantization_config 'awq"),
+    ],
+)
+def test_what_cannot_be_pruned_is_said_before_a_run_reads_its_text(format, message, moe, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((moe / "config.json").read_text())
+    named = {"quantization_config": {"quant_method": format}} if format else {}
+    (base / "config.json").write_text(json.dumps(config | named))
+    with pytest.raises(LoRAMError, match=message):
+        prune_into_cache(str(base), None, PruningArgs(ratio=0.75), str(tmp_path), pytest.fail)
 
 
 def test_a_load_balancing_loss_over_unequal_layers_is_refused(moe, tmp_path):
