@@ -154,7 +154,7 @@ def test_publish_is_the_commands(pruned, tmp_path):
         (lambda at: al.prune(at, "out", ration=0.5), "unknown setting 'ration': expected method, "),
         (lambda at: al.prune(at, "out", calibration_path="a"), "expected .*calibration, "),
         (lambda at: al.prune(at, "out", ratio=1.5), "between 0 and 1"),
-        (lambda at: al.prune(at, "out", ratio="half"), "ratio: .*found 'half'"),
+        (lambda at: al.prune(at, "out", ratio="half"), "a pruning ratio .*found half"),
         (lambda at: al.prune(at, "out"), "expected a pruning ratio, found none"),
         (lambda at: al.prune("./nowhere", "out", ratio=0.5), "no such model"),
         (lambda at: al.plan_memory(at, ratio=0.5, lora_rank=4), "'lora_rank': .*lora_r, "),
