@@ -4,13 +4,14 @@ A second environment in `.venv-newest` sees all packages of `.venv` and has newe
 them, whatever Axolotl pins. The tests run in it, and newest.md beside this script says what breaks.
 It fails nothing: what breaks there is work for later, not a fault of today.
 
-    python benchmarks/newest.py [TEST …]      # by default all that `make test` runs
+    python benchmarks/newest.py [-- PYTEST'S ARGUMENTS]      # by default all that `make test` runs
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -66,11 +67,11 @@ def outcomes(report: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def page(now: list[str], newest: list[str], found: list[tuple[str, str, str]]) -> str:
-    """The table, in Markdown."""
+def page(said: str, now: list[str], newest: list[str], found: list[tuple[str, str, str]]) -> str:
+    """The table of what a command gave, in Markdown."""
     pairs = zip(PACKAGES, now, newest, strict=True)
     lines = ["# With the newest transformers, PEFT and DeepSpeed", ""]
-    lines += [f"`make test-newest`, {time.strftime('%Y-%m-%d')}: {len(found)} tests.", ""]
+    lines += [f"`{said}`, {time.strftime('%Y-%m-%d')}: {len(found)} tests.", ""]
     lines += ["| package | this project's | newest |", "|---|---|---|"]
     lines += [f"| {name} | {old} | {new} |" for name, old, new in pairs]
     lines += ["", "| tests | passed | failed | skipped |", "|---|---|---|---|"]
@@ -95,7 +96,10 @@ def main() -> None:
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
     report.unlink(missing_ok=True)
     subprocess.run([*command, *options.tests], cwd=ROOT, env=variables, check=False)
-    text = page(versions(sys.executable), versions(python), outcomes(report))
+    said = "make test-newest"
+    if options.tests != SUITE:
+        said = f"python benchmarks/newest.py -- {shlex.join(options.tests)}"
+    text = page(said, versions(sys.executable), versions(python), outcomes(report))
     PAGE.write_text(text, encoding="utf-8")
     print(text)
 
