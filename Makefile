@@ -15,6 +15,7 @@ export WANDB_MODE := disabled
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python tests/support/extensions.py 2>/dev/null
 	touch $@
 
 quickstart: .venv/installed
