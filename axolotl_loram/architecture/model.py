@@ -52,11 +52,8 @@ class Tensor:
         name: As the running model calls it, or (of `tensors`) as checkpoints do.
         module: The module of the running model that it belongs to.
         layer: Decoder layer, None outside the layers.
-        dims: What its dimensions mean.
-        sizes: Sizes of its layer.
         role: As `Weight.role`.
         expert: Whose it is, where checkpoints store experts one by one.
-        bias: Whether it is a bias.
         transposed: As `Weight.transposed`.
     """
 

@@ -38,7 +38,6 @@ class Base:
     """The model that a plan prunes.
 
     Attributes:
-        id: Folder or hub id.
         revision: Commit (or branch) on the hub, None for a folder.
         fingerprint: `Checkpoint.fingerprint` of its weights; None while they were not read.
     """
@@ -69,7 +68,6 @@ class PruningPlan:
         config: The base model's config, defaults filled in.
         kept: Entry, such as ``model.layers.17.mlp`` → int32 indices of kept units; of units inside
             others, (kept others, kept units), a row for each.
-        base: The model it was made for.
         masks: Weight that was made sparse → `mask_digest` of what is left of it. Its mask is W ≠ 0
             in the pruned checkpoint: the digest tells whether that is still so.
     """

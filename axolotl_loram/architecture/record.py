@@ -73,18 +73,12 @@ class Record:
     """One `loram.json`; falsy, and without a kind, where a folder has none.
 
     Attributes:
-        kind: What is in the folder.
-        base: The original model.
-        plan: Digest of the pruning plan.
-        pruning: The settings of the pruning.
-        calibration: The text it was calibrated on.
         refit: Projection → its held-out errors before and after, and whether it was accepted.
         alignments: What each alignment did, in order.
         parameters: Counts of the base's and of the pruned model's.
         weight_bytes: Size of a pruned model's tensors.
         fingerprint: A pruned model's `weights_fingerprint`.
         vocabulary: Its `vocabulary_digest`.
-        versions: Of what made it.
         masked: Whether the update is confined to the weights that sparse pruning left.
         training: How an adapter was trained: on which model, steps, losses, memory.
         trained: The same, of a recovered one.

@@ -135,9 +135,6 @@ class Family:
     """One row: how the weights of a model family hang together.
 
     Attributes:
-        model_type: As config.json names it.
-        layer: Weights of each decoder layer.
-        model: Weights outside the layers.
         groups: Kinds of unit; one inside another comes after it.
         sizes: Sizes of a layer (outside the layers where None) from the config's fields.
         defaults: What transformers' config class takes optional size fields for where config.json
@@ -147,7 +144,6 @@ class Family:
         whole: Prefixes of parameters that are no part of the declaration and stay as they are.
         stored: Replacements that turn a parameter's name into the one checkpoints have, in order.
         ignored: Expressions in names of stored tensors that transformers passes over.
-        auto_class: The class of transformers that builds the model.
         tied_by_section: Whether embeddings are tied also where only the section says so.
         refused: Config fields that change the structure in ways not declared → why.
     """

@@ -24,11 +24,7 @@ EXPONENTS = ("U8", "F8_E8M0")
 
 @dataclass(frozen=True)
 class Fp8(Quantized):
-    """A weight (out, in).
-
-    Attributes:
-        block: Rows and columns that share a scale.
-    """
+    """A weight (out, in); `block` of its rows and columns share a scale."""
 
     block: tuple[int, int]
 

@@ -35,12 +35,7 @@ GONE = ".gone"
 
 
 class Target:
-    """What this process alone writes.
-
-    Attributes:
-        path: The file or folder, without links.
-        replaced: Whether it is the new one by now.
-    """
+    """What this process alone writes, without links; `replaced` once it is the new one."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path, self.lock, self.replaced = path, lock, False

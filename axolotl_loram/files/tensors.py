@@ -69,9 +69,7 @@ class Checkpoint:
     """The tensors of a folder, read on demand.
 
     Attributes:
-        folder: The folder.
         tensors: Every tensor by name, those that are stored quantized as plain numbers.
-        stored: Every tensor as it is stored.
         shards: Names of the `tensors` of each file, in the order they are stored.
     """
 

@@ -36,15 +36,7 @@ TRANSIENT = ("gathered weights", "largest gradient")
 
 @dataclass(frozen=True)
 class AlignRequest:
-    """What is to be planned.
-
-    Attributes:
-        model: The base with how it is pruned, or a pruned model; with the settings of the run.
-        zero: What the DeepSpeed config says.
-        nodes: How many machines.
-        gpus: GPUs, and so ranks, of each.
-        train_lm_head: Whether the output embedding is trained too.
-    """
+    """An alignment to be planned, on `nodes` machines of `gpus` GPUs, and so ranks, each."""
 
     model: Request
     zero: Zero

@@ -31,13 +31,7 @@ TOKENS_PER_PART = 2**20
 
 @dataclass(frozen=True)
 class Data:
-    """Tokens of a run.
-
-    Attributes:
-        once: Of the data set.
-        trained: Of the whole run, all epochs.
-        said: How they are known.
-    """
+    """Tokens of a run: of its data set once, and of all epochs; `said` is how they are known."""
 
     once: int
     trained: int

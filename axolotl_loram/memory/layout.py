@@ -94,10 +94,7 @@ class Layout:
     """A model's tensors.
 
     Attributes:
-        outside: Tensors outside the layers.
-        layers: Layers, each kind once, by first appearance.
         head: The weight of the output embedding, also where it is the input embedding's.
-        model_type: As config.json names the family.
         undeclared: Prefixes of parameters that are no part of the declaration.
     """
 

@@ -65,15 +65,11 @@ class Request:
     """What is to be planned.
 
     Attributes:
-        model: The base: a folder, a config.json or a hub id.
-        revision: Its revision on the hub.
         pruning: How it is pruned; None where `pruned` says so.
         pruned: Folder or hub id of a model that is pruned already, and its revision.
-        run: Settings of the training run.
         adapter: "loram" or "qloram": what has to fit the budget.
         budget: Bytes; the ratio in `pruning` then only stands for the smallest that fits.
         not_counted: What of the config is not predicted, or only in part.
-        data: Tokens of the run.
         anchor: "here" where `anchor: base` computes it, "brought" where a path names it.
     """
 

@@ -43,7 +43,6 @@ class Trained:
     """What of a model is trained.
 
     Attributes:
-        run: Settings of the run.
         names: Modules with LoRA, by the ends of their names; or one pattern.
         parameters: Parameters with LoRA, by the ends of their names.
         ranks: Pattern of the end of a name → rank, in PEFT's order; the first that matches counts.

@@ -71,16 +71,13 @@ class Way:
     """What one way takes.
 
     Attributes:
-        name: What it is called.
         pruning_ratio: Where the model is pruned, at which ratio, if at one.
-        gpus: GPUs that work on it.
         device_bytes: Peak of each GPU, context and slack included.
         host_bytes: What host memory has to hold, 2 GiB a process assumed. What the kernel keeps of
             files that were read is not in it.
         disk_bytes: Read of the model before the first step.
         up_bytes: To each GPU over PCIe in a step, `down_bytes` from it.
         weight_bytes: Of weights that each GPU reads from its memory in a step.
-        flops: Operations for a token.
         exact: Whether it trains the model itself in 16 bits.
     """
 

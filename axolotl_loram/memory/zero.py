@@ -37,14 +37,7 @@ ALIGNMENT = 2
 
 @dataclass(frozen=True)
 class Weight:
-    """Parameters that are alike.
-
-    Attributes:
-        values: Number of values of each.
-        trained: Whether they are trained.
-        decays: Whether weight decay is for them: the Trainer groups parameters by that.
-        count: How many there are.
-    """
+    """`count` parameters that are alike; the Trainer groups them by whether weight decays."""
 
     values: int
     trained: bool = True

@@ -41,8 +41,6 @@ class Formats:
     """How the two matrices are kept on the way through training.
 
     Attributes:
-        lm_head: native, int8 or nf4.
-        embedding: native, int8, nf4 or cpu.
         asked: Parts whose format the YAML names: they cannot fall back to another.
     """
 

@@ -24,14 +24,7 @@ PIECE = 2**22
 
 @dataclass(frozen=True)
 class Packing:
-    """Which weights of a model go into 4 bits, and how.
-
-    Attributes:
-        weights: Names of the tensors.
-        settings: ``quantization_config`` for config.json.
-        block: Weights that share a scale.
-        device: Where bitsandbytes computes it.
-    """
+    """Which weights of a model go into 4 bits, `block` of them to a scale, and how."""
 
     weights: frozenset[str]
     settings: Mapping[str, Any]

@@ -38,9 +38,7 @@ class LayerStream:
     """The layers of a causal language model, loaded one at a time.
 
     Attributes:
-        device: Where layers run.
         dtype: What they run in: by default float32 on a CPU, bfloat16 on a GPU.
-        four_bit: Whether linear layers are held in NF4.
     """
 
     def __init__(

@@ -40,14 +40,7 @@ from axolotl_loram.propose.trial import Tried, quiet, read_row, stored_names, tr
 
 @dataclass
 class Proposal:
-    """A row drafted, and what is known of it.
-
-    Attributes:
-        source: The row as Python, for `ROWS` of `families.py`.
-        family: What that source evaluates to.
-        checks: What was tried, and whether it held.
-        notes: What was not derived.
-    """
+    """A row drafted: its source, what that evaluates to, what was tried and not derived."""
 
     source: str
     family: Family
@@ -108,13 +101,7 @@ def propose(raw: Mapping[str, Any]) -> Proposal:
 
 @dataclass
 class UnitKind:
-    """A kind of unit that tracing found.
-
-    Attributes:
-        units: How many there are in the small model.
-        modules: The linear layers that have features of it.
-        name: Name of the size that counts it; None where it cannot be pruned.
-    """
+    """Units that tracing found, and the linear layers that have them; unnamed, they stay."""
 
     units: int
     modules: list[str]

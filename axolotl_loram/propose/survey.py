@@ -47,17 +47,12 @@ class Survey:
     """An unknown model's config, explored.
 
     Attributes:
-        model_type: As config.json names it.
         known: What its config class takes fields for that are left out.
-        base: Fields besides the sizes; flags are set so that every parameter is there.
-        sizes: Three sets of small sizes.
         head_dim: Whether the head width can be given apart from hidden_size and the heads.
         conditions: Parameter → the flag (or "!flag") without which it is not there.
         refused: Flags that change the structure otherwise.
         following: Fields whose defaults follow from hidden_size and the heads.
         depth: The fields that give the model its real number of layers.
-        notes: What could not be found out.
-        seen: Shapes of the models that were built.
     """
 
     model_type: str

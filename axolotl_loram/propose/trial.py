@@ -40,10 +40,8 @@ class Tried:
     """Something tried.
 
     Attributes:
-        what: In words.
         outcome: "passed", "failed", or "estimate": pruning works, but a norm that runs over all
             units makes what is left an estimate.
-        found: What was measured, or went wrong.
     """
 
     what: str

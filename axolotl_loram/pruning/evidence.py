@@ -29,15 +29,9 @@ class Evidence:
     """What a criterion may look at.
 
     Attributes:
-        checkpoint: The base's weights.
-        config: The base's config.
-        layers: Layers to score.
         work: Where scores go, and hidden states.
-        seed: Seed of random choices.
         tokens: Calibration token ids int64 (samples, length); None where none are needed.
         stream: Makes the layers to run them through.
-        progress: Shows how far it is.
-        kinds: Kinds of unit to score.
     """
 
     checkpoint: Checkpoint

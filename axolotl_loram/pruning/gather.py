@@ -159,12 +159,7 @@ def _check_left_out(checkpoint: Checkpoint, plan: PruningPlan, parts: Iterable[P
 
 @dataclass(frozen=True)
 class Stack:
-    """Experts that the base stores one by one, written as one tensor.
-
-    Attributes:
-        name: What the running model calls it.
-        pieces: As `layer_pieces` gives them.
-    """
+    """Experts that the base stores one by one (see `layer_pieces`), written as one tensor."""
 
     name: str
     pieces: list[list[Tensor]]

@@ -53,7 +53,6 @@ class Outcome:
     """What was decided.
 
     Attributes:
-        plan: What is kept.
         replaced: Weights of the pruned shapes that are not just gathered.
         refit: Held-out errors of each refitted projection.
         zeros: Of a sparse model, what `sparse_summary` counts.
@@ -70,12 +69,7 @@ class Job:
     """One pruning: all that decides its result, and how to show its progress.
 
     Attributes:
-        checkpoint: The base's weights.
         sketch: A plan as large as the one to come (the one to come, if index files give it).
-        settings: How to prune.
-        calibration: Calibration text, if any is needed.
-        packing: Which weights are written in 4 bits, if any.
-        progress: Shows how far it is.
     """
 
     checkpoint: Checkpoint

@@ -42,15 +42,7 @@ TYPES: dict[str, type | tuple] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter whose update is BA on the adapted weights.
-
-    Attributes:
-        folder: Where it lies.
-        settings: Its adapter_config.json.
-        record: Its `loram.json`.
-        weights: Its file of tensors.
-        tensors: What is in it, by name.
-    """
+    """An adapter whose update is BA on the adapted weights."""
 
     folder: Path
     settings: Mapping[str, Any]

@@ -232,13 +232,8 @@ class Job:
     """One fit: the settings, and the two models on this machine.
 
     Attributes:
-        settings: The text, and where to compute.
-        plan: The plan that binds the models.
-        base: Folder of the base.
-        pruned: Folder of the pruned model.
         work: Beside this path, under hidden names, hidden states go, with room for three times the
             calibration text's; what an interrupted fit has done stays there.
-        progress: Shows how far it is.
         calibration: Text to fit on, by default what the settings name.
     """
 

@@ -38,10 +38,6 @@ class Stacked(StoredTensor):
 
     A is (experts · r, input), expert by expert, and B (output, r · experts), rank by rank. Of gate
     and up, which are one parameter today, A's are end to end, and B's on a diagonal of blocks.
-
-    Attributes:
-        experts: For each expert, what there is of its modules.
-        is_a: Whether it is A.
     """
 
     experts: tuple[tuple[StoredTensor, ...], ...]

@@ -31,11 +31,6 @@ class Verdict:
     """Whether a server takes an adapter.
 
     Attributes:
-        server: Which.
-        version: The version whose rules were held against it.
-        serves: Whether it does.
-        settings: What it must be started with.
-        because: The rules that are broken, each with what to do.
         mergeable: Whether merging the adapter into the base is a way out.
     """
 

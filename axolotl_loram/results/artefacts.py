@@ -99,15 +99,9 @@ class Artefact:
     """One RUN that `report` is given.
 
     Attributes:
-        label: What to call it.
-        path: Where it lies.
-        kind: What it is.
         record: `loram.json`, or what `plan --json` printed; empty for plain LoRA.
         pruned: `loram.json` of the pruned model, where that is on this machine.
-        settings: adapter_config.json.
-        history: What the trainer logged, in order of steps.
         widths: What `kept_units` tells of the pruned model.
-        evaluation: Its evaluation.json.
         quantized: Whether plain LoRA ran on a quantized model; None where that is not recorded.
     """
 

@@ -45,9 +45,6 @@ class Candidate:
 
     Attributes:
         name: One of MODELS, or "also:" and the user's name.
-        model: Folder or hub id of the model.
-        revision: Of a hub id.
-        adapter: Folder of the adapter on it, if any.
         confined_to: Folder of the sparse pruned model whose zeros the adapter's update keeps to.
     """
 
@@ -86,14 +83,7 @@ def _adapter_fingerprint(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """What is to be evaluated of a run.
-
-    Attributes:
-        base: The run's base model.
-        output: Its output_dir.
-        plan: Digest of the pruning plan; None where no pruned model is found.
-        candidates: In the order in which they are shown.
-    """
+    """What is to be evaluated of a run, under the plan of this digest, if there is one."""
 
     base: Base
     output: Path

@@ -35,14 +35,8 @@ class Card:
     """A model card to be written; its text is in `templates/model_card.md.jinja`.
 
     Attributes:
-        folder: Of the pruned model.
-        record: Its `loram.json`.
-        plan: Its plan.
-        repository: Where it will be, ``org/name``.
-        revision: Branch there, None for the main one.
         base: Hub id of the base; None where only a folder is known.
         licence: What the base's card says of its licence, as in `LICENCE_KEYS`.
-        plotted: Whether there is a plot.
     """
 
     folder: Path

@@ -66,12 +66,7 @@ class Subject:
     """What is checked.
 
     Attributes:
-        folder: The folder.
-        record: Its `loram.json`.
-        kind: What that says it is.
-        origin: The base that it names.
         base: Folder or hub id to hold it against, by default `origin`.
-        progress: Shows the bytes hashed.
     """
 
     folder: Path

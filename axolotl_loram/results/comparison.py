@@ -37,11 +37,7 @@ class Gain:
     """What LoRAM came to on one set.
 
     Attributes:
-        label: Which evaluation.
-        set_name: Which text.
-        kind: "in domain" or "out of domain".
         before: Perplexity of the base model, as text.
-        after: That of the base with the recovered adapter.
         difference: Of their losses, after − before.
         shares: Other adapter → share of its gain in loss that the recovered one has; None where
             the other gained nothing.

@@ -74,9 +74,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        name: What was looked at.
         outcome: "ok", "failed", or "not checked" where there is no telling.
-        detail: One sentence.
     """
 
     name: str

@@ -23,9 +23,6 @@ class Turns(NamedTuple):
         system: What stands before and behind a system's message; None where chats have none.
         inside: Whether that message is part of the first question.
         default: What the system says where nobody gives it words.
-        ask: What stands before a question.
-        answer: Between it and the answer.
-        end: Behind the answer.
     """
 
     system: tuple[str, str] | None

@@ -21,9 +21,6 @@ class Table:
     """Rows of text; the first column names the row.
 
     Attributes:
-        caption: What it shows.
-        columns: Headings.
-        rows: One text for each column.
         texts: How many columns are text; what follows are numbers, which are set to the right.
         hidden: Whether it is folded until asked for.
     """

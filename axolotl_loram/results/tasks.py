@@ -48,7 +48,6 @@ class Task:
     """One task to run.
 
     Attributes:
-        name: What lm-eval calls it.
         shots: Examples shown before each question; None for the task's own number.
         file: The YAML that declares it; None for lm-eval's groups and classes.
     """

@@ -44,8 +44,6 @@ class Calibration:
 
     Attributes:
         tokens: Token ids, int64 (samples, length); no two sequences share a place in the text.
-        source: What the user named.
-        seed: What the sequences were drawn with.
     """
 
     tokens: np.ndarray

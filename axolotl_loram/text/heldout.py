@@ -39,7 +39,6 @@ class Window:
     """What the model reads at once: a document, or a part of a long one.
 
     Attributes:
-        document: Number of the document.
         ids: Token ids, int64 (length,).
         labels: The same, with IGNORED where a token does not count. The first is never predicted.
     """
@@ -51,14 +50,7 @@ class Window:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A set of documents to measure perplexity on.
-
-    Attributes:
-        name: What the results call it.
-        kind: Whether it is like the training data.
-        source: What the user named.
-        windows: The documents' windows, document by document.
-    """
+    """Documents to measure perplexity on, as windows, document by document."""
 
     name: str
     kind: Kind

@@ -35,14 +35,8 @@ class Alignment:
     """One alignment run.
 
     Attributes:
-        model: What the YAML names as base_model.
-        pruned: Folder of that pruned model.
-        plan: Its plan.
-        output: The user's output_dir, which will hold the aligned checkpoint.
-        section: The `loram:` section.
         fingerprint: `Checkpoint.fingerprint` of the pruned model.
         outcome: What `loram.json` is to say about the alignment, added to as it becomes known.
-        frozen: Names of the weights that are not trained.
     """
 
     model: str

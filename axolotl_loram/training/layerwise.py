@@ -54,13 +54,7 @@ WARMUP = 0.1
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models: which plan binds them, and where they are.
-
-    Attributes:
-        plan: The plan.
-        base: Folder of the base model.
-        pruned: Folder of the pruned model.
-    """
+    """The folders of base and pruned model, and the plan that binds them."""
 
     plan: PruningPlan
     base: Path

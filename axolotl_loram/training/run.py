@@ -50,20 +50,12 @@ class Run:
     """One training run.
 
     Attributes:
-        base: What the user's YAML names as base_model.
-        pruned: Folder of the pruned model.
-        plan: Its plan.
         output: The user's output_dir, which will hold the recovered adapter.
-        warm_start: The full-size adapter that training starts from, if any.
-        hub_model_id: Where the user wants the adapter uploaded, if anywhere.
-        formats: What the lm_head and the embedding are kept in.
         masked: Whether the update is confined to the weights that sparse pruning left.
         merges: Whether the result is wanted as a model too, with the masked update added.
         fill: Puts something else than zeros into the recovered adapter, on the rank that recovers.
         memory: What was predicted, and in the end measured.
-        history: What the trainer has logged so far, of losses.
         steps: How many are "done" and "planned".
-        anchor: What the loss is anchored at, if at anything.
         trained_shapes: Name → shape of what is trained (see `recovery.whole`).
     """
 

@@ -46,12 +46,7 @@ CLOSE = 0.1
 
 
 class Said(NamedTuple):
-    """What a server says of a token at a place.
-
-    Attributes:
-        logprob: Its log-probability, nats.
-        text: It decoded, if that is told.
-    """
+    """What a server says of a token at a place: its log-probability, and its text if told."""
 
     logprob: float
     text: str | None
@@ -59,12 +54,7 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True)
 class Server:
-    """A server.
-
-    Attributes:
-        url: Up to and with `/v1`.
-        model: What it calls the base.
-    """
+    """A server: its URL up to and with `/v1`, and what it calls the base."""
 
     url: str
     model: str

@@ -94,11 +94,7 @@ class Row:
 
 
 class Teacher:
-    """The outputs that `make_teacher` stored.
-
-    Attributes:
-        record: What made them.
-    """
+    """The outputs that `make_teacher` stored."""
 
     def __init__(self, folder: Path) -> None:
         """Open a folder.
