@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from axolotl_loram.architecture.config_json import Config, is_tied, layer_fields
 from axolotl_loram.architecture.families import FAMILIES
@@ -54,6 +54,7 @@ SGLANG_LACKS = ("olmo3", "smollm3", "seed_oss", "glm", "gpt_neox")
 """Families without a model class of its own; its Transformers backend says nothing of LoRA."""
 TOWERS = {prefix.split(".")[-2] for row in FAMILIES.values() if row.section for prefix in row.whole}
 """What modules beside a language tower are in."""
+_VLLM, _CONVERTER, _SGLANG = "lora/peft_helper.py", "convert_lora_to_gguf.py", "srt/lora/lora.py"
 EMBEDDINGS = ("embed_tokens", "embed_in", "lm_head")
 
 
@@ -96,32 +97,77 @@ class Subject:
         return max(r for r in (1, self.settings.get("r"), *named) if isinstance(r, int))
 
 
-@dataclass(frozen=True)
-class Rule:
+Asked = Callable[[Subject], str | None]
+"""What of an adapter breaks a rule; None if nothing does."""
+
+
+class Rule(NamedTuple):
     """What servers ask of an adapter.
 
     Attributes:
         name: What is asked, in a few words.
-        found: What of an adapter breaks it; None if nothing does.
+        found: What of an adapter breaks it.
         instead: What to do about it, beside merging.
         read_in: Server → where in its sources.
     """
 
     name: str
-    found: Callable[[Subject], str | None]
+    found: Asked
     instead: str
     read_in: Mapping[Server, str]
 
 
+RULES: list[Rule] = []
+"""What servers ask, in the order of their definition; PEFT takes all that it saves."""
+
+
+def rule(name: str, instead: str, read_in: Mapping[Server, str]) -> Callable[[Asked], Asked]:
+    """A decorator that makes a rule of what finds it broken."""
+
+    def add(found: Asked) -> Asked:
+        RULES.append(Rule(name, found, instead, read_in))
+        return found
+
+    return add
+
+
+def _on(module: str, families: Collection[str]) -> Callable[[Subject], str | None]:
+    def found(subject: Subject) -> str | None:
+        adapted = module in subject.ends and subject.family in families
+        return f"LoRA on {module} of {subject.family}" if adapted else None
+
+    return found
+
+
+@rule(
+    "a language model",
+    "use PEFT",
+    {
+        "merge-lora": "cli/merge_lora.py",
+        "vllm": "model_executor/models/registry.py",
+        "llama.cpp": "conversion/__init__.py",
+        "sglang": "srt/models",
+    },
+)
 def _no_language_model(subject: Subject) -> str | None:
     images = subject.config and embedding_module(subject.config) is None
     return f"a {subject.family} model, which reads no text" if images else None
 
 
+@rule(
+    "a family that it has a model class for",
+    "use another server",
+    {"sglang": "srt/models, srt/models/transformers.py"},
+)
 def _no_class(subject: Subject) -> str | None:
     return f"a {subject.family} model" if subject.family in SGLANG_LACKS else None
 
 
+@rule(
+    "plain LoRA: no DoRA, biases, replicated layers, or first weights that change the base",
+    "train plain LoRA",
+    {"vllm": _VLLM, "llama.cpp": _CONVERTER, "sglang": "srt/lora/lora_manager.py"},
+)
 def _variant(subject: Subject) -> str | None:
     named = ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens")
     said = {name: subject.settings.get(name) for name in (*named, "use_qalora", "use_bdlora")}
@@ -142,6 +188,15 @@ def _tokens(subject: Subject) -> tuple[int, int] | None:
     return None
 
 
+@rule(
+    "matrices of LoRA alone: no module saved whole, no new or trained token, no norm",
+    "train without lora_modules_to_save, new tokens and peft_trainable_token_indices",
+    {
+        "vllm": "lora/utils.py, lora/lora_model.py",
+        "llama.cpp": f"{_CONVERTER}, src/llama-adapter.cpp",
+        "sglang": _SGLANG,
+    },
+)
 def _whole(subject: Subject) -> str | None:
     """Tensors that are no LoRA matrices; copies of embeddings, which PEFT adds, do no harm."""
     grown = _tokens(subject)
@@ -156,6 +211,12 @@ def _whole(subject: Subject) -> str | None:
     return None
 
 
+@rule(
+    "a scale of alpha / r: no rsLoRA",
+    "write that with use_rslora false into adapter_config.json where there is one rank, or "
+    "train without peft_use_rslora",
+    {"sglang": _SGLANG},
+)
 def _rslora(subject: Subject) -> str | None:
     settings = subject.settings
     if not settings.get("use_rslora"):
@@ -165,15 +226,26 @@ def _rslora(subject: Subject) -> str | None:
     return f"use_rslora, where it scales by alpha / r (lora_alpha {same:.10g} were the same)"
 
 
+@rule(
+    "one rank and one alpha",
+    "train without lora_rank_pattern and lora_alpha_pattern",
+    {"sglang": f"{_SGLANG}, srt/lora/mem_pool.py"},
+)
 def _patterned(subject: Subject) -> str | None:
     found = [key for key in ("rank_pattern", "alpha_pattern") if subject.settings.get(key)]
     return f"{found[0]}: {subject.settings[found[0]]}" if found else None
 
 
+@rule(f"rank {VLLM_RANKS[-1]} at most", "train with a smaller lora_r", {"vllm": "config/lora.py"})
 def _rank(subject: Subject) -> str | None:
     return f"rank {subject.rank}, above {VLLM_RANKS[-1]}" if subject.rank > VLLM_RANKS[-1] else None
 
 
+@rule(
+    "LoRA on embed_tokens and lm_head only where the model's class lists them",
+    "train without them in lora_target_modules",
+    {"vllm": "lora/utils.py, embedding_modules in model_executor/models"},
+)
 def _vllm_embeddings(subject: Subject) -> str | None:
     taken = VLLM_EMBEDDINGS.get(subject.family or "", ())
     adapted = sorted(subject.ends.intersection(EMBEDDINGS).difference(taken))
@@ -181,23 +253,50 @@ def _vllm_embeddings(subject: Subject) -> str | None:
     return f"LoRA on {', '.join(adapted)}, {where}" if adapted else None
 
 
+@rule(
+    "no LoRA on embeddings that are tied",
+    "train without them in lora_target_modules",
+    {"merge-lora": "peft/tuners/lora/layer.py", "llama.cpp": "src/llama-{adapter,graph}.cpp"},
+)
 def _tied(subject: Subject) -> str | None:
     adapted = sorted(subject.ends.intersection(EMBEDDINGS))
     tied = subject.config and adapted and is_tied(subject.config)
     return f"LoRA on {', '.join(adapted)}, which are one tensor in the base" if tied else None
 
 
+rule(
+    "no LoRA on the lm_head of a family that it has none for",
+    "train without it in lora_target_modules",
+    {"llama.cpp": "gguf-py/gguf/constants.py (MODEL_TENSORS)"},
+)(_on("lm_head", LLAMA_CPP_NO_HEAD))
+
+
+@rule(
+    "biases of LoRA only where the layer has a bias",
+    "train without lora_bias",
+    {"merge-lora": "peft/tuners/lora/layer.py"},
+)
 def _unbiased(subject: Subject) -> str | None:
     biases = [name for name in subject.tensors if name.endswith(".lora_B.bias")]
     biased = {t.module for t in parameters(subject.config) if t.bias} if subject.config else ()
     return next((name for name in biases if split_name(name)[0] not in biased), None)
 
 
+@rule(
+    "no LoRA on stacked experts (target_parameters)",
+    "adapt linear layers alone",
+    {"llama.cpp": _CONVERTER, "sglang": "srt/lora/utils.py"},
+)
 def _experts(subject: Subject) -> str | None:
     adapted = "experts" in subject.ends or subject.settings.get("target_parameters")
     return "LoRA on stacked experts" if adapted else None
 
 
+@rule(
+    "LoRA on both stacked weights of the experts or on neither, and on none of Mixtral's",
+    "adapt linear layers alone",
+    {"vllm": "lora/model_manager.py, model_executor/models/mixtral.py"},
+)
 def _vllm_experts(subject: Subject) -> str | None:
     if subject.family == "mixtral" and _experts(subject):
         return "LoRA on stacked experts, which it calls block_sparse_moe.experts"
@@ -206,24 +305,43 @@ def _vllm_experts(subject: Subject) -> str | None:
     return "LoRA on one of the two stacked weights of the experts" if half else None
 
 
+@rule(
+    "LoRA on the language tower alone",
+    "name modules of the language tower in lora_target_modules",
+    {"llama.cpp": f"{_CONVERTER} (filter_tensors)", "sglang": "srt/models (should_apply_lora)"},
+)
 def _tower(subject: Subject) -> str | None:
     inside = [module for module in subject.modules if TOWERS.intersection(module.split(".")[:-1])]
     return f"LoRA on {min(inside)}" if inside else None
 
 
-def _on(module: str, families: Collection[str]) -> Callable[[Subject], str | None]:
-    def found(subject: Subject) -> str | None:
-        adapted = module in subject.ends and subject.family in families
-        return f"LoRA on {module} of {subject.family}" if adapted else None
+rule(
+    "no LoRA on gate_up_proj of GLM-4-0414, which it takes for two modules",
+    "leave it out of lora_target_modules",
+    {"vllm": "lora/worker_manager.py, model_executor/models/glm4.py"},
+)(_on("gate_up_proj", ("glm4",)))
+rule(
+    "no LoRA on kv_b_proj, which is taken apart",
+    "leave it out of lora_target_modules",
+    {"llama.cpp": "conversion/deepseek.py"},
+)(_on("kv_b_proj", ("deepseek_v3",)))
 
-    return found
 
-
+@rule(
+    "modules that it lists",
+    "leave them out of lora_target_modules",
+    {"sglang": "srt/utils/common.py"},
+)
 def _sglang_modules(subject: Subject) -> str | None:
     other = sorted(subject.ends - SGLANG_MODULES - {"experts"})
     return f"LoRA on {', '.join(other)}" if other else None
 
 
+@rule(
+    "LoRA on q_proj and v_proj together, and on up_proj with gate_proj",
+    "adapt these too",
+    {"sglang": _SGLANG},
+)
 def _fused(subject: Subject) -> str | None:
     for together, needed in (("q_proj k_proj v_proj", "q_proj v_proj"), ("up_proj", "gate_proj")):
         missing = sorted(set(needed.split()) - subject.ends)
@@ -232,140 +350,15 @@ def _fused(subject: Subject) -> str | None:
     return None
 
 
+@rule(
+    "target_modules as a list",
+    "list the modules in lora_target_modules, or in adapter_config.json",
+    {"sglang": "srt/lora/utils.py"},
+)
 def _expression(subject: Subject) -> str | None:
     named = subject.settings.get("target_modules")
     expression = isinstance(named, str) and named not in ("all", "all-linear")
     return f"target_modules as an expression, {named}" if expression else None
-
-
-_VLLM, _CONVERTER, _SGLANG = "lora/peft_helper.py", "convert_lora_to_gguf.py", "srt/lora/lora.py"
-RULES: tuple[Rule, ...] = (
-    Rule(
-        "a language model",
-        _no_language_model,
-        "use PEFT",
-        {
-            "merge-lora": "cli/merge_lora.py",
-            "vllm": "model_executor/models/registry.py",
-            "llama.cpp": "conversion/__init__.py",
-            "sglang": "srt/models",
-        },
-    ),
-    Rule(
-        "a family that it has a model class for",
-        _no_class,
-        "use another server",
-        {"sglang": "srt/models, srt/models/transformers.py"},
-    ),
-    Rule(
-        "plain LoRA: no DoRA, biases, replicated layers, or first weights that change the base",
-        _variant,
-        "train plain LoRA",
-        {"vllm": _VLLM, "llama.cpp": _CONVERTER, "sglang": "srt/lora/lora_manager.py"},
-    ),
-    Rule(
-        "matrices of LoRA alone: no module saved whole, no new or trained token, no norm",
-        _whole,
-        "train without lora_modules_to_save, new tokens and peft_trainable_token_indices",
-        {
-            "vllm": "lora/utils.py, lora/lora_model.py",
-            "llama.cpp": f"{_CONVERTER}, src/llama-adapter.cpp",
-            "sglang": _SGLANG,
-        },
-    ),
-    Rule(
-        "a scale of alpha / r: no rsLoRA",
-        _rslora,
-        "write that with use_rslora false into adapter_config.json where there is one rank, or "
-        "train without peft_use_rslora",
-        {"sglang": _SGLANG},
-    ),
-    Rule(
-        "one rank and one alpha",
-        _patterned,
-        "train without lora_rank_pattern and lora_alpha_pattern",
-        {"sglang": f"{_SGLANG}, srt/lora/mem_pool.py"},
-    ),
-    Rule(
-        f"rank {VLLM_RANKS[-1]} at most",
-        _rank,
-        "train with a smaller lora_r",
-        {"vllm": "config/lora.py"},
-    ),
-    Rule(
-        "LoRA on embed_tokens and lm_head only where the model's class lists them",
-        _vllm_embeddings,
-        "train without them in lora_target_modules",
-        {"vllm": "lora/utils.py, embedding_modules in model_executor/models"},
-    ),
-    Rule(
-        "no LoRA on embeddings that are tied",
-        _tied,
-        "train without them in lora_target_modules",
-        {"merge-lora": "peft/tuners/lora/layer.py", "llama.cpp": "src/llama-{adapter,graph}.cpp"},
-    ),
-    Rule(
-        "no LoRA on the lm_head of a family that it has none for",
-        _on("lm_head", LLAMA_CPP_NO_HEAD),
-        "train without it in lora_target_modules",
-        {"llama.cpp": "gguf-py/gguf/constants.py (MODEL_TENSORS)"},
-    ),
-    Rule(
-        "biases of LoRA only where the layer has a bias",
-        _unbiased,
-        "train without lora_bias",
-        {"merge-lora": "peft/tuners/lora/layer.py"},
-    ),
-    Rule(
-        "no LoRA on stacked experts (target_parameters)",
-        _experts,
-        "adapt linear layers alone",
-        {"llama.cpp": _CONVERTER, "sglang": "srt/lora/utils.py"},
-    ),
-    Rule(
-        "LoRA on both stacked weights of the experts or on neither, and on none of Mixtral's",
-        _vllm_experts,
-        "adapt linear layers alone",
-        {"vllm": "lora/model_manager.py, model_executor/models/mixtral.py"},
-    ),
-    Rule(
-        "LoRA on the language tower alone",
-        _tower,
-        "name modules of the language tower in lora_target_modules",
-        {"llama.cpp": f"{_CONVERTER} (filter_tensors)", "sglang": "srt/models (should_apply_lora)"},
-    ),
-    Rule(
-        "no LoRA on gate_up_proj of GLM-4-0414, which it takes for two modules",
-        _on("gate_up_proj", ("glm4",)),
-        "leave it out of lora_target_modules",
-        {"vllm": "lora/worker_manager.py, model_executor/models/glm4.py"},
-    ),
-    Rule(
-        "no LoRA on kv_b_proj, which is taken apart",
-        _on("kv_b_proj", ("deepseek_v3",)),
-        "leave it out of lora_target_modules",
-        {"llama.cpp": "conversion/deepseek.py"},
-    ),
-    Rule(
-        "modules that it lists",
-        _sglang_modules,
-        "leave them out of lora_target_modules",
-        {"sglang": "srt/utils/common.py"},
-    ),
-    Rule(
-        "LoRA on q_proj and v_proj together, and on up_proj with gate_proj",
-        _fused,
-        "adapt these too",
-        {"sglang": _SGLANG},
-    ),
-    Rule(
-        "target_modules as a list",
-        _expression,
-        "list the modules in lora_target_modules, or in adapter_config.json",
-        {"sglang": "srt/lora/utils.py"},
-    ),
-)
-"""What servers ask; PEFT takes all that it saves."""
 
 
 def _max_rank(subject: Subject) -> str | None:
