@@ -137,12 +137,10 @@ class PruningArgs(Section):
         description="Tokens in each calibration sequence; 512 by default, or what the model reads.",
     )
     load_in_4bit: bool = Field(
-        default=False,
-        description="Hold the layer that is being calibrated in 4 bits (NF4).",
+        default=False, description="Hold the layer that is being calibrated in 4 bits (NF4)."
     )
     device: Literal["cpu", "cuda"] | None = Field(
-        default=None,
-        description="Where to run calibration; the GPU by default where there is one.",
+        default=None, description="Where to run calibration; the GPU by default where there is one."
     )
     protect_first: int | None = Field(
         default=None,
@@ -322,8 +320,7 @@ class FillArgs(Section):
     )
     calibration_length: int = Field(default=512, ge=2, description="Tokens in each sequence.")
     device: Literal["cpu", "cuda"] | None = Field(
-        default=None,
-        description="Where to compute; the GPU by default where there is one.",
+        default=None, description="Where to compute; the GPU by default where there is one."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the samples.")
 
@@ -351,7 +348,7 @@ class LayerwiseArgs(Section):
 
     calibration_path: str = Field(
         description="Text to align on: a .txt or .jsonl file, an Axolotl YAML (its datasets), or a "
-        "data set on the hub (org/name or org/name:subset). Best what the base was trained on.",
+        "data set on the hub (org/name or org/name:subset). Best what the base was trained on."
     )
     calibration_samples: int = Field(
         default=512, ge=2, description="Sequences of it; an eighth is held out."

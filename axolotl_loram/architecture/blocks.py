@@ -246,10 +246,7 @@ def latent_attention() -> tuple[Weight, ...]:
     )
 
 
-HEAD_NORMS = (
-    Weight("self_attn.q_norm", (ONE_HEAD,)),
-    Weight("self_attn.k_norm", (ONE_HEAD,)),
-)
+HEAD_NORMS = (Weight("self_attn.q_norm", (ONE_HEAD,)), Weight("self_attn.k_norm", (ONE_HEAD,)))
 """One norm for every head."""
 JOINT_NORMS = (Weight("self_attn.q_norm", (QUERY,)), Weight("self_attn.k_norm", (KEY_VALUE,)))
 """One norm over all heads: what is left is normalized by itself, as an estimate of the whole."""

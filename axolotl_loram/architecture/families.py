@@ -198,12 +198,7 @@ ROWS = (
             linear("mlp.shared_expert_gate", fixed("one"), HIDDEN),
         ),
         sizes=qwen_moe_sizes,
-        groups=(
-            MLP_NEURONS,
-            KV_GROUPS,
-            *experts("num_experts", "moe_intermediate_size"),
-            SHARED,
-        ),
+        groups=(MLP_NEURONS, KV_GROUPS, *experts("num_experts", "moe_intermediate_size"), SHARED),
         num_key_value_heads=16,
         num_experts=60,
         num_experts_per_tok=4,
@@ -224,10 +219,7 @@ ROWS = (
     ),
     decoder(
         "gpt_oss",
-        (
-            *ATTENTION_BIAS,
-            Weight("self_attn", (QUERY_HEADS,), parameter="sinks"),
-        ),
+        (*ATTENTION_BIAS, Weight("self_attn", (QUERY_HEADS,), parameter="sinks")),
         gpt_oss_experts(),
         sizes=lambda fields, layer: mixtral_sizes(fields, layer) | {"gate_and_up": 2},
         groups=(KV_GROUPS, *experts("num_local_experts", "intermediate_size")),
@@ -248,11 +240,7 @@ ROWS = (
             *gated_mlp(module="mlp.shared_experts", width=fixed("shared_width")),
         ),
         sizes=deepseek_sizes,
-        groups=(
-            MLP_NEURONS,
-            HEADS,
-            experts("n_routed_experts", "moe_intermediate_size")[0],
-        ),
+        groups=(MLP_NEURONS, HEADS, experts("n_routed_experts", "moe_intermediate_size")[0]),
         ignored=(r"model\.layers\.61.*",),  # predicts a further token
         num_key_value_heads=128,
         num_experts=256,
@@ -283,10 +271,7 @@ ROWS = (
         "qwen2_5_vl",
         # Its heads are hidden_size / heads wide whatever the config says.
         replace(
-            QWEN_2,
-            groups=(MLP_NEURONS,),
-            defaults={"num_key_value_heads": 8},
-            tied_by_section=True,
+            QWEN_2, groups=(MLP_NEURONS,), defaults={"num_key_value_heads": 8}, tied_by_section=True
         ),
         whole=("model.visual.",),
         stored=(("model.language_model.", "model."), ("model.visual.", "visual.")),

@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from axolotl_loram.architecture.config_json import (
-    TIED,
-    Config,
-    family_of,
-    is_tied,
-    load_config,
-)
+from axolotl_loram.architecture.config_json import TIED, Config, family_of, is_tied, load_config
 from axolotl_loram.architecture.model import HEAD_WEIGHT, tensors
 from axolotl_loram.architecture.spaces import EMBEDDING
 from axolotl_loram.errors import LoRAMError

@@ -104,11 +104,7 @@ def sizes(asked: Request) -> tuple[Config, Config, dict[str, Any]]:
     """Configs of base and pruned model, and what `plan.summary` counts."""
     if asked.pruned:
         found = PruningPlan.load(find_folder(*asked.pruned, patterns=["config.json", "loram*"]))
-        return (
-            found.config,
-            found.pruned_config,
-            summary(found.config, found.counts),
-        )
+        return (found.config, found.pruned_config, summary(found.config, found.counts))
     base, settings = config_of(asked.model, asked.revision), asked.pruning
     if settings is None:
         return base, base, summary(base, {})

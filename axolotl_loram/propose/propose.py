@@ -13,12 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from axolotl_loram.architecture.blocks import (
-    ALIASES,
-    HIDDEN,
-    KV_GROUPS,
-    MLP_NEURONS,
-)
+from axolotl_loram.architecture.blocks import ALIASES, HIDDEN, KV_GROUPS, MLP_NEURONS
 from axolotl_loram.architecture.spaces import (
     EMBEDDING,
     EXPERTS,

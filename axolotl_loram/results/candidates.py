@@ -17,11 +17,7 @@ from peft.utils.other import ModulesToSaveWrapper
 import axolotl_loram.models.per_layer  # noqa: F401  (to load pruned models)
 from axolotl_loram.architecture.config_json import family_of, load_config, with_defaults
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG, named_model, split_name
-from axolotl_loram.architecture.pairing import (
-    check_pair,
-    check_plan,
-    check_recorded_base,
-)
+from axolotl_loram.architecture.pairing import check_pair, check_plan, check_recorded_base
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.record import Kind, Record
 from axolotl_loram.errors import LoRAMError

@@ -13,21 +13,10 @@ from axolotl_loram.results.artefacts import Artefact, Evaluation, read, training
 from axolotl_loram.results.comparison import Gain, gains, perplexity_parts, task_parts
 from axolotl_loram.results.figures import Lines, Series, Strips
 from axolotl_loram.results.footprint import memory_figure, memory_section
-from axolotl_loram.results.page import (
-    Chapter,
-    KeyFigure,
-    Report,
-    Table,
-    arrow,
-    count,
-    percent,
-)
+from axolotl_loram.results.page import Chapter, KeyFigure, Report, Table, arrow, count, percent
 
 COLORS = {"loram": ("blue", "green", "purple", "grey"), "lora": ("orange", "red", "brown")}
-HELDOUT = {
-    "eval_loss": "model in training",
-    "eval_loram_recovered_loss": "base + recovered LoRA",
-}
+HELDOUT = {"eval_loss": "model in training", "eval_loram_recovered_loss": "base + recovered LoRA"}
 
 
 def build(paths: Sequence[Path]) -> Report:

@@ -47,10 +47,7 @@ class Targets:
 
 
 def distillation_loss(
-    logits: torch.Tensor,
-    targets: Targets,
-    labels: torch.Tensor,
-    next_token: float = 0.0,
+    logits: torch.Tensor, targets: Targets, labels: torch.Tensor, next_token: float = 0.0
 ) -> torch.Tensor:
     """Σ over the tokens that count of (1 − s) KL(teacher ‖ model) + s (next-token loss), in nats.
 

@@ -52,16 +52,6 @@ def correct_prediction(found: dict[str, Any], model: Any, cfg: Mapping[str, Any]
     """Put what a model really trains into what `predict_run` returned, and say so if it differs.
 
     That is asked before the first step, of weights that ZeRO-3 may have sharded.
-
-    That is asked before the first step, of weights that ZeRO-3 may have sharded.
-
-    That is asked before the first step, of weights that ZeRO-3 may have sharded.
-
-    That is asked before the first step, of weights that ZeRO-3 may have sharded.
-
-    That is asked before the first step, of weights that ZeRO-3 may have sharded.
-
-    That is asked before the first step, of weights that ZeRO-3 may have sharded.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     shapes = [(tuple(getattr(w, "ds_shape", w.shape)), w.element_size()) for w in trained]

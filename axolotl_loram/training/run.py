@@ -97,11 +97,7 @@ class Run:
             **({"anchor": self.anchor} if self.anchor else {}),
         }
         Record(
-            Kind.TRAINED_ADAPTER,
-            self.base,
-            self.plan.digest,
-            masked=self.masked,
-            training=training,
+            Kind.TRAINED_ADAPTER, self.base, self.plan.digest, masked=self.masked, training=training
         ).save(folder, in_use=True)
 
 

@@ -130,9 +130,7 @@ class Teacher:
         real = np.ones(ids.shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
         shape = (*ids.shape, self.record["top_k"])
         found = Targets(
-            torch.zeros(shape, dtype=torch.int64),
-            torch.full(shape, NEVER),
-            torch.ones(ids.shape),
+            torch.zeros(shape, dtype=torch.int64), torch.full(shape, NEVER), torch.ones(ids.shape)
         )
         for row, (sequence, kept) in enumerate(zip(ids, real, strict=True)):
             own, where = self.of(Row(sequence[kept])), torch.from_numpy(kept)
@@ -311,12 +309,7 @@ def _needed_bytes(
 
 
 def _write_part(
-    stream: LayerStream,
-    work: Work,
-    part: list[Row],
-    file: Path,
-    top_k: int,
-    progress: Progress,
+    stream: LayerStream, work: Work, part: list[Row], file: Path, top_k: int, progress: Progress
 ) -> None:
     """Keep the outputs on a part's sequences in a file that is whole once it has its name."""
     padded = np.zeros((len(part), len(part[-1])), np.int64)  # what comes later is not looked at
