@@ -15,6 +15,7 @@ import click
 
 from axolotl_loram import __version__, api
 from axolotl_loram.cli_options import (
+    PATH,
     json_option,
     overwrite_option,
     print_result,
@@ -73,9 +74,7 @@ def run() -> None:
     help="What --fit is for; by default what a YAML says, else qloram.",
 )
 @click.option("--fit", metavar="SIZE", help="Find the smallest pruning ratio that fits, in 20GiB.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw the memory of the methods to this file."
-)
+@click.option("--plot", type=PATH, help="Draw the memory of the methods to this file.")
 @click.option(
     "--stage",
     type=click.Choice(["train", "align"]),
@@ -117,7 +116,7 @@ def plan(model: str, plot: Path | None, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PATH)
 @pruning_options
 @revision_option
 @overwrite_option
@@ -128,11 +127,11 @@ def prune(model: str, output: Path, as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
 @click.option("--pruned-model", help="Folder or hub id; by default what the adapter names.")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder to write, by default recovered-… (with --masked merged-…) beside ADAPTER.",
 )
 @click.option(
@@ -151,7 +150,7 @@ def recover(adapter: Path, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("pruned")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PATH)
 @schema_options(LayerwiseArgs, {})
 @click.option("--base", help="Folder or hub id of the original; by default what the plan names.")
 @overwrite_option
@@ -178,8 +177,8 @@ def align(
 
 
 @main.command()
-@click.argument("yaml", type=click.Path(path_type=Path))
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("yaml", type=PATH)
+@click.argument("output", type=PATH)
 @click.option("--model", help="Folder or hub id of the original; by default the YAML's base_model.")
 @click.option("--server", help="Ask a server instead, such as vLLM's at http://localhost:8000/v1.")
 @click.option(

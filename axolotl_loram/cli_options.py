@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
@@ -67,6 +68,8 @@ pruning_options = schema_options(PruningArgs, {"ratio": "--pruning-ratio"})
 training_options = schema_options(TrainingArgs, {})
 
 
+PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, only that."
 )

@@ -15,6 +15,8 @@ import click
 
 from axolotl_loram import api
 from axolotl_loram.cli_options import (
+    FILE,
+    PATH,
     json_option,
     overwrite_option,
     print_result,
@@ -73,13 +75,11 @@ def inspect(model: str, proposing: bool, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.argument("repository")
 @click.option("--dry-run", is_flag=True, help="Write card, plot and list of files to a folder.")
 @click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Folder that --dry-run writes, by default …-card beside FOLDER.",
+    "--output", type=PATH, help="Folder that --dry-run writes, by default …-card beside FOLDER."
 )
 @click.option("--public", is_flag=True, help="Make the repository public; it is private if not.")
 @click.option(
@@ -88,9 +88,7 @@ def inspect(model: str, proposing: bool, as_json: bool, **options: Any) -> None:
     help="Hub id of the base model for the card, where it was pruned from a folder.",
 )
 @click.option(
-    "--card",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Your own README.md, instead of the model card that is written.",
+    "--card", type=FILE, help="Your own README.md, instead of the model card that is written."
 )
 @click.option("--revision", help="Branch to publish on; made if there is none.")
 @click.option(
@@ -110,7 +108,7 @@ def publish(folder: Path, repository: str, as_json: bool, **options: Any) -> Non
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=PATH)
 @schema_options(EvaluationRequest, {"allow_code": "--allow-code-execution"})
 @click.option(
     "--batch-size",
@@ -149,19 +147,11 @@ def _split(given: tuple[str, ...]) -> list[str]:
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN…")
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN…")
 @click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("report.html"),
-    show_default=True,
-    help="The page to write.",
+    "--output", type=PATH, default=Path("report.html"), show_default=True, help="The page to write."
 )
-@click.option(
-    "--png-dir",
-    type=click.Path(path_type=Path),
-    help="Write the charts as PNGs to this folder too.",
-)
+@click.option("--png-dir", type=PATH, help="Write the charts as PNGs to this folder too.")
 @json_option
 def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: bool) -> None:
     """Show in one HTML page what RUNs came to, from the JSON that they left.
@@ -184,8 +174,8 @@ def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: 
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
+@click.argument("output", type=PATH)
 @click.option(
     "--format",
     "form",
@@ -196,7 +186,7 @@ def report(runs: tuple[Path, ...], output: Path, png_dir: Path | None, as_json: 
 )
 @click.option(
     "--base-gguf",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=FILE,
     help="The original as GGUF, to hold the adapter against and to name in the Modelfile.",
 )
 @click.option(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from axolotl_loram.cli_options import json_option
+from axolotl_loram.cli_options import PATH, json_option
 from axolotl_loram.config_loram import LoRAMArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import new_folder
@@ -18,7 +18,7 @@ SHIPPED = Path(__file__).resolve().parent / "shipped"
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default="loram-examples")
+@click.argument("folder", type=PATH, default="loram-examples")
 @json_option
 def examples(folder: Path, as_json: bool) -> None:
     """Write the example YAMLs and DeepSpeed configurations to the new FOLDER (loram-examples).

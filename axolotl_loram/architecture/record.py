@@ -153,6 +153,14 @@ class Record:
             )
         return self.kind, self.base
 
+    def refuse_unrecovered(self, folder: Path) -> None:
+        """Refuse an adapter that is still one for the pruned model."""
+        if self.kind == Kind.TRAINED_ADAPTER:
+            raise LoRAMError(
+                f"expected an adapter for the original model, found {folder} trained on the pruned "
+                f"one: run `axolotl-loram recover {folder}` first"
+            )
+
     def as_json(self) -> dict[str, Any]:
         """What the file holds: what its kind always has, and what else there is."""
         always = KEYS[self.kind] if self.kind else ()

@@ -13,29 +13,15 @@ from axolotl_loram.files.tensors import MODEL_FILE, has_weights, shard_names
 from axolotl_loram.files.untrusted import read_json
 
 TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "*.tiktoken",
-    "tekken.json",
-    "*processor_config.json",
-    "chat_template.json",
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken", "tekken.json"),
+    *("*processor_config.json", "chat_template.json"),
 )
 """What reads text for a model, and images."""
 MODEL_PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "loram*",
-    *TOKENIZER_PATTERNS,
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("loram*", *TOKENIZER_PATTERNS),
 )
-
 TWICE = ("consolidated*", "*/*.safetensors")
 """The same weights again, in the format of another program: Mistral's, and Llama's `original/`."""
 

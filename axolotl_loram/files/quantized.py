@@ -85,7 +85,9 @@ def plain(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredT
         if name.endswith(BLOCKS) and (scales := stored.get(weight + SCALES)):
             seen[weight] = mxfp4(weight, tensor, scales)
         elif tensor.dtype == E4M3 and (scales := stored.get(name + SCALE)):
-            config = _config(folder) if config is None else config
+            file = folder / "config.json"
+            if config is None:
+                config = read_json(file) if file.exists() else {}
             dtype = NAMED.get(
                 str(said_of(config, "dtype") or said_of(config, "torch_dtype")), "BF16"
             )
@@ -99,23 +101,15 @@ def plain(stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredT
     return seen
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
-    file = folder / "config.json"
-    return read_json(file) if file.exists() else {}
-
-
 def _block_size(config: Mapping[str, Any]) -> list[int] | None:
     said = said_of(config, QUANTIZATION)
     found = said.get("weight_block_size") if isinstance(said, Mapping) else None
     if found is None:
         return None
-    if not (isinstance(found, list) and len(found) == 2 and all(_positive(size) for size in found)):
+    two = isinstance(found, list) and [type(size) for size in found] == [int, int]
+    if not two or min(found) < 1:
         raise LoRAMError(
             f"expected weight_block_size of two positive numbers in config.json, found {found!r}: "
             "check the model's config.json"
         )
     return found
-
-
-def _positive(size: object) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size > 0

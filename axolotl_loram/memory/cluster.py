@@ -20,14 +20,13 @@ from axolotl_loram.memory.activations import FLOAT32, Activations
 from axolotl_loram.memory.gpus import that_hold
 from axolotl_loram.memory.layout import Layer, Layout, part_of
 from axolotl_loram.memory.planner import sizes
-from axolotl_loram.memory.predict import CONTEXT_BYTES, SLACK
+from axolotl_loram.memory.predict import GIB, assumed
 from axolotl_loram.memory.request import Request, options_of, read_yaml
 from axolotl_loram.memory.settings import TrainingArgs, settings_of
 from axolotl_loram.memory.weights import Storage
 from axolotl_loram.memory.zero import Held, Weight, Zero, held, read_zero
 from axolotl_loram.tables import columns, lines
 
-GIB = 2**30
 PROCESS_BYTES = 2 * GIB
 """Assumed, not measured on a GPU: host memory of a rank's Python, PyTorch and CUDA."""
 TRANSIENT = ("gathered weights", "largest gradient")
@@ -159,22 +158,17 @@ def align_plan(asked: AlignRequest) -> dict[str, Any]:
         "nodes": asked.nodes,
         "gpus_per_node": asked.gpus,
         "trained_parameters": sum(w.values * w.count for w in weights if w.trained),
-        "training": run.model_dump(include=set(SETTINGS)),
+        "training": run.model_dump(include=SETTINGS),
         "deepspeed": asdict(zero) | zero.settled(layout.hidden),
         "gpu": _device(layout, run, found),
         "node": _node(layout, asked, found),
     }
 
 
-SETTINGS = (
-    "sequence_len",
-    "micro_batch_size",
-    "optimizer",
-    "gradient_checkpointing",
-    "attention",
-    "cross_entropy",
-    "precision",
-)
+SETTINGS = {
+    *("sequence_len", "micro_batch_size", "optimizer", "gradient_checkpointing"),
+    *("attention", "cross_entropy", "precision"),
+}
 
 
 def _device(layout: Layout, run: TrainingArgs, found: Held) -> dict[str, Any]:
@@ -186,8 +180,7 @@ def _device(layout: Layout, run: TrainingArgs, found: Held) -> dict[str, Any]:
     lasting = sum(size for name, size in found.device.items() if name not in TRANSIENT)
     moments["step"] = lasting + found.step
     allocated = max(moments.values())
-    slack = round(SLACK * (allocated - found.device.get("weights", 0)))
-    peak = allocated + slack + CONTEXT_BYTES
+    beside = assumed(allocated, found.device.get("weights", 0))
     return {
         "parts": found.device,
         "activation_bytes": max(kept for kept, _ in live.values()),
@@ -195,10 +188,8 @@ def _device(layout: Layout, run: TrainingArgs, found: Held) -> dict[str, Any]:
         "step_bytes": found.step,
         "moments": moments,
         "allocated_bytes": allocated,
-        "context_bytes": CONTEXT_BYTES,
-        "slack_bytes": slack,
-        "peak_bytes": peak,
-        "fits": that_hold(peak),
+        **beside,
+        "fits": that_hold(beside["peak_bytes"]),
     }
 
 

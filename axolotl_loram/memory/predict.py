@@ -120,7 +120,6 @@ def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
     loading = upcast_bytes(layout, run, storage)
     moments["loading"] = weights.on_device + loading
     allocated = max(moments.values())
-    slack = round(SLACK * (allocated - weights.on_device))
     return Prediction(
         weights_device_bytes=weights.on_device,
         weights_host_bytes=weights.host,
@@ -132,12 +131,17 @@ def predict(layout: Layout, run: TrainingArgs, method: str) -> Prediction:
         activation_bytes=max(activations for activations, _ in live.values()),
         logits_bytes=max(logits for _, logits in live.values()),
         loading_bytes=loading,
-        context_bytes=CONTEXT_BYTES,
-        slack_bytes=slack,
         moments=moments,
         allocated_bytes=allocated,
-        peak_bytes=allocated + slack + CONTEXT_BYTES,
+        **assumed(allocated, weights.on_device),
     )
+
+
+def assumed(allocated: int, weights: int) -> dict[str, int]:
+    """What is assumed beside the bytes allocated, `weights` among them, and the peak with it."""
+    slack = round(SLACK * (allocated - weights))
+    peak = allocated + slack + CONTEXT_BYTES
+    return {"context_bytes": CONTEXT_BYTES, "slack_bytes": slack, "peak_bytes": peak}
 
 
 def upcast_bytes(layout: Layout, run: TrainingArgs, storage: Storage) -> int:

@@ -27,19 +27,13 @@ NOT_COUNTED = (
 """Keys of an Axolotl config that change the memory in ways that are not predicted."""
 NOTHING = type(None)
 TYPES: dict[str, type | tuple] = {
-    "base_model": (str, NOTHING),
-    "revision_of_model": (str, NOTHING),
-    "loram": (dict, NOTHING),
-    "plugins": (list, NOTHING),
-    "lora_modules_to_save": (list, NOTHING),
-    "lora_target_parameters": (list, str, NOTHING),
-    "lora_rank_pattern": (dict, NOTHING),
-    "peft_layers_to_transform": (list, int, NOTHING),
+    **dict.fromkeys(("base_model", "revision_of_model"), (str, NOTHING)),
+    **dict.fromkeys(("loram", "lora_rank_pattern", "bnb_config_kwargs"), (dict, NOTHING)),
+    **dict.fromkeys(("plugins", "lora_modules_to_save", "datasets"), (list, NOTHING)),
+    **dict.fromkeys(("lora_target_modules", "lora_target_parameters"), (list, str, NOTHING)),
     "peft_layers_pattern": (list, str, NOTHING),
+    "peft_layers_to_transform": (list, int, NOTHING),
     "peft_trainable_token_indices": (list, dict, NOTHING),
-    "bnb_config_kwargs": (dict, NOTHING),
-    "lora_target_modules": (list, str, NOTHING),
-    "datasets": (list, NOTHING),
     "num_epochs": (int, float, NOTHING),
     "max_steps": (int, NOTHING),
 }

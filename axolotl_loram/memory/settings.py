@@ -146,12 +146,13 @@ OPTIONS = tuple(
 def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that an Axolotl config names, or its own cfg, under this schema's names."""
     found = {name: cfg[name] for name in DIRECT if cfg.get(name) is not None}
+    eager = cfg.get("attn_implementation") == "eager" or bool(cfg.get("eager_attention"))
     found |= {name: _listed(cfg[name]) for name in LISTS if cfg.get(name)}
     found |= {
         "lora_target_modules": _targets(cfg),
         "optimizer": _optimizer(cfg.get("optimizer")),
         "gradient_checkpointing": bool(cfg.get("gradient_checkpointing")),
-        "attention": "eager" if _is_eager(cfg) else "flash",
+        "attention": "eager" if eager else "flash",
         "cross_entropy": _cross_entropy(cfg),
         "precision": "bf16" if any(cfg.get(k) for k in ("bf16", "fp16", "bfloat16")) else "fp32",
         "fused_kernels": _fused_kernels(cfg),
@@ -170,15 +171,8 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 DIRECT = (
-    "lora_r",
-    "lora_dropout",
-    "lora_rank_pattern",
-    "sequence_len",
-    "micro_batch_size",
-    "gradient_accumulation_steps",
-    "peft_use_dora",
-    "peft_ensure_weight_tying",
-    "load_in_8bit",
+    *("lora_r", "lora_dropout", "lora_rank_pattern", "sequence_len", "micro_batch_size"),
+    *("gradient_accumulation_steps", "peft_use_dora", "peft_ensure_weight_tying", "load_in_8bit"),
 )
 LISTS = ("lora_target_parameters", "peft_layers_to_transform", "peft_layers_pattern")
 DOUBLE = "bnb_4bit_use_double_quant"
@@ -219,10 +213,6 @@ def _fused_kernels(cfg: Mapping[str, Any]) -> bool:
     if any(value is not None for value in named):
         return bool(named[0])
     return not (cfg.get("rl") or cfg.get("trust_remote_code") or cfg.get("load_in_8bit"))
-
-
-def _is_eager(cfg: Mapping[str, Any]) -> bool:
-    return cfg.get("attn_implementation") == "eager" or bool(cfg.get("eager_attention"))
 
 
 def _cross_entropy(cfg: Mapping[str, Any]) -> str:

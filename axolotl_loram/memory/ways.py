@@ -36,9 +36,9 @@ from axolotl_loram.memory.planner import not_counted, sizes
 from axolotl_loram.memory.predict import (
     CONTEXT_BYTES,
     PRUNED,
-    SLACK,
     STEPS,
     Prediction,
+    assumed,
     largest_step,
     predict,
     pruned_config,
@@ -171,21 +171,11 @@ class _Ways:
 
     def all(self, gpus: int) -> list[Way]:
         """The rows."""
-        whole = [self.resident(m, self.base, p) for m, p in self.whole.items()]
-        pruned = [self.pruned(method) for method in PRUNED]
-        return [
-            *whole,
-            *pruned,
-            self.fsdp(gpus),
-            self.zero3(),
-            self.layer_offloading(),
-            self.streaming(),
-        ]
-
-    @property
-    def whole(self) -> dict[str, Prediction]:
-        """Methods on the base."""
-        return {"lora": self.lora, "qlora": self.qlora}
+        whole = {"lora": self.lora, "qlora": self.qlora}
+        resident = [self.resident(method, self.base, found) for method, found in whole.items()]
+        resident += [self.pruned(method) for method in PRUNED]
+        others = (self.fsdp(gpus), self.zero3(), self.layer_offloading(), self.streaming())
+        return [*resident, *others]
 
     def resident(self, method: str, layout: Layout, found: Prediction) -> Way:
         """A model that stays on one GPU."""
@@ -342,8 +332,8 @@ class _Ways:
         trained = 2 * found.lora_bytes + found.optimizer_bytes
         own = found.weights_device_bytes + trained
         step = max(size for name, size in found.moments.items() if name != "loading") - own
-        allocated = fixed + step
-        return allocated + round(SLACK * max(0, step + trained)) + CONTEXT_BYTES
+        weights = min(fixed + step, fixed - trained)
+        return assumed(fixed + step, weights)["peak_bytes"]
 
     def storage(self, method: str, layout: Layout) -> Storage:
         return storage_of(method, self.run, tied=layout.lm_head is None)

@@ -28,10 +28,8 @@ LOG = logging.getLogger(__name__)
 PARTS = {"lm_head": HEAD, "embedding": EMBEDDING}
 """Part → the role that it has in the declarations."""
 FUSED = (
-    "cut_cross_entropy",
-    "liger_fused_linear_cross_entropy",
-    "dpo_use_liger_kernel",
-    "kd_trainer",
+    *("cut_cross_entropy", "liger_fused_linear_cross_entropy"),
+    *("dpo_use_liger_kernel", "kd_trainer"),
 )
 """Losses that multiply by lm_head.weight themselves, which must be plain numbers then."""
 

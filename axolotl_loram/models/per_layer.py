@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_loram.architecture.config_json import family_of
@@ -57,7 +56,8 @@ def check_widths(model: PreTrainedModel) -> None:
     }
     for name, module in model.named_modules():
         path = _below_layers(name, layers).removesuffix(".base_layer")
-        for parameter in _parameters_of(module) if path else ():
+        own = dict(module.named_parameters(recurse=False)) if path else {}
+        for parameter in own:
             tensor = declared.get(f"{path}.{parameter}")
             if tensor is not None and _shape_of(module, parameter) != tensor.shape:
                 raise LoRAMError(
@@ -65,10 +65,6 @@ def check_widths(model: PreTrainedModel) -> None:
                     f"{list(_shape_of(module, parameter))}: the model was built without its "
                     "per_layer_config; import axolotl_loram.heterogeneous before loading it"
                 )
-
-
-def _parameters_of(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters(recurse=False)]
 
 
 def _shape_of(module: Any, parameter: str) -> tuple[int, ...]:

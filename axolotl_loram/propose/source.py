@@ -85,10 +85,8 @@ def _helpers(weights: Sequence[Weight]) -> Pieces:
             found[f"attention({_biases(one, other)})"] = blocks.attention(one, other)
         found[f"gated_mlp({_biases(one)})"] = blocks.gated_mlp(one)
     found["fused_attention()"] = blocks.fused_attention()
-    for name in ("FUSED_MLP", "HEAD_NORMS", "JOINT_NORMS", "OWN_NORMS", "FOUR_NORMS"):
-        found[name] = getattr(blocks, name)
-    for name in ("PRE_NORMS", "POST_NORMS"):
-        found[name] = getattr(blocks, name)
+    named = ("FUSED_MLP", "HEAD_NORMS", "JOINT_NORMS", "OWN_NORMS", "FOUR_NORMS", "PRE_NORMS")
+    found |= {name: getattr(blocks, name) for name in (*named, "POST_NORMS")}
     return found | dict(_plain_mlps(weights)) | dict(_norms(weights)) | dict(_outside(weights))
 
 

@@ -32,6 +32,7 @@ from axolotl_loram.models.bits import TORCH_DTYPES, to_bits
 from axolotl_loram.models.masked import add_update, pack, read_support
 from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.lora import as_torch, scaling
+from axolotl_loram.recovery.recover import default_output
 from axolotl_loram.recovery.scatter import Moved, vocabulary_of
 from axolotl_loram.recovery.whole import check_adapter
 
@@ -64,7 +65,7 @@ def merge_masked(
     Raises:
         LoRAMError: Nothing is masked, or base, pruned model and adapter do not belong together.
     """
-    output = output or _default_output(adapter)
+    output = output or default_output(adapter, "merged")
     check_vacant(output, overwrite)
     opened = Adapter.open(adapter)
     pruned = find_folder(pruned_model or opened.model)
@@ -98,12 +99,6 @@ def merge_masked(
         )
         record.save(scratch)
     return {**record.as_json(), "output": str(output)}
-
-
-def _default_output(adapter: Path) -> Path:
-    """``run/pruned/checkpoint-7`` → ``run/pruned/merged-checkpoint-7``."""
-    adapter = adapter.resolve()
-    return adapter.parent / f"merged-{adapter.name}"
 
 
 def check_mergeable(

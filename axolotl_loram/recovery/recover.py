@@ -78,6 +78,10 @@ def recover(
         check_vacant(output, overwrite)
     LOG.info("recovering %d tensors of %s to %s", len(moved), adapter.folder, output)
     filled, about = fill(moved, adapter.settings) if fill else ({}, None)
+
+    def put(m: Moved) -> np.ndarray:
+        return filled[m.stored.name] if m.stored.name in filled else m.scatter()
+
     manager = updated_folder(output, ADAPTER_CONFIG) if update else new_folder(output, overwrite)
     with manager as scratch:
         record = Record(
@@ -86,7 +90,7 @@ def recover(
             plan.digest,
             trained=adapter.record.training,
             masked=bool(adapter.record.masked),
-            files=_write_adapter(scratch, moved, lambda m: _filled(m, filled), adapter, base),
+            files=_write_adapter(scratch, moved, put, adapter, base),
             fill=about,
         )
         record.save(scratch)
@@ -98,11 +102,6 @@ def recover(
     return {**record.as_json(), "output": str(output)}
 
 
-def _filled(moved: Moved, filled: Mapping[str, np.ndarray]) -> np.ndarray:
-    bits = filled.get(moved.stored.name)
-    return moved.scatter() if bits is None else bits
-
-
 def _steps(training: Mapping[str, Any]) -> str:
     """What a card says of an adapter that was saved before its training ended."""
     steps = training.get("steps")
@@ -112,14 +111,14 @@ def _steps(training: Mapping[str, Any]) -> str:
     return f"Saved after {done} of the {planned} steps of its training.\n\n"
 
 
-def default_output(adapter: Path) -> Path:
+def default_output(adapter: Path, made: str = "recovered") -> Path:
     """``run/pruned/checkpoint-7`` → ``run/pruned/recovered-checkpoint-7``.
 
     Not below the checkpoint: on resume, the Trainer takes a folder there that holds an adapter for
     one more adapter of the pruned model. Not ``checkpoint-7-…``: that looks like a checkpoint.
     """
     adapter = adapter.resolve()
-    return adapter.parent / f"recovered-{adapter.name}"
+    return adapter.parent / f"{made}-{adapter.name}"
 
 
 def gather_adapter(
@@ -157,19 +156,10 @@ def model_card(base: Base, details: str = "") -> str:
     revision = f" at revision `{base.revision}`" if base.revision else ""
     named = {"base_model": base.id} if is_hub_id(base.id) else {}  # the hub refuses a folder here
     front = {**named, "library_name": "peft", "tags": ["axolotl", "lora", "loram"]}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
-    return "\n".join(
-        [
-            "---",
-            *lines,
-            "---",
-            "",
-            f"# LoRA adapter for {base.id}",
-            "",
-            f"Runs on `{base.id}`{revision}, the original model, like any PEFT adapter. It was",
-            "trained on a pruned version of that model and recovered to the original shapes with",
-            "axolotl-loram (LoRAM, arXiv 2502.13533).",
-            "",
-            details,
-        ]
+    lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    return (
+        f"---\n{lines}\n---\n\n# LoRA adapter for {base.id}\n\n"
+        f"Runs on `{base.id}`{revision}, the original model, like any PEFT adapter. It was\n"
+        "trained on a pruned version of that model and recovered to the original shapes with\n"
+        f"axolotl-loram (LoRAM, arXiv 2502.13533).\n\n{details}"
     )

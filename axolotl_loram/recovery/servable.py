@@ -14,7 +14,7 @@ from typing import Any
 
 from axolotl_loram.architecture.config_json import Config, load_config
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
-from axolotl_loram.architecture.record import Kind, Record
+from axolotl_loram.architecture.record import Record
 from axolotl_loram.config_loram import Server
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_local_file
@@ -67,11 +67,7 @@ def subject_of(folder: Path) -> Subject:
     Raises:
         LoRAMError: There is none, PEFT would not load it, or it is for a pruned model.
     """
-    if Record.load(folder).kind == Kind.TRAINED_ADAPTER:
-        raise LoRAMError(
-            f"expected an adapter for the original model, found {folder} trained on the pruned "
-            f"one, which is not served: run `axolotl-loram recover {folder}` first"
-        )
+    Record.load(folder).refuse_unrecovered(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise LoRAMError(
             f"expected an adapter with {ADAPTER_CONFIG} to serve, found none in {folder}: give the "

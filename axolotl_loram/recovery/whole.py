@@ -141,7 +141,9 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
     having = {module for module, part in split if part in LORA_AXES}
     # Stacks, linear layers as parameters, and, under "all-linear", the router's weight.
     targets = list(adapter.target_parameters)
-    allowed = _tied_with_embedding(adapter, plan) | {
+    tying = settings.get("ensure_weight_tying") and is_tied(plan.config)
+    allowed = {"lm_head"} if tying else set()  # PEFT puts the embedding's LoRA there too
+    allowed |= {
         tensor.module
         for tensor in parameters(plan.config)
         if tensor.role == EXPERTS or _matches(tensor.name, targets)
@@ -161,12 +163,6 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
             f"expected LoRA on all target_modules in the config of {adapter.folder}, found none on "
             f"{missing[0]} ({len(missing)} such): its tensors are not all there, so save it again"
         )
-
-
-def _tied_with_embedding(adapter: Adapter, plan: PruningPlan) -> set[str]:
-    """Modules on which PEFT puts the embedding's LoRA too, under `ensure_weight_tying`."""
-    tying = adapter.settings.get("ensure_weight_tying") and is_tied(plan.config)
-    return {"lm_head"} if tying else set()
 
 
 def names_modules(settings: Mapping[str, Any]) -> bool:

@@ -65,16 +65,12 @@ class Candidate:
         found["fingerprint"] = Checkpoint(find_folder(self.model, self.revision)).fingerprint()
         if self.adapter is not None:
             found["adapter"] = str(self.adapter)
-            found["adapter_fingerprint"] = _adapter_fingerprint(self.adapter)
+            settings = (self.adapter / ADAPTER_CONFIG).read_bytes()
+            both = settings + Checkpoint(self.adapter, ADAPTER_FILE).fingerprint().encode()
+            found["adapter_fingerprint"] = f"sha256:{hashlib.sha256(both).hexdigest()}"
         if self.confined_to is not None:
             found["masked"] = True
         return found
-
-
-def _adapter_fingerprint(folder: Path) -> str:
-    settings = (folder / ADAPTER_CONFIG).read_bytes()
-    weights = Checkpoint(folder, ADAPTER_FILE).fingerprint()
-    return f"sha256:{hashlib.sha256(settings + weights.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -172,11 +168,7 @@ def _also(name: str, folder: Path, base: Base) -> Candidate:
     """An adapter for the base, or a whole model, such as a merged one."""
     if (folder / ADAPTER_CONFIG).is_file():
         record = Record.load(folder)
-        if record.kind == Kind.TRAINED_ADAPTER:
-            raise LoRAMError(
-                f"expected an adapter for the original model, found {folder} trained on the pruned "
-                f"one: run `axolotl-loram recover {folder}` first"
-            )
+        record.refuse_unrecovered(folder)
         check_recorded_base(record, base.id, base.revision)
         return Candidate(f"{ALSO}{name}", base.id, base.revision, folder)
     if not has_weights(folder):

@@ -180,9 +180,13 @@ class Evaluator:
         arrays: dict[str, np.ndarray]
         about: dict[str, Any]
         if isinstance(what, HeldOut):
-            shown = _labelled(progress, step.candidate.name)
+            label = step.candidate.name
             losses, self.batch_size = fitting(
-                self.batch_size, lambda size: document_losses(model, what, size, shown)
+                self.batch_size,
+                lambda size: document_losses(
+                    *(model, what, size),
+                    lambda total, said="", unit="": progress(total, f"{label}: {said}", unit),
+                ),
             )
             arrays, about = {"losses": losses}, {}
         else:
@@ -256,8 +260,3 @@ def _by_model(steps: list[Step]) -> dict[tuple[str, str | None], list[Step]]:
     for step in steps:
         grouped.setdefault((step.candidate.model, step.candidate.revision), []).append(step)
     return grouped
-
-
-def _labelled(progress: Progress, name: str) -> Progress:
-    """The same progress, with a model's name before what it shows."""
-    return lambda total, what="", unit="": progress(total, f"{name}: {what}", unit)

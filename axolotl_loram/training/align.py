@@ -80,10 +80,12 @@ def begin_alignment(cfg: Any) -> Alignment:
         remove_weights(run.trained)  # Axolotl takes those of an earlier end for its own
     cfg.base_model = cfg.base_model_config = str(pruned)
     cfg.output_dir = str(run.trained)
+    named = cfg.pretraining_dataset or cfg.datasets or []
+    data = [{"path": named}] if isinstance(named, str) else list(named)
     cfg.load_best_model_at_end = False  # by default true; the record is of the last step
     run.outcome.update(
         objective="next-token",
-        data=[named_data(entry) for entry in _data_sets(cfg)],
+        data=[named_data(entry) for entry in data],
         learning_rate=float(cfg.learning_rate),
         lr_scheduler=str(getattr(cfg.lr_scheduler, "value", cfg.lr_scheduler or "cosine")),
         teacher=None,
@@ -153,11 +155,6 @@ def _check_output(run: Alignment) -> None:
             f"expected output_dir to be new or of an alignment, found {run.output} with a {kind}: "
             "choose another output_dir"
         )
-
-
-def _data_sets(cfg: Any) -> list[Any]:
-    named = cfg.pretraining_dataset or cfg.datasets or []
-    return [{"path": named}] if isinstance(named, str) else list(named)
 
 
 def named_data(entry: Mapping[str, Any]) -> dict[str, Any]:

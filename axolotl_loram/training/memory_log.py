@@ -13,7 +13,7 @@ from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.optimizers import optimizer_bytes
-from axolotl_loram.memory.predict import GIB, SLACK, Prediction, compare, predict
+from axolotl_loram.memory.predict import GIB, Prediction, assumed, compare, predict
 from axolotl_loram.memory.settings import TrainingArgs, settings_of
 from axolotl_loram.models.formats import Formats
 
@@ -72,7 +72,6 @@ def correct_prediction(found: dict[str, Any], model: Any, cfg: Mapping[str, Any]
         for moment, size in found["moments"].items()
     }
     allocated = max(moments.values())
-    slack = round(SLACK * (allocated - found["weights_device_bytes"]))
     true = {
         "lora_parameters": parameters,
         "lora_bytes": lora,
@@ -80,8 +79,7 @@ def correct_prediction(found: dict[str, Any], model: Any, cfg: Mapping[str, Any]
         "optimizer_bytes": states,
         "moments": moments,
         "allocated_bytes": allocated,
-        "slack_bytes": slack,
-        "peak_bytes": allocated + slack + found["context_bytes"],
+        **assumed(allocated, found["weights_device_bytes"]),
     }
     found |= true
     found["methods"][found["method"]] |= true

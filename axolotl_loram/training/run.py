@@ -211,11 +211,7 @@ def use_recovered_adapter(cfg: Any) -> None:
     started_from = (recovered.trained or {}).get("warm_start")
     if cfg.lora_model_dir and cfg.lora_model_dir != started_from:
         record = Record.load(Path(cfg.lora_model_dir))
-        if record.kind == Kind.TRAINED_ADAPTER:
-            raise LoRAMError(
-                f"expected an adapter for the original model, found {cfg.lora_model_dir} trained "
-                f"on the pruned one: run `axolotl-loram recover {cfg.lora_model_dir}` first"
-            )
+        record.refuse_unrecovered(Path(cfg.lora_model_dir))
         check_recorded_base(record, str(cfg.base_model), cfg.revision_of_model)
         return
     if recovered.kind != Kind.RECOVERED_ADAPTER:
