@@ -45,7 +45,9 @@ def test_killed_at_any_call_that_changes_a_file(step):
 
 @pytest.mark.parametrize("step", EVERY_THIRD)
 def test_failing_calls_are_told(step):
-    counts = campaign("--faults", "ENOSPC", "EIO", "--step", step, "--quick")
+    """Of ENOSPC `test_full_disks_are_told` makes real ones."""
+    faults = ("EIO",) if step > 1 else ("ENOSPC", "EIO")
+    counts = campaign("--faults", *faults, "--step", step, "--quick")
     assert len(counts) >= OPERATIONS and min(each["EIO"] for each in counts.values()) > 12 // step
 
 
