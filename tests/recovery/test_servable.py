@@ -170,7 +170,7 @@ def test_what_is_said_to_be_the_same_is(adapters, make_model, tmp_path):
 def test_inspect_tells_of_a_recovered_adapter_and_its_card_too(make_model, tmp_path):
     prune(str(make_model()), tmp_path / "pruned", PruningArgs(ratio=0.5))
     train_on(tmp_path / "pruned", tmp_path / "adapter", r=20, use_rslora=True)
-    with pytest.raises(LoRAMError, match="on the pruned one, which is not served"):
+    with pytest.raises(LoRAMError, match="trained on the pruned one: run"):
         record = {"kind": "trained-adapter"}
         (tmp_path / "adapter/loram.json").write_text(json.dumps(record))
         subject_of(tmp_path / "adapter")
