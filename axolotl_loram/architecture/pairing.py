@@ -22,7 +22,9 @@ from axolotl_loram.files.find import (
     hub_id_of,
 )
 from axolotl_loram.files.nf4 import logical_shapes
+from axolotl_loram.files.quantized import format_of
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.files.untrusted import read_json
 
 FINGERPRINT_SAMPLES = 256
 
@@ -106,6 +108,23 @@ def check_pair(pruned: Path, plan: PruningPlan, base: str, revision: str | None 
     check_pruned(pruned, plan)
     check_base(plan, base, revision)
     check_base_tokenizer(pruned, base, revision)
+
+
+def check_narrowed(folder: Path, plan: PruningPlan, purpose: str) -> None:
+    """Refuse a pruned model, sparse or in 4 bits, without the narrow weights that a purpose needs.
+
+    The purpose is such as "to align".
+    """
+    if not plan.counts:
+        raise LoRAMError(
+            f"expected a model that lost whole units {purpose}, found {folder} with its layers as "
+            "wide as they were: prune by a ratio, or leave this out"
+        )
+    if format_of(read_json(folder / "config.json")):
+        raise LoRAMError(
+            f"expected a pruned model in 16 or 32 bits {purpose}, found {folder} in 4 bits: give "
+            "one that is pruned without quantize"
+        )
 
 
 def check_plan(folder: Path, plan: PruningPlan) -> Record:

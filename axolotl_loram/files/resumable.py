@@ -21,7 +21,7 @@ import numpy as np
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import refuse_occupied
-from axolotl_loram.files.targets import Target, alone, hidden, locked, real, remove, sync
+from axolotl_loram.files.targets import Target, alone, hidden, locked, put_whole, real, remove
 from axolotl_loram.files.tensors import StoredTensor, open_safetensors, write_safetensors
 
 LOG = logging.getLogger(__name__)
@@ -49,12 +49,10 @@ class Work:
         about: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep a step's outcome: name → (dtype as safetensors names it, bits), and facts."""
-        partial = self._file(step).with_suffix(".partial")
         described = [(name, dtype, bits.shape) for name, (dtype, bits) in arrays.items()]
         data = (bits for _, bits in arrays.values())
-        write_safetensors(partial, described, data, {"about": json.dumps(dict(about or {}))})
-        sync(partial)
-        partial.replace(self._file(step))
+        with put_whole(self._file(step)) as file:
+            write_safetensors(file, described, data, {"about": json.dumps(dict(about or {}))})
 
     def load(self, step: str) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         """What `save` kept."""

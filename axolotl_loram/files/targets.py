@@ -289,6 +289,15 @@ def sync_all(made: Path) -> None:
     sync(made)
 
 
+@contextmanager
+def put_whole(file: Path) -> Iterator[Path]:
+    """A path to write to: what is there when the block ends reaches the disk, then has the name."""
+    partial = file.with_name(f"{file.name}.partial")
+    yield partial
+    sync(partial)
+    partial.replace(file)
+
+
 def sync(path: Path) -> None:
     """Make sure that a file, or the list of a folder's files, has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,7 +11,6 @@ Hidden states lie on disk, (samples, tokens, hidden), and pass through memory ba
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from axolotl_loram.architecture.config_json import Config, family_of, sizes_of
 from axolotl_loram.architecture.model import HEAD_WEIGHT, Tensor, layer_pieces
 from axolotl_loram.errors import not_finite
+from axolotl_loram.files.targets import put_whole
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor, finite
 from axolotl_loram.models.bits import from_bits, to_torch
 from axolotl_loram.models.patches import not_partitioned, take_any_width
@@ -320,14 +320,10 @@ class States:
     @contextmanager
     def written(self) -> Iterator[Callable[[torch.Tensor], object]]:
         """Gives a function that appends a batch; the file takes its name when the block ends."""
-        partial = self.file.with_suffix(".partial")
-        with partial.open("wb") as handle:
+        with put_whole(self.file) as partial, partial.open("wb") as handle:
 
             def append(batch: torch.Tensor) -> None:
                 bits = batch.detach().to("cpu", self.dtype).contiguous().view(torch.uint8)
                 handle.write(bits.numpy().data)
 
             yield append
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(self.file)

@@ -24,7 +24,7 @@ from axolotl_loram.errors import not_finite
 from axolotl_loram.files.atomic import write_json
 from axolotl_loram.files.nf4 import packed_parts
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.targets import remove, sync
+from axolotl_loram.files.targets import put_whole, remove
 from axolotl_loram.files.tensors import (
     ELEMENT_BYTES,
     MODEL_FILE,
@@ -263,12 +263,8 @@ def _write_file(
             else:
                 yield counted(part)
 
-    partial = file.with_name(f"{file.name}.partial")
-    described = _all_stored(parts, packing)
-    digest = write_safetensors(partial, described, data())
-    sync(partial)
-    partial.replace(file)
-    return digest
+    with put_whole(file) as partial:
+        return write_safetensors(partial, _all_stored(parts, packing), data())
 
 
 def _identity(
@@ -296,7 +292,5 @@ def _finished(folder: Path, identity: list[Any]) -> dict[str, str]:
 def _note_finished(folder: Path, identity: list[Any], finished: Mapping[str, str]) -> None:
     sizes = {file: (folder / file).stat().st_size for file in finished}
     record = {"of": identity, "sha256": finished, "bytes": sizes}
-    partial = folder / f"{FINISHED}.partial"
-    write_json(partial, record)
-    sync(partial)
-    partial.replace(folder / FINISHED)
+    with put_whole(folder / FINISHED) as partial:
+        write_json(partial, record)

@@ -27,16 +27,14 @@ from torch import nn
 
 import axolotl_loram.models.per_layer  # noqa: F401  (builds the pruned layers)
 from axolotl_loram.architecture.config_json import load_config
-from axolotl_loram.architecture.pairing import check_pair
+from axolotl_loram.architecture.pairing import check_narrowed, check_pair
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import FillArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.quantized import format_of
 from axolotl_loram.files.resumable import Work, unfinished
 from axolotl_loram.files.tensors import Checkpoint
-from axolotl_loram.files.untrusted import read_json
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.stream import LayerStream, States, seen_inputs
 from axolotl_loram.models.walk import Walk
@@ -313,7 +311,7 @@ def recover_fitted(
     opened = Adapter.open(adapter)
     pruned = find_folder(pruned_model or opened.model)
     plan = PruningPlan.load(pruned)
-    check_fillable(pruned, plan)
+    check_narrowed(pruned, plan, "to fill from")
     check_pair(pruned, plan, plan.base.id, plan.base.revision)
     base = find_folder(plan.base.id, plan.base.revision)
     work = default_output(adapter).with_name(f"fitting-{adapter.name}")
@@ -327,18 +325,4 @@ def check_free_rows(moved: Sequence[Moved]) -> None:
         raise LoRAMError(
             "expected LoRA on a projection that lost outputs (such as up_proj or v_proj) to fit, "
             "found none: recover this adapter with zeros"
-        )
-
-
-def check_fillable(pruned: Path, plan: PruningPlan) -> None:
-    """Refuse a pruned model, sparse or in 4 bits, that says nothing of the features that went."""
-    if not plan.counts:
-        raise LoRAMError(
-            f"expected a model that units were removed from, found {pruned} with its layers whole: "
-            "its adapter has no pruned features to fill"
-        )
-    if format_of(read_json(pruned / "config.json")):
-        raise LoRAMError(
-            f"expected a pruned model in 16 or 32 bits to fill from, found {pruned} in 4 bits: "
-            "give the one it was made from with --pruned-model, or recover with zeros"
         )

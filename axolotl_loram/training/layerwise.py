@@ -27,14 +27,12 @@ import axolotl_loram.models.per_layer  # noqa: F401  (builds the pruned layers)
 from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import sizes_of, with_defaults
 from axolotl_loram.architecture.model import layer_pieces
-from axolotl_loram.architecture.pairing import check_pair
+from axolotl_loram.architecture.pairing import check_narrowed, check_pair
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.record import versions
 from axolotl_loram.config import LayerwiseArgs
-from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import Progress, no_progress
-from axolotl_loram.files.quantized import format_of
 from axolotl_loram.files.resumable import Work, check_free, resumable
 from axolotl_loram.files.tensors import Checkpoint, StoredTensor
 from axolotl_loram.files.untrusted import copy_files, read_json
@@ -115,16 +113,7 @@ def align_layers(
 def _find(pruned: str, base: str | None) -> Pair:
     folder = find_folder(pruned)
     plan = PruningPlan.load(folder)
-    if format_of(read_json(folder / "config.json")):
-        raise LoRAMError(
-            f"expected a pruned model in 16 or 32 bits to align, found {pruned} in 4 bits: prune "
-            "without --quantize, and align that"
-        )
-    if not plan.counts:
-        raise LoRAMError(
-            f"expected a model that units were removed from, found {pruned} with its layers whole: "
-            "layer-wise alignment would fill the zeros of a sparse model"
-        )
+    check_narrowed(folder, plan, "to align")
     revision = plan.base.revision if base is None else None
     check_pair(folder, plan, base or plan.base.id, revision)
     return Pair(plan, find_folder(base or plan.base.id, revision), folder)

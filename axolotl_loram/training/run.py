@@ -12,7 +12,7 @@ from typing import Any
 from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.lora_names import is_saved_whole
 from axolotl_loram.architecture.model import parameters
-from axolotl_loram.architecture.pairing import check_pair, check_recorded_base
+from axolotl_loram.architecture.pairing import check_narrowed, check_pair, check_recorded_base
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record, losses_of, versions
 from axolotl_loram.architecture.vocabulary import differ
@@ -26,7 +26,7 @@ from axolotl_loram.models.formats import Formats
 from axolotl_loram.models.small_head import decide_formats
 from axolotl_loram.pruning.cache import OWN_TEXT, own_text, prune_into_cache
 from axolotl_loram.recovery.adapter import Adapter
-from axolotl_loram.recovery.fitted import Job, check_fillable
+from axolotl_loram.recovery.fitted import Job
 from axolotl_loram.recovery.recover import gather_adapter
 from axolotl_loram.results.candidates import DEFAULT_OUTPUT, TRAINED_FOLDER
 from axolotl_loram.text.axolotl_text import token_rows
@@ -167,7 +167,7 @@ def _filling(section: LoRAMConfig, cfg: Any, pruned: Path, plan: PruningPlan) ->
     """What will fill the recovered adapter, with all that it reads; cfg is still the base's."""
     if section.fill == "zeros":
         return None
-    check_fillable(pruned, plan)
+    check_narrowed(pruned, plan, "to fill from")
     if not is_first_rank():
         return None
     length = min(512, int(cfg.sequence_len or 512))

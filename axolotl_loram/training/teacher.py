@@ -30,7 +30,7 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import made_once, write_json
 from axolotl_loram.files.progress import Progress, no_progress, progress_bar
 from axolotl_loram.files.resumable import Work, check_free, resumable
-from axolotl_loram.files.targets import sync
+from axolotl_loram.files.targets import put_whole
 from axolotl_loram.files.tensors import (
     Checkpoint,
     StoredTensor,
@@ -331,11 +331,9 @@ def write_outputs(file: Path, part: Sequence[Row], outputs: Sequence[torch.Tenso
         "digests": ("U8", np.stack([np.frombuffer(row.digest, np.uint8) for row in part])),
         "starts": ("I64", np.cumsum([0, *(len(row.places) for row in part)], dtype=np.int64)),
     }
-    partial = file.with_suffix(".partial")
     described = [(name, dtype, bits.shape) for name, (dtype, bits) in arrays.items()]
-    write_safetensors(partial, described, (bits for _, bits in arrays.values()))
-    sync(partial)
-    partial.replace(file)
+    with put_whole(file) as partial:
+        write_safetensors(partial, described, (bits for _, bits in arrays.values()))
 
 
 @torch.no_grad()

@@ -259,7 +259,7 @@ def test_what_cannot_be_filled_is_refused_in_one_sentence(adapter, tmp_path):
     assert not (tmp_path / "none").exists() and not list(tmp_path.glob("*.fitting*"))
     sparse = PruningArgs(method="magnitude", sparsity=0.5)
     prune(str(tmp_path / "base"), tmp_path / "sparse", sparse)
-    with pytest.raises(LoRAMError, match="expected a model that units were removed from"):
+    with pytest.raises(LoRAMError, match="that lost whole units to fill from"):
         recover_fitted(adapter, FITTED, str(tmp_path / "sparse"))
 
 
