@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import logging
 import os
 import shutil
@@ -137,7 +138,7 @@ class Target:
         """What beside it has to go; once it is the new one, also the work of other jobs on it."""
         left = [self.hidden("partial"), self.hidden("old")]
         if self.replaced:
-            left += self.path.parent.glob(f".{_plain(self.path.name)}.{'[0-9a-f]' * 16}")
+            left += self.path.parent.glob(f".{glob.escape(self.path.name)}.{'[0-9a-f]' * 16}")
         return [path for path in left if path.exists()]
 
     def tidy(self) -> None:
@@ -244,11 +245,6 @@ def _move(made: Path, place: Path) -> None:
         sync(place)
     else:
         made.replace(place)
-
-
-def _plain(name: str) -> str:
-    """A name that `glob` takes as it is."""
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)
 
 
 def _make_folder(folder: Path) -> None:

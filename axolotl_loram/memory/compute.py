@@ -75,14 +75,9 @@ def training_flops(run: TrainingArgs, layout: Layout, anchored: bool = False) ->
     head, head_backward = count.weight(layout.head)
     if run.cross_entropy == "cut":  # the logits are made again in the backward pass
         head_backward += 2 * math.prod(layout.head.shape)
-    return Flops(
-        forward,
-        backward,
-        head,
-        head_backward,
-        forward if run.gradient_checkpointing else 0,
-        forward_flops(run, layout) if anchored else 0,
-    )
+    again = forward if run.gradient_checkpointing else 0
+    anchor = forward_flops(run, layout) if anchored else 0
+    return Flops(forward, backward, head, head_backward, again, anchor)
 
 
 def forward_flops(run: TrainingArgs, layout: Layout) -> int:
@@ -97,19 +92,17 @@ def forward_flops(run: TrainingArgs, layout: Layout) -> int:
 def passed(layer: Layer) -> Iterator[tuple[Tensor, int]]:
     """The matrices of a layer, with how many of their values a token goes through."""
     for tensor in layer.tensors:
-        if part_of(tensor) == "experts" and len(tensor.shape) == 3:
+        part = part_of(tensor)
+        biases = tensor.bias or tensor.name.endswith("_bias")  # the latter are of stacked experts
+        if part == "experts" and len(tensor.shape) == 3:
             yield tensor, layer.routed * math.prod(tensor.shape[1:])
         elif (
-            part_of(tensor) == "linears"
+            part == "linears"
             or (  # or a router
-                tensor.dims[1:] == (HIDDEN,) and part_of(tensor) == "other" and not _is_bias(tensor)
+                part == "other" and tensor.dims[1:] == (HIDDEN,) and not biases
             )
         ):
             yield tensor, math.prod(tensor.shape)
-
-
-def _is_bias(tensor: Tensor) -> bool:
-    return tensor.bias or tensor.name.endswith("_bias")  # the latter are those of stacked experts
 
 
 def scores(run: TrainingArgs, layer: Layer) -> tuple[int, int]:

@@ -122,6 +122,12 @@ class Layout:
                 "causal language models only"
             )
         alike: dict[object, list[int]] = {}
+
+        def of_kind(indices: list[int]) -> Layer:
+            fields, own = layer_fields(config, indices[0]), tuple(found[indices[0]])
+            routed = int(fields.get("num_experts_per_tok") or 0)
+            return Layer(own, int(fields["num_attention_heads"]), routed, tuple(indices))
+
         for index, own in found.items():
             names = tuple(tensor.name.partition(f".{index}.")[2] for tensor in own)
             alike.setdefault((names, *sorted(own[0].sizes.items())), []).append(index)
@@ -130,7 +136,7 @@ class Layout:
         name = f"{head.module}.weight"
         return cls(
             tuple(outside),
-            tuple(_layer(config, found[indices[0]], tuple(indices)) for indices in alike.values()),
+            tuple(of_kind(indices) for indices in alike.values()),
             Tensor(name, head.module, None, head.dims, sizes_of(config), HEAD),
             family.model_type,
             family.whole,
@@ -187,9 +193,3 @@ class Layout:
     def lm_head(self) -> Tensor | None:
         """The output embedding, None where it is the input embedding."""
         return next((tensor for tensor in self.outside if part_of(tensor) == "lm_head"), None)
-
-
-def _layer(config: Config, own: list[Tensor], indices: tuple[int, ...]) -> Layer:
-    fields = layer_fields(config, indices[0])
-    routed = int(fields.get("num_experts_per_tok") or 0)
-    return Layer(tuple(own), int(fields["num_attention_heads"]), routed, indices)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from axolotl_loram.architecture.model import Tensor
 from axolotl_loram.errors import LoRAMError
@@ -191,19 +192,17 @@ class Trained:
     def _leaves(self, new: Mapping[str, str]) -> frozenset[str]:
         """Last parts of all that a pattern matches, today's names and those of old."""
         tensors = [tensor for tensor, _ in self.layout.split(lambda tensor: tensor.layer).tensors]
-        paths = {path for tensor in tensors for path in _paths(tensor)}
+        paths = {
+            path
+            for tensor in tensors
+            for path in accumulate(tensor.name.split("."), "{}.{}".format)
+        }
         found = {path.rpartition(".")[2] for path in paths if self._targets(path)}
         for old, today in new.items():
             places = {t.module for t in tensors if t.name == f"{t.module}.{today}"}
             if any(self._targets(f"{place}.{old}") for place in places):
                 found.add(old)
         return frozenset(found)
-
-
-def _paths(tensor: Tensor) -> Iterator[str]:
-    """Names of the parameter, of its module, and of all modules around."""
-    parts = tensor.name.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _names(run: TrainingArgs, layout: Layout) -> frozenset[str] | str:

@@ -136,7 +136,10 @@ def _row(
     slowest = max(seconds, key=seconds.__getitem__)
     speed = way.gpus * tokens / seconds[slowest]
     anchored = anchor if way.flops.anchor else None
-    before = _anchor_seconds(anchored, card) if anchored else 0.0
+    before = 0.0
+    if anchored:  # at least: the base's weights come over PCIe once for each part of the data
+        computed = anchored["flops"] / (card.tflops * 1e12)
+        before = max(computed, anchored["read_bytes"] / card.pcie_bytes)
     return {
         **asdict(way),
         "flops_per_token": way.flops.total,
@@ -148,12 +151,6 @@ def _row(
         "bound_tokens_per_second": speed,
         "bound_hours": (asked.data.trained / speed + before) / 3600,
     }
-
-
-def _anchor_seconds(anchor: Mapping[str, Any], card: Card) -> float:
-    """At least: the base's weights come over PCIe once for each part of the data."""
-    compute = float(anchor["flops"]) / (card.tflops * 1e12)
-    return max(compute, float(anchor["read_bytes"]) / card.pcie_bytes)
 
 
 class _Ways:
@@ -263,7 +260,8 @@ class _Ways:
             for shape, _, count in Trained.of(run, self.base).shapes()
         ]
         own = held([*frozen, *trained], ZERO3, 1, self.base.hidden, run.compute_bytes, "adamw")
-        moved = self.model_bytes - self.embedding_bytes
+        untied = self.base.lm_head is not None  # of its embedding, a step needs rows alone
+        moved = self.model_bytes - (2 * math.prod(self.base.embedding.shape) if untied else 0)
         return Way(
             "ZeRO-3, all offloaded",
             1,
@@ -340,12 +338,6 @@ class _Ways:
 
     def layer_bytes(self, storage: Storage) -> list[tuple[Layer, int]]:
         return [(layer, sum(map(storage.bytes_of, layer.tensors))) for layer in self.base.layers]
-
-    @property
-    def embedding_bytes(self) -> int:
-        """Of the input embedding, of which a step needs rows alone."""
-        own = self.base.lm_head is not None
-        return math.prod(self.base.embedding.shape) * 2 if own else 0
 
     def read(
         self, layout: Layout, storage: Storage, passes: int | None = None, anchored: bool = False

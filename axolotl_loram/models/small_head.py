@@ -182,10 +182,6 @@ def _embedding_to_nf4(model: nn.Module, path: str, embedding: Any) -> None:
     model.set_submodule(path, new)
 
 
-def _embedding_to_cpu(model: nn.Module, path: str, embedding: Any) -> None:
-    model.set_submodule(path, OffloadedEmbedding(embedding))
-
-
 def _int8(weight: torch.Tensor) -> Any:
     """Each row of a weight as int8 with a scale; bitsandbytes quantizes on the way from the CPU."""
     plain: Any = bitsandbytes.nn.Int8Params(weight.data.to("cpu"), requires_grad=False)
@@ -197,7 +193,9 @@ REPLACEMENTS: dict[tuple[str, str], Callable[[nn.Module, str, Any], None]] = {
     ("lm_head", "nf4"): _head_to_nf4,
     ("embedding", "int8"): _embedding_to_int8,
     ("embedding", "nf4"): _embedding_to_nf4,
-    ("embedding", "cpu"): _embedding_to_cpu,
+    ("embedding", "cpu"): lambda model, path, old: model.set_submodule(
+        path, OffloadedEmbedding(old)
+    ),
 }
 
 

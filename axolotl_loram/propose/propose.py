@@ -184,7 +184,7 @@ class Draft:
                 )
             else:
                 kind, count = unit.kind, self.kinds[unit.kind].units
-                block = len(next(groupby_equal(units[start:])))
+                block = len(list(next(groupby(units[start:]))[1]))
                 size = count * block
                 if units[start : start + size] != [Unit(kind, j // block) for j in range(size)]:
                     return None
@@ -308,11 +308,6 @@ class Draft:
         own |= {name for name in sizes & self.found.sizes[0].keys() if known.get(name) is not None}
         own -= self.found.following
         return {ALIASES.get(name, name): known[name] for name in sorted(own)}
-
-
-def groupby_equal(units: list[Unit | None]) -> Any:
-    """Runs of equal units, as lists."""
-    return (list(run) for _, run in groupby(units))
 
 
 def _above(modules: list[str]) -> str:

@@ -181,17 +181,14 @@ def with_stacks(
             for expert in range(tensor.shape[0])
         ]
         if not single.isdisjoint(f"{name}.lora_A.weight" for own in wanted for name in own):
-            inner = ".base_layer" if first and _has(single, tensor.module, down) else ""
+            of_down = re.compile(rf".*{re.escape(tensor.module)}\.\d+\.{down}\..*")
+            inner = ".base_layer" if first and any(map(of_down.fullmatch, single)) else ""
             for part in PARTS:
                 name = f"{PREFIX}{tensor.module}{inner}.{part}.weight"
                 made[name] = _stacked(name, part, wanted, tensors, rank)
             targets[tensor.name] = rank * len(wanted[0])
     rest = {name: tensor for name, tensor in tensors.items() if name not in single}
     return {**rest, **made}, _settings_of_stacks(settings, rest, targets, family)
-
-
-def _has(names: Iterable[str], module: str, leaf: str) -> bool:
-    return any(re.fullmatch(rf".*{re.escape(module)}\.\d+\.{leaf}\..*", name) for name in names)
 
 
 def _stacked(name: str, part: str, wanted: list[list[str]], tensors: Tensors, rank: int) -> Stacked:

@@ -174,7 +174,8 @@ def _tasks(evaluations: Sequence[tuple[str, Evaluation]]) -> Chapter:
 def _curves(runs: Sequence[Artefact]) -> Chapter:
     """Training loss and held-out loss of every run that was trained."""
     section, trained = Chapter("curves", "Training"), [r for r in runs if r.trained]
-    colors = _colors(trained)
+    palettes = {kind: cycle(colors) for kind, colors in COLORS.items()}
+    colors = {run.label: next(palettes[run.kind]) for run in trained}
     training = [
         Series(run.label, colors[run.label], curve)
         for run in trained
@@ -204,12 +205,6 @@ def _curves(runs: Sequence[Artefact]) -> Chapter:
     if not trained:
         section.missing.append("No training run was given")
     return section
-
-
-def _colors(trained: Sequence[Artefact]) -> dict[str, str]:
-    """A colour for each run: cold ones for LoRAM, warm ones for plain LoRA."""
-    palettes = {kind: cycle(colors) for kind, colors in COLORS.items()}
-    return {run.label: next(palettes[run.kind]) for run in trained}
 
 
 def _widths(runs: Sequence[Artefact]) -> Chapter:
