@@ -74,11 +74,8 @@ def _check_anchored(cfg: Any) -> None:
     pairs = "with the pruned model as its reference the offset cancels, or there is no such loss"
     streamed = "what the base says is computed before training; name `datasets` that are not"
     refused = {
-        "rl": pairs,
-        "reward_model": pairs,
-        "process_reward_model": pairs,
-        "streaming": streamed,
-        "pretraining_dataset": streamed,
+        **dict.fromkeys(("rl", "reward_model", "process_reward_model"), pairs),
+        **dict.fromkeys(("streaming", "pretraining_dataset"), streamed),
         "kd_trainer": "it has a loss of its own",
         "neftune_noise_alpha": "the pruned model would say another thing at each look",
         "batch_flattening": "rows would not be found again; use sample_packing",
@@ -97,14 +94,13 @@ def check_alignment(cfg: Any) -> None:
     whole = "all weights are trained; adapters come after, with `stage: train`"
     sharded = "no rank would have the whole weights to save"
     refused = {
-        "adapter": whole,
-        "lora_model_dir": whole,
-        "load_in_4bit": "weights in 4 bits cannot be trained",
+        **dict.fromkeys(("adapter", "lora_model_dir"), whole),
+        **dict.fromkeys(("load_in_4bit", "gptq"), "weights in 4 bits cannot be trained"),
         "load_in_8bit": "weights in 8 bits cannot be trained",
-        "gptq": "weights in 4 bits cannot be trained",
-        "rl": "alignment is continual pre-training, on plain text",
-        "reward_model": "alignment is continual pre-training, on plain text",
-        "process_reward_model": "alignment is continual pre-training, on plain text",
+        **dict.fromkeys(
+            ("rl", "reward_model", "process_reward_model"),
+            "alignment is continual pre-training, on plain text",
+        ),
         "qat": "the pruned checkpoint's weights are not quantized",
         "reinit_weights": "it would throw the pruned model's weights away",
         "load_best_model_at_end": "the aligned checkpoint is the last step's",
