@@ -170,11 +170,11 @@ class Bench:
             self.fresh(self.model(kind), 0).save_pretrained(folder)
         return folder
 
-    def fresh(self, model: Any, seed: int) -> PeftModel:
-        """New LoRA weights in all linear layers."""
+    def fresh(self, model: Any, seed: int, **settings) -> PeftModel:
+        """New LoRA weights in all linear layers, with PEFT's further settings."""
         torch.manual_seed(seed)
-        how = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **LORA)
-        return get_peft_model(model, how)
+        how = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **LORA, **settings}
+        return get_peft_model(model, LoraConfig(**how))
 
     def settings(self, name: str) -> dict[str, Any]:
         """What all of Axolotl's runs have in common."""
