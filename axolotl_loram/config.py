@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from axolotl_loram.config_shares import Ratio, check_ratio, check_sparsity
+from axolotl_loram.config_shares import Ratio, check_ratio, check_sparsity, whole_layers
 from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 
@@ -114,7 +114,8 @@ class PruningArgs(Section):
         default=None,
         description="Kinds of unit to remove, separated by commas: by default neurons, kv_groups "
         "(or heads) and experts, as the model has them; expert_neurons (an equal share of each "
-        "expert) only if they are named.",
+        "expert) only if they are named. layers, alone: the first ones of the decoder, whole; "
+        "training puts the original's hidden states in their place (`anchor: base`).",
     )
     refit: bool | None = Field(
         default=None,
@@ -217,6 +218,12 @@ class PruningArgs(Section):
                 f"expected units ({', '.join(self.units)}) or a ratio for each kind of unit, found "
                 f"both: name in ratio all kinds that are to be removed ({', '.join(self.ratio)})"
             )
+        scored = self.method not in (None, "random") or self.refit or self.calibration_path
+        if self.whole_layers and scored:
+            raise LoRAMError(
+                "expected neither method, refit nor calibration text with `units: layers`, found "
+                "one: the first layers go, and those that stay are as they were"
+            )
         methods = SPARSE if self.sparsity else STRUCTURED
         if self.method and self.method not in methods and not self.indices_path:
             raise LoRAMError(
@@ -234,6 +241,11 @@ class PruningArgs(Section):
         """Kinds of unit that are named, by `units` or by a ratio of each."""
         return tuple(self.ratio) if isinstance(self.ratio, dict) else self.units  # type: ignore
 
+    @property
+    def whole_layers(self) -> bool:
+        """Whether whole decoder layers go."""
+        return whole_layers(self.ratio, self.units)
+
     def resolve(self, own_text: bool = False, longest: int | None = None) -> Pruning:
         """Settle every default that depends on something else: the one place that does.
 
@@ -247,12 +259,16 @@ class PruningArgs(Section):
         whole_units = self.ratio is not None
         text = own_text or self.calibration_path is not None
         method = "magnitude" if self.sparsity else "random"
-        if whole_units and text:
+        if whole_units and text and not self.whole_layers:
             # The recovered adapter kept 96 % of LoRA's gain by this (benchmarks/ablation.py).
             method = "activation"
         method = self.method or method
         reads = CRITERIA[method].calibrated and not self.indices_path
-        refit = not self.sparsity and (reads or self.calibration_path is not None)
+        refit = (
+            not self.sparsity
+            and not self.whole_layers
+            and (reads or self.calibration_path is not None)
+        )
         length = min(CALIBRATION_LENGTH, longest or CALIBRATION_LENGTH)
         first, last = (0, 0) if self.sparsity else PROTECTED
         settled = {

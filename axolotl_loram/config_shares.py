@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from axolotl_loram.errors import LoRAMError
@@ -47,6 +47,25 @@ def _share(said: Any, of: str = "") -> float:
             "other shares of each kind"
         )
     return share
+
+
+LAYERS = "layers"
+"""Whole decoder layers, from the first on: a kind of unit that goes alone."""
+
+
+def whole_layers(ratio: Ratio | None, units: Collection[str] | None) -> bool:
+    """Whether whole decoder layers are to be removed.
+
+    Raises:
+        LoRAMError: And something else, too.
+    """
+    kinds = list(ratio) if isinstance(ratio, Mapping) else list(units or ())
+    if LAYERS in kinds and len(kinds) > 1:
+        raise LoRAMError(
+            f"expected layers alone as the unit to remove, found {', '.join(kinds)}: the layers "
+            "that stay are whole"
+        )
+    return LAYERS in kinds
 
 
 def share_of(ratio: Ratio, kind: str) -> float:

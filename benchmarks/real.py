@@ -161,6 +161,8 @@ def new_cases() -> Iterator[Case]:
             yield Case(1, sparsity, "sparsegpt", loss=loss, top_k=32, rate=2e-3)
     for seed in SEEDS[1:]:
         yield Case(seed, rate=2e-3)
+        for ratio in (0.5, 0.75, 0.85):
+            yield Case(seed, ratio, "top", rate=2e-3)
         for ratio in (0.5, 0.75):
             yield anchored(seed, ratio)
 

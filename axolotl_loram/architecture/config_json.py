@@ -108,9 +108,14 @@ def _canonical(fields: Config) -> dict[str, Any]:
 def layer_fields(config: Config, layer: int | None) -> dict[str, Any]:
     """The config as layer `layer` sees it: global fields, then its `per_layer_config`."""
     section = section_of(config, family_of(config))
-    given = {} if layer is None else section.get(PER_LAYER) or {}
-    own: Config = next((given[key] for key in _keys_of(layer) if key in given), {}) if given else {}
+    own = {} if layer is None else _own_fields(config, layer)
     return {**config, **_canonical(section), **_canonical(own), TIED: is_tied(config)}
+
+
+def _own_fields(config: Config, layer: int) -> Config:
+    given = section_of(config, family_of(config)).get(PER_LAYER) or {}
+    found: Any = next((given[key] for key in _keys_of(layer) if key in given), {}) if given else {}
+    return found
 
 
 def own_fields(config: Config) -> dict[int, Config]:
@@ -149,7 +154,17 @@ def sizes_of(config: Config, layer: int | None = None) -> Sizes:
     Raises:
         LoRAMError: A field is missing or does not suit the others.
     """
-    return family_of(config).sizes(layer_fields(config, layer), layer)
+    family = family_of(config)
+    if not is_removed(config, layer):
+        return family.sizes(layer_fields(config, layer), layer)
+    whole = family.sizes(layer_fields(config, None), layer)
+    return {**whole, **{group.kind: 0 for group in family.groups}}
+
+
+def is_removed(config: Config, layer: int | None) -> bool:
+    """Whether a layer has no unit of any kind left: it hands its input on."""
+    own = {} if layer is None else _own_fields(config, layer)
+    return bool(own) and all(type(count) is int and count == 0 for count in own.values())
 
 
 def layer_count(config: Config) -> int:

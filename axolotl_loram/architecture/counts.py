@@ -24,16 +24,18 @@ from axolotl_loram.architecture.model import (
     config_changes,
     has_experts,
     layer_groups,
+    layer_weights,
     parameter_count,
     tensors,
 )
 from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.reference import read_indices
-from axolotl_loram.architecture.spaces import Group, Sizes
+from axolotl_loram.architecture.spaces import EXPERTS, LINEAR, Group, Sizes
 from axolotl_loram.config import Pruning
-from axolotl_loram.config_shares import Ratio, check_ratio, share_of
+from axolotl_loram.config_shares import LAYERS, Ratio, check_ratio, share_of, whole_layers
 from axolotl_loram.errors import LoRAMError
 
+WEIGHTY = (LINEAR, EXPERTS)
 LOG = logging.getLogger(__name__)
 
 
@@ -82,6 +84,8 @@ def keep_counts(
             "expected a model whose layers are all alike, found per_layer_config in its config: "
             "prune the original model, not one that is pruned already"
         )
+    if whole_layers(ratio, units):
+        return _without_layers(config, share_of(ratio, LAYERS))
     protected = protected_layers(layer_count(config), first, last)
     wanted = _kinds(config, ratio if isinstance(ratio, dict) else units)
     counts: dict[int, dict[str, int]] = {}
@@ -93,6 +97,29 @@ def keep_counts(
                 group.kind: _keep_count(group, share_of(ratio, group.kind), sizes)
                 for group in groups
             }
+    return counts
+
+
+def _without_layers(config: Config, ratio: float) -> dict[int, dict[str, int]]:
+    """No unit of any kind in the first layers, whose place the base's hidden states take."""
+    layers = layer_count(config)
+    gone = int(layers * Fraction(str(ratio)))
+    if not gone:
+        raise LoRAMError(
+            f"expected a ratio that removes one of the {layers} layers at least, found {ratio}: "
+            f"use {1 / layers:.4g} or more"
+        )
+    counts = {
+        layer: {group.kind: 0 for group in layer_groups(config, layer) if not group.inside}
+        for layer in range(gone)
+    }
+    emptied = changed(config, config_changes(config, counts))
+    stays = [w.module for n in counts for w in layer_weights(emptied, n) if w.role in WEIGHTY]
+    if stays:
+        raise LoRAMError(
+            f"expected layers whose weights are all units' for `units: layers`, found {stays[0]}, "
+            f"of which {config['model_type']} has no units: remove units of the layers instead"
+        )
     return counts
 
 

@@ -154,7 +154,7 @@ Placed = tuple[Weight, str, int | None, Config, Sizes]
 def _weights(config: Config, layer: int | None) -> Iterator[Placed]:
     """The declared weights that a layer (or what lies outside the layers) has, and their place."""
     family, fields = family_of(config), layer_fields(config, layer)
-    sizes, declared = family.sizes(fields, layer), family.model if layer is None else family.layer
+    sizes, declared = sizes_of(config, layer), family.model if layer is None else family.layer
     prefix = "" if layer is None else f"{family.layers}.{layer}."
     return ((w, prefix, layer, fields, sizes) for w in declared if _exists(w, fields, sizes))
 

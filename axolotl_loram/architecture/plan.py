@@ -90,7 +90,8 @@ class PruningPlan:
             if group.inside:
                 around = self.kept_in(layer).get(group.inside)
                 rows = sizes[group.inside] if around is None else len(around)
-            _check_units(name, units, sizes[group.kind], rows, group.fewest(sizes))
+            if layer not in self.removed:
+                _check_units(name, units, sizes[group.kind], rows, group.fewest(sizes))
         known = (tensor.name for tensor in tensors(self.config)) if self.masks else ()
         unknown = set(self.masks).difference(known)
         if unknown:
@@ -136,6 +137,15 @@ class PruningPlan:
         """Whether a tensor stacks experts that keep different features each."""
         kept = self.kept_in(tensor.layer)
         return any(kind in kept and kept[kind].ndim == 2 for kind in tensor.kinds)
+
+    @cached_property
+    def removed(self) -> list[int]:
+        """The layers that keep no unit of any kind: they hand their input on."""
+        left: dict[int, int] = {}
+        for name, layer, group in entries_of(self.config):
+            if not group.inside:
+                left[layer] = left.get(layer, 0) + len(self.kept.get(name, (None,)))
+        return [layer for layer, units in left.items() if not units]
 
     @cached_property
     def counts(self) -> dict[int, dict[str, int]]:

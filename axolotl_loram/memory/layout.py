@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from axolotl_loram.architecture.config_json import Config, family_of, layer_fields, sizes_of
+from axolotl_loram.architecture.config_json import (
+    Config,
+    family_of,
+    is_removed,
+    layer_fields,
+    sizes_of,
+)
 from axolotl_loram.architecture.model import Tensor, parameters
 from axolotl_loram.architecture.spaces import EMBEDDING, EXPERTS, HEAD, LINEAR, Sizes
 from axolotl_loram.errors import LoRAMError
@@ -114,7 +120,8 @@ class Layout:
         outside: list[Tensor] = []
         found: dict[int, list[Tensor]] = {}
         for tensor in parameters(config):
-            own = outside if tensor.layer is None else found.setdefault(tensor.layer, [])
+            apart = tensor.layer is None or is_removed(config, tensor.layer)  # norms alone
+            own = outside if apart else found.setdefault(tensor.layer or 0, [])
             own.append(tensor)
         if not any(part_of(tensor) == "embedding" for tensor in outside):
             raise LoRAMError(

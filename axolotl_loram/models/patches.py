@@ -27,6 +27,7 @@ from transformers.integrations import deepspeed, heterogeneity
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.models.removed import replace_whole
 
 PATCHES: dict[str, str] = {}
 """Name of each function that changes foreign code → what makes it unnecessary."""
@@ -156,7 +157,10 @@ def _with_own_config(original: Any, layer: nn.Module, *args: Any, **kwargs: Any)
     if getattr(config, "is_heterogeneous", False):
         numbered = "layer_idx" in bound.arguments
         index = bound.arguments["layer_idx"] if numbered else next(_BUILT[id(config)])
-        bound.arguments["config"] = config.per_layer_config[index]
+        own = config.per_layer_config[index]
+        if not own.num_attention_heads:
+            return replace_whole(original, layer, *bound.args[1:], **bound.kwargs)
+        bound.arguments["config"] = own
     original(*bound.args, **bound.kwargs)
 
 

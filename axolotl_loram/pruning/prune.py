@@ -256,7 +256,8 @@ def decide(job: Job, work: Work) -> Outcome:
     """Choose what to keep, and refit it if that is asked for."""
     if job.settings.sparsity is not None:
         return _make_sparse(job, work, job.settings.sparsity)
-    plan = job.sketch if job.settings.indices_path else choose_units(job, work)
+    known = job.settings.indices_path or job.settings.whole_layers
+    plan = job.sketch if known else choose_units(job, work)
     if not job.settings.refit or not plan.kept:
         return Outcome(plan)
     from axolotl_loram.models.walk import Walk

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_loram.architecture.config_json import layer_count
 from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.pairing import check_plan
 from axolotl_loram.architecture.plan import PLAN_FILE, Base, PruningPlan
 from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record
+from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, new_folder, updated_folder, write_json
 from axolotl_loram.files.find import TOKENIZER_PATTERNS, find_folder, is_hub_id
 from axolotl_loram.files.tensors import ADAPTER_FILE, write_safetensors
@@ -72,6 +74,7 @@ def recover(
     check_plan(pruned, plan)
     adapter = adapter.of_today(plan.pruned_config)
     moved = check_adapter(adapter, plan, pruned, of_run)
+    adapter = replace(adapter, settings=_of_layers(adapter.settings, plan))
     base, output = base or plan.base, output or default_output(adapter.folder)
     base = replace(base, fingerprint=base.fingerprint or plan.base.fingerprint)
     if not update:
@@ -100,6 +103,19 @@ def recover(
         (scratch / "README.md").write_text(text, encoding="utf-8")
         copy_files(adapter.folder, scratch, TOKENIZER_PATTERNS)
     return {**record.as_json(), "output": str(output)}
+
+
+def _of_layers(settings: Mapping[str, Any], plan: PruningPlan) -> Mapping[str, Any]:
+    """An adapter's config that says which layers it is of, where the others were removed.
+
+    PEFT takes that beside a list of modules only; otherwise it puts new LoRA there, which is 0.
+    """
+    if not plan.removed or settings.get("layers_to_transform") is not None:
+        return settings
+    if not isinstance(settings.get("target_modules"), list):
+        return settings
+    stay = [n for n in range(layer_count(plan.config)) if n not in plan.removed]
+    return {**settings, "layers_to_transform": stay}
 
 
 def _steps(training: Mapping[str, Any]) -> str:
@@ -131,6 +147,12 @@ def gather_adapter(
     """
     adapter = Adapter.open(adapter).of_today(plan.config)
     moved = check_adapter(adapter, plan)
+    lost = [each.stored.name for each in moved if 0 in each.shape]
+    if lost:
+        raise LoRAMError(
+            f"expected an adapter of the layers that pruning left, found {lost[0]} ({len(lost)} "
+            "such): merge it into the base first, and prune that"
+        )
     with new_folder(output, overwrite=True) as scratch:
         _write_adapter(scratch, moved, Moved.gather, adapter, Base(pruned_model))
 

@@ -154,7 +154,8 @@ def check_modules(adapter: Adapter, plan: PruningPlan) -> None:
             f"expected LoRA on the target_modules in the config of {adapter.folder} alone, found "
             f"it on {extra[0]} too ({len(extra)} such): config and tensors are of two adapters"
         )
-    linear = [tensor for tensor in parameters(plan.config) if tensor.linear]
+    there = (t for t in parameters(plan.config) if t.layer not in plan.removed)
+    linear = [tensor for tensor in there if tensor.linear]
     wanted = {t.module for t in linear if is_named(t.module, settings, t.layer)}
     wanted |= {t.module for t in linear if _matches(t.name, targets)}
     missing = sorted(wanted - having)

@@ -19,17 +19,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from axolotl_loram.architecture.config_json import load_config
+from axolotl_loram.architecture.counts import plan_of_size
+from axolotl_loram.architecture.plan import PLAN_FILE, Base, PruningPlan
+from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import progress_bar
 from axolotl_loram.memory.data import TOP_K
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.patches import see_batches
+from axolotl_loram.models.removed import removed_layers
 from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows, tokenizer_of
 from axolotl_loram.training.anchored import Offsets, anchored_loss, offsets
 from axolotl_loram.training.distil import IGNORED, Targets
 from axolotl_loram.training.run import Run
 from axolotl_loram.training.served import Server, check_server, make_served
+from axolotl_loram.training.states import StoredStates, kept_states, make_states
 from axolotl_loram.training.teacher import Row, Teacher, distinct, kept_outputs, make_teacher
 
 LOG = logging.getLogger(__name__)
@@ -54,22 +60,32 @@ def prepare_anchor(
             "loss has no load-balancing term; add `overrides_of_model_config: "
             "{output_router_logits: false}`"
         )
+    base, removed = run.plan.base.id, len(run.plan.removed)
     if path:
         folder = find_folder(path)
     else:
-        base = find_folder(run.base.id, run.base.revision)
-        folder = kept_outputs("anchor", base, rows_of_run(trainer), TOP_K, cache_dir)
-    teacher = Teacher(folder)
+        here, rows = find_folder(run.base.id, run.base.revision), rows_of_run(trainer)
+        if removed:
+            folder = kept_states(here, rows, removed, cache_dir)
+        else:
+            folder = kept_outputs("anchor", here, rows, TOP_K, cache_dir)
+    teacher = StoredStates(folder, removed) if removed else Teacher(folder)
     check_anchor(teacher, folder, run)
+    if isinstance(teacher, StoredStates):
+        Places(trainer, teacher).attach()
+        LOG.info("hidden states of %s after %d layers take their place", base, removed)
+        return {"base": base, **{name: teacher.record[name] for name in ("layers", "sequences")}}
     Anchor(trainer, teacher).attach()
     found = {name: teacher.record[name] for name in ("top_k", "sequences", "places")}
-    LOG.info("anchored at what %s says of %d tokens", run.plan.base.id, found["places"])
-    return {"base": run.plan.base.id, **found}
+    LOG.info("anchored at what %s says of %d tokens", base, found["places"])
+    return {"base": base, **found}
 
 
 def check_anchor(teacher: Teacher, folder: Path, run: Run) -> None:
     """Refuse outputs that are another model's, or of all places."""
-    if not teacher.record.get("trained_only"):
+    if not teacher.record.get("trained_only") or ("layers" in teacher.record) != bool(
+        run.plan.removed
+    ):
         raise LoRAMError(
             f"expected what `axolotl-loram anchor` wrote in {folder}, found the outputs of a "
             "teacher: give the anchor's folder as anchor_path, or leave that out"
@@ -117,12 +133,39 @@ def make_anchor(
             base = find_folder(
                 model or str(cfg.base_model), None if model else cfg.revision_of_model
             )
+            removed = removed_by(cfg, base)
+            if removed:
+                return make_states(base, rows, output, removed, choose_device(), progress)
             return make_teacher(base, rows, output, TOP_K, choose_device(), progress)
+        if removed_by(cfg, None):
+            raise LoRAMError(
+                "expected the base's weights where pruning removes whole layers, found --server: "
+                "servers tell no hidden states; give --model alone"
+            )
         some = rows[:: max(len(rows) // CHECKED_ROWS, 1)][:CHECKED_ROWS]
         served = Server(server, served_model or str(cfg.base_model))
         check_server(served, some, TOP_K, tokenizer_of(cfg))
         known = said_by(find_folder(model), some) if model else None
         return make_served(served, rows, output, TOP_K, progress, known)
+
+
+def removed_by(cfg: Any, base: Path | None) -> int:
+    """How many layers are removed whole before the run of this YAML.
+
+    Args:
+        cfg: The YAML's.
+        base: Folder of the base; None where it is enough to know whether any are.
+    """
+    section = LoRAMConfig.model_validate(dict(cfg.loram or {"stage": "align"}))
+    if section.pruned_model_path:
+        place, revision = section.pruned_model_path, section.pruned_model_revision
+        return len(PruningPlan.load(find_folder(place, revision, [PLAN_FILE])).removed)
+    if section.pruning is None or not section.pruning.whole_layers:
+        return 0
+    if base is None:
+        return 1
+    sketch = plan_of_size(load_config(str(base)), Base(str(base)), section.pruning.resolve())
+    return len(sketch.removed)
 
 
 def said_by(base: Path, rows: list[Row]) -> dict[bytes, torch.Tensor]:
@@ -212,6 +255,30 @@ def segments(inputs: Mapping[str, torch.Tensor]) -> Iterator[Segment]:
                 row = row_of(ids[positions], own["labels"][positions])
                 if len(row.places):
                     yield Segment(number, positions, row)
+
+
+class Places:
+    """Puts the base's hidden states in the place of the layers that pruning removed.
+
+    The loss stays the trainer's own: above them, the model is the base.
+    """
+
+    def __init__(self, trainer: Any, stored: StoredStates) -> None:
+        self.trainer, self.stored = trainer, stored
+
+    def attach(self) -> None:
+        """See every batch before the model does."""
+        see_batches(self.trainer, self.fill)
+
+    def fill(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        """Hand a batch's hidden states to the last removed layer; rows untrained get zeros."""
+        last = removed_layers(self.trainer.accelerator.unwrap_model(model))[-1]
+        found = [(each, self.stored.states_of(each.row)) for each in segments(inputs)]
+        hidden = found[0][1].shape[-1] if found else model.config.hidden_size
+        given = torch.zeros(*inputs["input_ids"].shape, hidden, dtype=torch.bfloat16)
+        for segment, states in found:
+            given[segment.number, torch.from_numpy(segment.positions)] = states
+        last.given = given.to(inputs["input_ids"].device)
 
 
 class Anchor:

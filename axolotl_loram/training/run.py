@@ -130,6 +130,12 @@ def begin_training(cfg: Any) -> Run:
         pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir, rows)
     plan = PruningPlan.load(pruned)
     check_pair(pruned, plan, model, revision)
+    if plan.removed and (section.anchor != "base" or section.fill != "zeros"):
+        found = "another anchor" if section.anchor != "base" else f"fill: {section.fill}"
+        raise LoRAMError(
+            f"expected `anchor: base` and no fill with a model whose first {len(plan.removed)} "
+            f"layers are removed, found {found}: the original's hidden states take their place"
+        )
     masked = trains_masked(section, plan)
     _check_modules_to_save(cfg, plan)
     run = Run(

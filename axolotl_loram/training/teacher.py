@@ -145,6 +145,23 @@ class Teacher:
         Raises:
             LoRAMError: The outputs were not computed for it.
         """
+        file, start, stop = self.place_of(row)
+
+        def read(name: str, dtype: type[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(self.read(file, name, start, stop).view(dtype))
+
+        return Targets(
+            read("ids", np.int32).long(),
+            read("logprobs", np.float32 if self.record.get("trained_only") else np.float16).float(),
+            read("rest", np.float32),
+        )
+
+    def place_of(self, row: Row) -> tuple[int, int, int]:
+        """Number of the file that a sequence's outputs are in, and from where to where.
+
+        Raises:
+            LoRAMError: The outputs were not computed for it.
+        """
         place = self.places.get(row.digest)
         if place is None:
             raise LoRAMError(
@@ -153,25 +170,14 @@ class Teacher:
                 "them: the data changed (or the chat template, or which tokens are trained), or "
                 "sequences are packed or cut after that"
             )
-        return self._read(*place)
+        return place
 
-    @property
-    def _dtype(self) -> type[np.floating]:
-        return np.float32 if self.record.get("trained_only") else np.float16
-
-    def _read(self, file: int, start: int, stop: int) -> Targets:
-        def read(name: str) -> np.ndarray:
-            tensor = self._files[file][name]
-            row = int(np.prod(tensor.shape[1:], dtype=int))
-            size = row * tensor.bits.itemsize
-            bits = tensor.read_bytes(start * size, (stop - start) * size).view(tensor.bits)
-            return bits.reshape(-1, *tensor.shape[1:])
-
-        return Targets(
-            torch.from_numpy(read("ids").view(np.int32)).long(),
-            torch.from_numpy(read("logprobs").view(self._dtype)).float(),
-            torch.from_numpy(read("rest").view(np.float32)),
-        )
+    def read(self, file: int, name: str, start: int, stop: int) -> np.ndarray:
+        """Some rows of a stored tensor, as bits."""
+        tensor = self._files[file][name]
+        size = int(np.prod(tensor.shape[1:], dtype=int)) * tensor.bits.itemsize
+        bits = tensor.read_bytes(start * size, (stop - start) * size).view(tensor.bits)
+        return bits.reshape(-1, *tensor.shape[1:])
 
 
 def make_teacher(
@@ -201,7 +207,7 @@ def make_teacher(
     """
     config, checkpoint = load_config(str(model)), Checkpoint(model)
     sequences = distinct(rows)
-    parts = list(_parts(sequences))
+    parts = list(parts_of(sequences))
     stream = LayerStream(checkpoint, config, device)
     vocabulary = stream.model.get_output_embeddings().weight.shape[0]
     record = {
@@ -210,7 +216,7 @@ def make_teacher(
         "top_k": min(top_k, vocabulary),
         "computed_in": str(stream.dtype),
     }
-    _check_tokens(sequences, vocabulary)
+    check_tokens(sequences, vocabulary)
     remedy = "give fewer tokens, a smaller teacher_top_k, or another disk (cache_dir)"
     check_free(output, record, _needed_bytes(record, parts, stream), remedy)
     with resumable(output, record) as work:
@@ -277,7 +283,8 @@ def distinct(rows: Iterable[Row | Sequence[int] | np.ndarray]) -> list[Row]:
     return [found[key] for key in sorted(found, key=lambda key: (len(found[key]), key))]
 
 
-def _check_tokens(sequences: Sequence[Row], vocabulary: int) -> None:
+def check_tokens(sequences: Sequence[Row], vocabulary: int) -> None:
+    """Refuse tokens that a model with such a vocabulary lacks."""
     largest = max(int(row.tokens.max()) for row in sequences)
     if largest >= vocabulary:
         raise LoRAMError(
@@ -286,7 +293,8 @@ def _check_tokens(sequences: Sequence[Row], vocabulary: int) -> None:
         )
 
 
-def _parts(sequences: Sequence[Row]) -> Iterator[list[Row]]:
+def parts_of(sequences: Sequence[Row]) -> Iterator[list[Row]]:
+    """Sequences that go through the layers together."""
     part: list[Row] = []
     for sequence in sequences:
         padded = (len(part) + 1) * len(sequence)
@@ -312,12 +320,17 @@ def _write_part(
     stream: LayerStream, work: Work, part: list[Row], file: Path, top_k: int, progress: Progress
 ) -> None:
     """Keep the outputs on a part's sequences in a file that is whole once it has its name."""
-    padded = np.zeros((len(part), len(part[-1])), np.int64)  # what comes later is not looked at
-    for tokens, row in zip(padded, part, strict=True):
-        tokens[: len(row)] = row.tokens
-    walk = Walk(stream, work, padded, file.stem, layer_count(stream.config), progress)
+    walk = Walk(stream, work, padded(part), file.stem, layer_count(stream.config), progress)
     write_outputs(file, part, _outputs_of(walk, part, top_k))
     walk.inputs(walk.stop).file.unlink()
+
+
+def padded(part: Sequence[Row]) -> np.ndarray:
+    """Token ids of sequences, (sequences, tokens of the longest): what comes later is not seen."""
+    found = np.zeros((len(part), len(part[-1])), np.int64)
+    for tokens, row in zip(found, part, strict=True):
+        tokens[: len(row)] = row.tokens
+    return found
 
 
 def write_outputs(file: Path, part: Sequence[Row], outputs: Sequence[torch.Tensor]) -> None:

@@ -1,0 +1,184 @@
+"""Hidden states in the place of removed layers: the base's own loss and gradient, the command."""
+
+import json
+
+import pytest
+import torch
+from batches import BATCHES, ROWS, mean_loss, padded, trainer_of, with_lora
+from calibrated import load
+from conftest import run_command, write_yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig
+
+from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.config import PruningArgs
+from axolotl_loram.errors import LoRAMError
+from axolotl_loram.pruning.prune import prune
+from axolotl_loram.recovery.recover import gather_adapter
+from axolotl_loram.training.anchor import Places, rows_of
+from axolotl_loram.training.distil import IGNORED
+from axolotl_loram.training.states import StoredStates, make_states
+from axolotl_loram.training.teacher import make_teacher
+
+
+@pytest.fixture(scope="module")
+def stored(make_model, tmp_path_factory):
+    """Base of 4 layers, the model without 2 of them, and hidden states of ROWS."""
+    folder, base = tmp_path_factory.mktemp("states"), make_model(num_hidden_layers=4)
+    prune(str(base), folder / "pruned", PruningArgs(ratio=0.5, units="layers"))
+    make_states(base, rows_of(ROWS), folder / "states", 2)
+    return base, folder / "pruned", folder / "states"
+
+
+def filled(pruned, folder, layers=2, **settings):
+    """The model with new LoRA, and its loss of a batch."""
+    model = with_lora(pruned, **settings)
+    trainer = trainer_of(model)
+    trainer.compute_loss = lambda model, inputs: model(**inputs).loss
+    Places(trainer, StoredStates(folder, layers)).attach()
+    return model, trainer.compute_loss
+
+
+@pytest.mark.parametrize("bits", ["16 bits", "nf4"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_loss_starts_as_the_bases(batch, bits, stored):
+    """Up to the 8 bits of hidden states that are kept, and in NF4 those of the upper layers."""
+    base, pruned, folder = stored
+    form = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model, loss_of = filled(
+        pruned, folder, **({"quantization_config": form} if bits == "nf4" else {})
+    )
+    loss = loss_of(model, BATCHES[batch]())
+    allowed = 2e-3 if bits == "16 bits" else 5e-2
+    assert loss.item() == pytest.approx(mean_loss(base, ROWS), rel=allowed)
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in model.parameters()
+        if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_the_gradient_is_that_of_lora_on_the_base(reentrant, stored):
+    """What no pruned model's is; with any kind of gradient checkpointing."""
+    base, pruned, folder = stored
+    model, loss_of = filled(pruned, folder)
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+    whole = get_peft_model(
+        load(base), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    start = dict(whole.named_parameters())
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+        start[name].data.copy_(weight)
+    for name, weight in whole.named_parameters():
+        if name not in dict(model.named_parameters()) and "lora_B" in name:
+            torch.nn.init.zeros_(weight)
+    loss_of(model, padded(ROWS)).backward()
+    whole(**padded(ROWS)).loss.backward()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            wanted = start[name].grad
+            assert (weight.grad - wanted).norm() < 0.02 * wanted.norm(), name
+
+
+def test_rows_that_are_not_known_are_refused(stored):
+    model, loss_of = filled(*stored[1:])
+    changed = {name: list(value) for name, value in ROWS[1].items()}
+    changed["input_ids"][2] += 1
+    with pytest.raises(LoRAMError, match="sequences that the anchor's outputs were computed for"):
+        loss_of(model, padded([changed]))
+    untrained = {**ROWS[0], "labels": [IGNORED] * len(ROWS[0]["labels"])}
+    assert loss_of(model, padded([untrained, ROWS[1]])).isfinite()  # it needs no hidden states
+
+
+def test_an_anchor_of_another_kind_is_refused(stored, tmp_path):
+    base, _, folder = stored
+    with pytest.raises(LoRAMError, match=r"after 1 layers in .* found those after 2 layers"):
+        StoredStates(folder, 1)
+    make_teacher(base, rows_of(ROWS), tmp_path / "anchor", 8)
+    with pytest.raises(LoRAMError, match="found a model's outputs"):
+        StoredStates(tmp_path / "anchor", 2)
+
+
+def test_an_adapter_of_removed_layers_is_no_warm_start(stored, tmp_path):
+    base, pruned, _ = stored
+    whole = get_peft_model(load(base), LoraConfig(target_modules=["q_proj"]))
+    for name, weight in whole.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(weight)
+    whole.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LoRAMError, match="an adapter of the layers that pruning left"):
+        gather_adapter(
+            tmp_path / "adapter", PruningPlan.load(pruned), str(pruned), tmp_path / "start"
+        )
+
+
+@pytest.fixture
+def run_yaml(make_model, settings, tmp_path):
+    """A run's YAML: changes → file."""
+
+    def write(**changes):
+        loram = {"pruning": {"units": "layers", "ratio": 0.5}, "anchor": "base"}
+        loram |= {"cache_dir": str(tmp_path / "cache"), **changes.pop("loram", {})}
+        base = make_model(num_hidden_layers=4)
+        own = settings(base, val_set_size=0.2, eval_strategy="steps", eval_steps=4)
+        return write_yaml(tmp_path / "loram.yml", {**own, "loram": loram, **changes})
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_axolotl_trains_upper_layers(packing, run_yaml, make_model, tmp_path):
+    """Its held-out loss is, to the end, that of the base with the adapter as PEFT loads it."""
+    changes = {"sample_packing": packing, "eval_sample_packing": False, "eval_on_start": True}
+    changes |= {"gradient_accumulation_steps": 2, "max_steps": 8, "num_epochs": 3}
+    changes |= {"gradient_checkpointing": packing}
+    file = run_yaml(**changes)
+    run_command("axolotl", "train", file, "--launcher", "python")
+    record = json.loads((tmp_path / "out/pruned/loram.json").read_text())["training"]
+    losses = {each["step"]: each["eval_loss"] for each in record["history"] if "eval_loss" in each}
+    run_command(
+        *("axolotl-loram", "evaluate", file, "--models", "base,base+recovered"),
+        *("--output", tmp_path / "evaluation.json"),
+    )
+    found = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    base, recovered = (
+        found[name]["measures"]["loss"]["value"] for name in ("base", "base+recovered")
+    )
+    assert losses[0] == pytest.approx(base, rel=2e-3)
+    assert losses[8] == pytest.approx(recovered, rel=2e-3) and losses[8] < losses[0]
+    assert record["anchor"]["layers"] == 2
+    adapted = PeftModel.from_pretrained(load(make_model(num_hidden_layers=4)), tmp_path / "out")
+    assert {n.split(".")[4] for n, _ in adapted.named_parameters() if "lora_" in n} == {"2", "3"}
+
+
+@pytest.mark.slow
+def test_states_from_elsewhere_and_a_resumed_run_give_the_same_adapter(
+    run_yaml, make_model, tmp_path
+):
+    def train(output, **changes):
+        file = run_yaml(output_dir=str(tmp_path / output), max_steps=4, **changes)
+        run_command("axolotl", "train", file, "--launcher", "python")
+        return (tmp_path / output / "pruned/adapter_model.safetensors").read_bytes()
+
+    whole = train("out", save_strategy="steps", save_steps=2)
+    base = make_model(num_hidden_layers=4)
+    file = tmp_path / "loram.yml"
+    run_command("axolotl-loram", "anchor", file, tmp_path / "states", "--model", base)
+    loram = {"anchor_path": str(tmp_path / "states")}
+    assert train("again", loram=loram) == whole
+    (checkpoint,) = (tmp_path / "out").rglob("checkpoint-2")
+    assert train("resumed", loram=loram, resume_from_checkpoint=str(checkpoint)) == whole
+
+
+@pytest.mark.parametrize("changes", [{"anchor": "none"}, {"fill": "fitted"}])
+def test_without_the_bases_hidden_states_nothing_starts(changes, run_yaml):
+    with pytest.raises(Exception, match=r"the original's hidden states take their place"):
+        run_command("axolotl", "train", run_yaml(loram=changes), "--launcher", "python")
