@@ -45,7 +45,8 @@ class LoRAMConfig(Section):
         description="base: the pruned model's predictions are corrected by what lies between it "
         "and base_model, so that the adapter learns what base_model lacks, and not to repair the "
         "pruned model. What base_model says of the training data is computed once, a layer at a "
-        "time, and kept on disk. none: the loss of the pruned model alone.",
+        "time, and kept on disk. Where whole layers are removed, it is their hidden states, which "
+        "take their place. none: the loss of the pruned model alone.",
     )
     anchor_path: str | None = Field(
         default=None,
@@ -152,6 +153,15 @@ class LoRAMConfig(Section):
             raise LoRAMError(
                 f"expected pruned_model_path or pruning in loram:, found {found}: give the one "
                 "that says where the pruned model comes from"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_states_for_layers(self) -> LoRAMConfig:
+        if self.pruning and self.pruning.whole_layers and self.anchor != "base":
+            raise LoRAMError(
+                "expected `anchor: base` in loram: with `units: layers`, found none: the "
+                "original's hidden states take the removed layers' place"
             )
         return self
 

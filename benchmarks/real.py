@@ -67,7 +67,7 @@ class Case:
         method: How units are chosen. "dealt-n" is n prunings in turn (`rotation.py`). Rivals at
             the bytes of `activation` (`rivals.py`) are "layers", whole ones, "lowrank", the
             weights' best approximation of low rank, and "top", the base's upper layers, which read
-            what its lower ones give.
+            what its lower ones give ("top-n": at rank n).
         refit: Whether the rest is refitted.
         loss: "plain" or "anchored"; "ceiling" is LoRA on the base, confined to the rows of B and
             the columns of A that the pruned model's adapter has: all that recovery could give.
@@ -133,6 +133,11 @@ def new_cases() -> Iterator[Case]:
         yield Case(1, rate=rate)
     for ratio in (0.5, 0.75, 0.85):
         yield Case(1, ratio, "top", rate=2e-3)
+    for rate in (1e-3, 5e-4):
+        for ratio in (0.75, 0.5):
+            yield Case(1, ratio, "top", rate=rate)
+    yield Case(1, 0.75, "top-32", rate=2e-3)
+    yield Case(1, 0.75, "top", rate=4e-3)
     for places in BOUNDARIES:
         yield Case(1, BOUNDARIES[places], loss=f"boundary-{places}", top_k=32, rate=2e-3)
     for bits in (2, 3):
@@ -169,7 +174,7 @@ def new_cases() -> Iterator[Case]:
 
 def pruned(bench: Bench, case: Case) -> Path:
     """The pruned model: 8,192 training tokens for scores and refit."""
-    if not case.ratio or case.method == "top":
+    if not case.ratio or case.method.startswith("top"):
         return bench.base
     name = f"pruned-{case.ratio}-{case.method}-{'refit' if case.refit else 'plain'}"
     folder = bench.scratch / name
@@ -280,10 +285,20 @@ def alignment_batches(bench: RealBench, kind: str) -> Iterator[dict[str, torch.T
 class RealBench(Bench):
     """Bench with pruned models of several ratios, for templates that end in a line break."""
 
-    def __init__(self, model: Path, gsm8k: Path, scratch: Path):
+    def __init__(self, model: Path, gsm8k: Path, scratch: Path, task: str = "gsm8k"):
         super().__init__(model, gsm8k, scratch)
+        self.task = task
         ids = self.tokenizer.apply_chat_template(self.rows("train", 1)[0], return_dict=False)
         self.end = ids[-2]
+
+    def rows(self, split: str, limit: int) -> list[list[dict[str, str]]]:
+        """Of the task: GSM8K, or the quickstart's functions and the first lines of docstrings."""
+        if self.task == "gsm8k":
+            return super().rows(split, limit)
+        file = source(self, {"train": "train.jsonl", "test": "heldout.jsonl"}[split])
+        lines = file.read_text(encoding="utf-8").splitlines()
+        every = max(len(lines) // limit, 1)  # the files are in the order of the modules
+        return [json.loads(line)["messages"] for line in lines[::every][:limit]]
 
     def model(self, kind: Any, **settings) -> Any:
         """The model of a folder, in bfloat16; for measuring, in float32."""
@@ -333,12 +348,14 @@ def trained(bench: RealBench, case: Case) -> Path:
 def fresh(bench: RealBench, folder: Path, case: Case) -> PeftModel:
     """A model with new LoRA weights, to be trained."""
     model = bench.model(folder, dtype=getattr(torch, case.arithmetic))
-    if case.method != "top":
+    kind, _, rank = case.method.partition("-")
+    if kind != "top":
         return bench.fresh(model, case.seed).train()
     parts = rivals.shares(bench.base, pruned(bench, Case(1, case.ratio)))
     upper = list(parts)[-round(sum(parts.values())) :]
     names = rivals.linears(model.base_model.layers[0])
     how = {"layers_to_transform": upper, "target_modules": [n.rpartition(".")[2] for n in names]}
+    how |= {"r": int(rank), "lora_alpha": 2 * int(rank)} if rank else {}
     return bench.fresh(model, case.seed, **how).train()
 
 
@@ -522,7 +539,10 @@ def row_of(bench: RealBench, case: Case) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     found: dict[str, float] = {}
     if not (
-        case.is_lora or case.loss == "ceiling" or case.method == "top" or hands_of(bench, case)
+        case.is_lora
+        or case.loss == "ceiling"
+        or case.method.startswith("top")
+        or hands_of(bench, case)
     ):
         start = frozen(bench, case)
         found = measured(bench, PeftModel.from_pretrained(bench.model(start), adapter), "pruned")
@@ -542,7 +562,7 @@ def add(bench: Bench, case: Case | None, found: dict[str, Any], rows: list[dict]
     yardstick |= {name: str(getattr(case, name)) for name in same} if case else {}
     loras = [row for row in rows if case and yardstick.items() <= row.items()]
     lora = min((float(row["recovered_task"]) for row in loras), default=None)
-    row: dict[str, Any] = {"model": bench.base.name, "task": "gsm8k"}
+    row: dict[str, Any] = {"model": bench.base.name, "task": bench.task}
     row |= dict.fromkeys(asdict(Case(0)), "") if case is None else asdict(case)
     columns = ("pruned_task", "pruned_other", "recovered_task", "recovered_other")
     row |= {name: found.get(name, "") for name in columns}
@@ -559,14 +579,17 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of a chat model")
     parser.add_argument("gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--scratch", type=Path, default=ROOT / "build")
+    parser.add_argument("--task", choices=("gsm8k", "docstrings"), default="gsm8k")
     parser.add_argument("--only", default="", help="runs whose description has this regex")
     options = parser.parse_args()
     torch.set_num_threads(1)
     scratch = options.scratch / f"real-{options.model.name}"
-    bench = RealBench(options.model, options.gsm8k, scratch)
+    scratch = scratch if options.task == "gsm8k" else scratch / options.task
+    bench = RealBench(options.model, options.gsm8k, scratch, options.task)
     for case in (None, *cases()):
         rows = list(csv.DictReader(ROWS.open(encoding="utf-8"))) if ROWS.exists() else []
-        rows = [row for row in rows if row["model"] == bench.base.name]
+        here = {"model": bench.base.name, "task": bench.task}.items()
+        rows = [row for row in rows if here <= row.items()]
         there = {tuple(row[name] for name in asdict(Case(0))) for row in rows}
         key = [""] * len(asdict(Case(0))) if case is None else map(str, asdict(case).values())
         if tuple(key) in there or not re.search(options.only, str(case)):

@@ -167,6 +167,11 @@ def is_removed(config: Config, layer: int | None) -> bool:
     return bool(own) and all(type(count) is int and count == 0 for count in own.values())
 
 
+def removed_layers(config: Config) -> list[int]:
+    """The layers of a pruned model's config that hand their input on."""
+    return [layer for layer in range(layer_count(config)) if is_removed(config, layer)]
+
+
 def layer_count(config: Config) -> int:
     """Number of decoder layers."""
     count = positive(layer_fields(config, None), "num_hidden_layers")

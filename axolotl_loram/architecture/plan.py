@@ -147,6 +147,14 @@ class PruningPlan:
                 left[layer] = left.get(layer, 0) + len(self.kept.get(name, (None,)))
         return [layer for layer, units in left.items() if not units]
 
+    def check_runs_alone(self, where: object, remedy: str) -> None:
+        """Refuse a pruned model that says nothing without the original's hidden states."""
+        if self.removed:
+            raise LoRAMError(
+                f"expected a pruned model that runs by itself, found {where}, whose first "
+                f"{len(self.removed)} layers are removed: {remedy}"
+            )
+
     @cached_property
     def counts(self) -> dict[int, dict[str, int]]:
         """Layer → kind → units kept, of the layers that are not whole."""

@@ -70,7 +70,7 @@ def training_flops(run: TrainingArgs, layout: Layout, anchored: bool = False) ->
     forward = sum(number * ahead for number, ahead, _ in layers)
     backward = sum(number * back for number, _, back in layers)
     if not run.gradient_checkpointing:
-        first = next(layer for layer in trained.layout.layers if 0 in layer.indices)
+        first = min(trained.layout.layers, key=lambda layer: layer.indices[0])
         backward -= count.input_gradient(first)
     head, head_backward = count.weight(layout.head)
     if run.cross_entropy == "cut":  # the logits are made again in the backward pass

@@ -15,7 +15,7 @@ from typing import Any
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.compute import forward_flops
-from axolotl_loram.memory.layout import Layout
+from axolotl_loram.memory.layout import Layout, part_of
 from axolotl_loram.memory.settings import TrainingArgs
 
 BYTES_PER_TOKEN = 4
@@ -103,27 +103,35 @@ def place_bytes(top_k: int, trained_only: bool = True) -> int:
     return top_k * (8 if trained_only else 6) + 4
 
 
-def anchor_costs(base: Layout, run: TrainingArgs, data: Data) -> dict[str, Any]:
+def anchor_costs(
+    base: Layout, run: TrainingArgs, data: Data, upper: Layout | None = None
+) -> dict[str, Any]:
     """What `anchor: base` takes before the first step.
 
     Args:
         base: Layout of the original.
         run: Settings of the run.
         data: Its tokens; if not all of them are trained, `disk_bytes` and `flops` are less.
+        upper: Layout of the pruned model, where whole layers are removed: then their hidden states
+            are kept, of all tokens, and the other layers are not run.
 
     Returns:
         "tokens"; "disk_bytes" of what is kept; "states_bytes" of hidden states on disk meanwhile;
         "flops" of the original's forward pass; "parts" that the data are taken through the layers
         in (more, where lengths differ much), and "read_bytes" of its weights for that.
     """
-    stored = stored_bytes(base)
+    stored, flops, kept = stored_bytes(base), forward_flops(run, base), place_bytes(TOP_K)
+    if upper is not None:
+        embedding = next(t for t in base.outside if part_of(t) == "embedding")
+        stored += 2 * math.prod(embedding.shape) - stored_bytes(upper)
+        flops, kept = flops - forward_flops(run, upper), 2 * base.hidden
     parts = math.ceil(data.once / TOKENS_PER_PART)
     states = 2 * min(data.once, TOKENS_PER_PART) * base.hidden * run.compute_bytes
     return {
         "tokens": data.once,
-        "disk_bytes": data.once * place_bytes(TOP_K),
+        "disk_bytes": data.once * kept,
         "states_bytes": states,
-        "flops": data.once * forward_flops(run, base),
+        "flops": data.once * flops,
         "parts": parts,
         "read_bytes": parts * stored,
     }

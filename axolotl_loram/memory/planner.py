@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict, replace
 from typing import Any
 
-from axolotl_loram.architecture.config_json import Config, family_of
+from axolotl_loram.architecture.config_json import Config, family_of, removed_layers
 from axolotl_loram.architecture.counts import (
     plan_of_size,
     planned_nonzero,
@@ -49,8 +49,7 @@ def plan(asked: Request) -> dict[str, Any]:
     if not pruned_too:
         LOG.info("nothing is pruned: give --pruning-ratio to see loram and qloram too")
     methods = compare(base, pruned, asked.run, METHODS if pruned_too else METHODS[:2])
-    here = asked.anchor == "here"
-    anchor = {"anchor": anchor_costs(Layout.of(base), asked.run, asked.data)} if here else {}
+    anchor = {"anchor": anchoring(asked, base, pruned)} if asked.anchor == "here" else {}
     return {
         **counted,
         **({"fit": fitted} if fitted else {}),
@@ -60,6 +59,12 @@ def plan(asked: Request) -> dict[str, Any]:
         "methods": {name: asdict(method) for name, method in methods.items()},
         "gpus": {name: that_hold(method.peak_bytes) for name, method in methods.items()},
     }
+
+
+def anchoring(asked: Request, base: Config, pruned: Config) -> dict[str, Any]:
+    """`anchor_costs` of a pruned model's run."""
+    upper = Layout.of(pruned) if removed_layers(pruned) else None
+    return anchor_costs(Layout.of(base), asked.run, asked.data, upper)
 
 
 def not_counted(asked: Request, base: Config) -> list[str]:

@@ -22,17 +22,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from axolotl_loram.architecture.config_json import Config
+from axolotl_loram.architecture.config_json import Config, removed_layers
 from axolotl_loram.architecture.model import Tensor
 from axolotl_loram.architecture.ties import config_of
 from axolotl_loram.config_shares import Ratio, spelled
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.cluster import PROCESS_BYTES, weights_of
 from axolotl_loram.memory.compute import Flops, training_flops
-from axolotl_loram.memory.data import anchor_costs, stored_bytes
+from axolotl_loram.memory.data import stored_bytes
 from axolotl_loram.memory.gpus import Card, card_of
 from axolotl_loram.memory.layout import Layer, Layout, part_of
-from axolotl_loram.memory.planner import not_counted, sizes
+from axolotl_loram.memory.planner import anchoring, not_counted, sizes
 from axolotl_loram.memory.predict import (
     CONTEXT_BYTES,
     PRUNED,
@@ -79,6 +79,7 @@ class Way:
         up_bytes: To each GPU over PCIe in a step, `down_bytes` from it.
         weight_bytes: Of weights that each GPU reads from its memory in a step.
         exact: Whether it trains the model itself in 16 bits.
+        anchored: Whether it is the one that `anchor: base` prepares.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Way:
     down_bytes: int = 0
     pruning_ratio: Ratio | None = None
     exact: bool = False
+    anchored: bool = False
 
     def bound(self, card: Card, tokens: int) -> dict[str, float]:
         """Seconds that a step of so many tokens on each GPU takes at least, by what takes them."""
@@ -113,7 +115,8 @@ def compare_ways(asked: Request, gpu: str, gpus: int) -> dict[str, Any]:
         raise LoRAMError(f"expected at least 2 GPUs for FSDP2 to shard over, found --gpus {gpus}")
     found = _Ways(asked, card)
     tokens = asked.run.tokens * asked.run.gradient_accumulation_steps
-    anchor = anchor_costs(found.base, asked.run, asked.data) if asked.anchor == "here" else None
+    here = asked.anchor == "here"
+    anchor = anchoring(asked, found.config, sizes(asked)[1]) if here else None
     rows = [_row(way, card, tokens, asked, anchor) for way in found.all(gpus)]
     return {
         "model_type": found.config["model_type"],
@@ -135,7 +138,7 @@ def _row(
     seconds = way.bound(card, tokens)
     slowest = max(seconds, key=seconds.__getitem__)
     speed = way.gpus * tokens / seconds[slowest]
-    anchored = anchor if way.flops.anchor else None
+    anchored = anchor if way.anchored else None
     before = 0.0
     if anchored:  # at least: the base's weights come over PCIe once for each part of the data
         computed = anchored["flops"] / (card.tflops * 1e12)
@@ -179,16 +182,18 @@ class _Ways:
         run, storage = self.run, self.storage(method, layout)
         rows = layout.hidden * run.compute_bytes if found.weights_host_bytes else 0
         anchored = bool(self.asked.anchor) and method in PRUNED
+        again = anchored and not removed_layers(sizes(self.asked)[1])
         return Way(
             NAMES[method],
             1,
             found.peak_bytes,
             found.weights_host_bytes + PROCESS_BYTES,
             stored_bytes(layout),
-            self.read(layout, storage, anchored=anchored),
-            training_flops(run, layout, anchored),
+            self.read(layout, storage, anchored=again),
+            training_flops(run, layout, again),
             up_bytes=rows * run.tokens * run.gradient_accumulation_steps,
             exact=method == "lora",
+            anchored=anchored,
         )
 
     def pruned(self, method: str) -> Way:

@@ -100,7 +100,9 @@ def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[st
     record = _record_of(output, names)
     pruned = _pruned_folder(record, section, bool({PRUNED, TRAINED} & set(names)))
     if pruned is not None:
-        _check_pruned(pruned, base, record, output)
+        checked = _check_pruned(pruned, base, record, output)
+        if {PRUNED, TRAINED} & set(names):
+            checked.check_runs_alone(pruned, f"evaluate --models {BASE},{RECOVERED}")
     check_recorded_base(record, base.id, base.revision)
     confined = pruned if record.masked else None
     exact = confined if section.get("recovery") == "masked" else None
@@ -152,7 +154,7 @@ def _pruned_folder(record: Record, section: Mapping[str, Any], needed: bool) -> 
     return None
 
 
-def _check_pruned(pruned: Path, base: Base, record: Record, output: Path) -> None:
+def _check_pruned(pruned: Path, base: Base, record: Record, output: Path) -> PruningPlan:
     plan = PruningPlan.load(pruned)
     check_plan(pruned, plan)
     if record.plan not in (None, plan.digest):
@@ -162,6 +164,7 @@ def _check_pruned(pruned: Path, base: Base, record: Record, output: Path) -> Non
             "model that it was trained on"
         )
     check_pair(pruned, plan, base.id, base.revision)
+    return plan
 
 
 def _also(name: str, folder: Path, base: Base) -> Candidate:

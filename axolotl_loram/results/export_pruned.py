@@ -58,6 +58,7 @@ def export_pruned(
     script = find_script(MODEL_SCRIPT, llama_cpp)
     check_vacant(output, overwrite)
     plan = PruningPlan.load(model)
+    plan.check_runs_alone(model, "export a model that units of every layer were left of")
     check_pruned(model, plan)
     config, stored = plan.pruned_config, Checkpoint(model)
     architecture, _ = gguf.architecture_of(config)

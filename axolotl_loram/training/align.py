@@ -106,6 +106,7 @@ def load_plan(model: str, revision: str | None) -> PruningPlan:
             f"without {PLAN_FILE}: name the folder that `axolotl-loram prune` wrote"
         )
     plan = PruningPlan.load(folder)
+    plan.check_runs_alone(model, "its layers are the original's, there is nothing to align")
     if format_of(stored_config(str(folder))):
         raise LoRAMError(
             f"expected a pruned checkpoint in 16 or 32 bits with `stage: align`, found {model} in "

@@ -26,6 +26,7 @@ from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.progress import progress_bar
+from axolotl_loram.files.untrusted import read_yaml
 from axolotl_loram.memory.data import TOP_K
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.patches import see_batches
@@ -133,11 +134,11 @@ def make_anchor(
             base = find_folder(
                 model or str(cfg.base_model), None if model else cfg.revision_of_model
             )
-            removed = removed_by(cfg, base)
+            removed = removed_by(yaml, base)
             if removed:
                 return make_states(base, rows, output, removed, choose_device(), progress)
             return make_teacher(base, rows, output, TOP_K, choose_device(), progress)
-        if removed_by(cfg, None):
+        if removed_by(yaml, None):
             raise LoRAMError(
                 "expected the base's weights where pruning removes whole layers, found --server: "
                 "servers tell no hidden states; give --model alone"
@@ -149,14 +150,14 @@ def make_anchor(
         return make_served(served, rows, output, TOP_K, progress, known)
 
 
-def removed_by(cfg: Any, base: Path | None) -> int:
+def removed_by(yaml: Path, base: Path | None) -> int:
     """How many layers are removed whole before the run of this YAML.
 
     Args:
-        cfg: The YAML's.
+        yaml: Its file.
         base: Folder of the base; None where it is enough to know whether any are.
     """
-    section = LoRAMConfig.model_validate(dict(cfg.loram or {"stage": "align"}))
+    section = LoRAMConfig.model_validate(read_yaml(yaml).get("loram") or {"stage": "align"})
     if section.pruned_model_path:
         place, revision = section.pruned_model_path, section.pruned_model_revision
         return len(PruningPlan.load(find_folder(place, revision, [PLAN_FILE])).removed)

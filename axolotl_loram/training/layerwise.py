@@ -113,6 +113,7 @@ def align_layers(
 def _find(pruned: str, base: str | None) -> Pair:
     folder = find_folder(pruned)
     plan = PruningPlan.load(folder)
+    plan.check_runs_alone(pruned, "its layers are the original's, there is nothing to align")
     check_narrowed(folder, plan, "to align")
     revision = plan.base.revision if base is None else None
     check_pair(folder, plan, base or plan.base.id, revision)

@@ -185,7 +185,8 @@ def test_labels_that_are_other_tokens_are_refused():
 def test_an_anchor_of_another_model_is_refused(anchored, make_model, tmp_path):
     base, _, folder = anchored
     name = str(base)
-    run = SimpleNamespace(plan=SimpleNamespace(base=SimpleNamespace(id=name, fingerprint="other")))
+    other = SimpleNamespace(id=name, fingerprint="other")
+    run = SimpleNamespace(plan=SimpleNamespace(base=other, removed=[]))
     with pytest.raises(LoRAMError, match="made of another model"):
         check_anchor(Teacher(folder), folder, run)
     make_teacher(base, [[3, 4, 5]], tmp_path / "teacher", 4)

@@ -1,6 +1,7 @@
 """Hidden states in the place of removed layers: the base's own loss and gradient, the command."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -148,13 +149,14 @@ def test_axolotl_trains_upper_layers(packing, run_yaml, make_model, tmp_path):
         *("axolotl-loram", "evaluate", file, "--models", "base,base+recovered"),
         *("--output", tmp_path / "evaluation.json"),
     )
-    found = json.loads((tmp_path / "evaluation.json").read_text())["results"]
-    base, recovered = (
-        found[name]["measures"]["loss"]["value"] for name in ("base", "base+recovered")
-    )
+    found = json.loads((tmp_path / "evaluation.json").read_text())["perplexity"]["validation"]
+    names = ("base", "base+recovered")
+    base, recovered = (math.log(found["models"][name]["perplexity"]) for name in names)
     assert losses[0] == pytest.approx(base, rel=2e-3)
     assert losses[8] == pytest.approx(recovered, rel=2e-3) and losses[8] < losses[0]
     assert record["anchor"]["layers"] == 2
+    with pytest.raises(AssertionError, match="evaluate --models base,base"):
+        run_command("axolotl-loram", "evaluate", file)
     adapted = PeftModel.from_pretrained(load(make_model(num_hidden_layers=4)), tmp_path / "out")
     assert {n.split(".")[4] for n, _ in adapted.named_parameters() if "lora_" in n} == {"2", "3"}
 
