@@ -157,10 +157,9 @@ def _with_own_config(original: Any, layer: nn.Module, *args: Any, **kwargs: Any)
     if getattr(config, "is_heterogeneous", False):
         numbered = "layer_idx" in bound.arguments
         index = bound.arguments["layer_idx"] if numbered else next(_BUILT[id(config)])
-        own = config.per_layer_config[index]
-        if not own.num_attention_heads:
+        if not config.per_layer_config[index].num_attention_heads:
             return replace_whole(original, layer, *bound.args[1:], **bound.kwargs)
-        bound.arguments["config"] = own
+        bound.arguments["config"] = config.per_layer_config[index]
     original(*bound.args, **bound.kwargs)
 
 
@@ -169,9 +168,6 @@ def _decoder_layers(model_class: type[PreTrainedModel]) -> list[type]:
 
     They take `config`, and mostly `layer_idx`; those that do not (a ViT's) are counted as they are
     built.
-
-    Raises:
-        LoRAMError: None of them does.
     """
     module = sys.modules[model_class.__module__]
     named = [getattr(module, name, None) for name in model_class._no_split_modules or ()]
