@@ -240,13 +240,18 @@ def check_story(yaml_file, base, output, folder):
 
 @TIER
 def test_anchored_the_recovered_adapter_is_better(smollm2, story, texts, tmp_path):
-    """Twenty steps on the same rows, with the pruned model's own loss and anchored at the base."""
+    """Twenty steps on the same rows, with the pruned model's own loss and anchored at the base.
+
+    And, with fewer parameters, on the upper layers alone.
+    """
     rows = (texts / "train.jsonl").read_text(encoding="utf-8").splitlines()[:96]
     (tmp_path / "few.jsonl").write_text("\n".join(rows), encoding="utf-8")
     pruning = {"ratio": 0.5, "calibration_samples": 16, "calibration_length": 128}
     found = {}
-    for anchor in ("none", "base"):
-        loram = {"pruning": pruning, "anchor": anchor, "cache_dir": str(tmp_path / "cache")}
+    for anchor in ("none", "base", "layers"):
+        how = {"units": "layers", "ratio": 0.4} if anchor == "layers" else pruning
+        loram = {"pruning": how, "anchor": "base" if anchor == "layers" else anchor}
+        loram |= {"cache_dir": str(tmp_path / "cache")}
         changes = {"max_steps": 20, "datasets": [chats(tmp_path / "few.jsonl")], "loram": loram}
         changes |= {"output_dir": str(tmp_path / anchor), "test_datasets": None}
         changes |= {"dataset_prepared_path": str(tmp_path / f"prepared-{anchor}")}
@@ -257,6 +262,7 @@ def test_anchored_the_recovered_adapter_is_better(smollm2, story, texts, tmp_pat
         found[anchor], _ = perplexities(file, "--models", "base,base+recovered")
     assert found["none"]["base"] == found["base"]["base"] > found["none"]["base+recovered"]
     assert found["base"]["base+recovered"] < found["none"]["base+recovered"]
+    assert found["layers"]["base+recovered"] < found["base"]["base+recovered"]
 
 
 @TIER
