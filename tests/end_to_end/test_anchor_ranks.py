@@ -8,9 +8,12 @@ from test_saves import Runs, lora_settings, sharding  # noqa: F401  (a fixture)
 pytestmark = pytest.mark.matrix
 
 
+@pytest.mark.parametrize("removed", ["units", "layers"])
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_two_ranks_train_as_one(kind, lora_settings, tmp_path):
-    loram = {**lora_settings["loram"], "anchor": "base", "cache_dir": str(tmp_path / "cache")}
+def test_two_ranks_train_as_one(kind, removed, lora_settings, tmp_path):
+    layers = {"pruning": {"units": "layers", "ratio": 0.5}}
+    loram = layers if removed == "layers" else lora_settings["loram"]
+    loram = {**loram, "anchor": "base", "cache_dir": str(tmp_path / "cache")}
     common = {**lora_settings, "loram": loram}
     adapters = []
     for name, launcher, own in (
