@@ -24,8 +24,7 @@ def replace_whole(build: Callable[..., None], layer: nn.Module, *args: Any, **kw
     build(layer, *args, **kwargs)
     for module in list(layer.modules()):
         for name, child in list(module.named_children()):
-            own = child.parameters(recurse=False)
-            if any(len(getattr(weight, "ds_shape", weight.shape)) > 1 for weight in own):
+            if any(weight.ndim > 1 for weight in child.parameters(recurse=False)):
                 delattr(module, name)
     layer.given = None  # type: ignore[assignment]
     layer.forward = functools.partial(_forward, layer)

@@ -8,8 +8,11 @@ from test_saves import Runs, lora_settings, sharding  # noqa: F401  (a fixture)
 pytestmark = pytest.mark.matrix
 
 
-@pytest.mark.parametrize("removed", ["units", "layers"])
-@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
+KINDS = [(kind, "units") for kind in ("ddp", "zero2", "zero3", "fsdp2")]
+KINDS += [(kind, "layers") for kind in ("ddp", "zero2", "fsdp2")]
+
+
+@pytest.mark.parametrize(("kind", "removed"), KINDS)
 def test_two_ranks_train_as_one(kind, removed, lora_settings, tmp_path):
     layers = {"pruning": {"units": "layers", "ratio": 0.5}}
     loram = layers if removed == "layers" else lora_settings["loram"]
@@ -30,3 +33,11 @@ def test_two_ranks_train_as_one(kind, removed, lora_settings, tmp_path):
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=2e-4, rtol=2e-3)
     assert any(weight.abs().max() > 1e-3 for name, weight in one.items() if "lora_B" in name)
+
+
+def test_under_zero3_no_layers_are_removed(lora_settings, tmp_path):
+    loram = {"pruning": {"units": "layers", "ratio": 0.5}, "anchor": "base"}
+    loram["cache_dir"] = str(tmp_path / "cache")
+    runs = Runs(tmp_path / "run", {**lora_settings, "loram": loram, **sharding("zero3", tmp_path)})
+    with pytest.raises(AssertionError, match="expected ZeRO-2, FSDP2 or DDP with a model whose"):
+        runs.finish("torchrun", "--", "--nproc_per_node", "2", output_dir=str(tmp_path / "out"))

@@ -180,7 +180,14 @@ def test_states_from_elsewhere_and_a_resumed_run_give_the_same_adapter(
     assert train("resumed", loram=loram, resume_from_checkpoint=str(checkpoint)) == whole
 
 
-@pytest.mark.parametrize("changes", [{"anchor": "none"}, {"fill": "fitted"}])
-def test_without_the_bases_hidden_states_nothing_starts(changes, run_yaml):
-    with pytest.raises(Exception, match=r"the original's hidden states take their place"):
-        run_command("axolotl", "train", run_yaml(loram=changes), "--launcher", "python")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"loram": {"anchor": "none"}}, "original's hidden states take the removed layers' place"),
+        ({"loram": {"fill": "fitted"}}, "the original's hidden states take their place"),
+    ],
+)
+def test_what_cannot_train_so_ends_before_it_starts(changes, sentence, run_yaml):
+    with pytest.raises(AssertionError) as error:
+        run_command("axolotl", "train", run_yaml(**changes), "--launcher", "python")
+    assert sentence in str(error.value).replace("\\'", "'")
