@@ -163,8 +163,13 @@ def sizes_of(config: Config, layer: int | None = None) -> Sizes:
 
 def is_removed(config: Config, layer: int | None) -> bool:
     """Whether a layer has no unit of any kind left: it hands its input on."""
-    own = {} if layer is None else _own_fields(config, layer)
-    return bool(own) and all(type(count) is int and count == 0 for count in own.values())
+    own = {} if layer is None else _canonical(_own_fields(config, layer))
+    if not own or any(type(count) is not int or count for count in own.values()):
+        return False
+    family = family_of(config)
+    whole = family.sizes(layer_fields(config, None), layer)
+    kinds = [group for group in family.groups if not group.inside and whole.get(group.kind, 0) > 0]
+    return own.keys() == {ALIASES.get(field, field) for group in kinds for field in group.fields}
 
 
 def removed_layers(config: Config) -> list[int]:

@@ -35,7 +35,6 @@ from axolotl_loram.config import Pruning
 from axolotl_loram.config_shares import LAYERS, Ratio, check_ratio, share_of, whole_layers
 from axolotl_loram.errors import LoRAMError
 
-WEIGHTY = (LINEAR, EXPERTS)
 LOG = logging.getLogger(__name__)
 
 
@@ -114,7 +113,8 @@ def _without_layers(config: Config, ratio: float) -> dict[int, dict[str, int]]:
         for layer in range(gone)
     }
     emptied = changed(config, config_changes(config, counts))
-    stays = [w.module for n in counts for w in layer_weights(emptied, n) if w.role in WEIGHTY]
+    weights = (weight for layer in counts for weight in layer_weights(emptied, layer))
+    stays = [weight.module for weight in weights if weight.role in (LINEAR, EXPERTS)]
     if stays:
         raise LoRAMError(
             f"expected layers whose weights are all units' for `units: layers`, found {stays[0]}, "
@@ -248,7 +248,9 @@ def plan_of_size(config: dict[str, Any], base: Base, settings: Pruning) -> Pruni
         LoRAMError: The ratio, the pattern or the index files do not suit the model.
     """
     if settings.indices_path is not None:
-        return PruningPlan(config, read_indices(Path(settings.indices_path), config), base)
+        plan = PruningPlan(config, read_indices(Path(settings.indices_path), config), base)
+        plan.check_runs_alone(settings.indices_path, "use `units: layers` for that")
+        return plan
     if settings.sparsity is not None:
         sparse_layers(config, settings.sparsity, *settings.protected)
         return PruningPlan(config, {}, base)

@@ -90,8 +90,14 @@ class PruningPlan:
             if group.inside:
                 around = self.kept_in(layer).get(group.inside)
                 rows = sizes[group.inside] if around is None else len(around)
-            if layer not in self.removed:
+            if units.size or layer not in self.removed:
                 _check_units(name, units, sizes[group.kind], rows, group.fewest(sizes))
+        gone = len(self.removed)
+        if gone == layer_count(self.config) or self.removed != list(range(gone)):
+            raise LoRAMError(
+                "expected a plan that removes whole layers from the first on, and not all, found "
+                f"one without layers {self.removed}: the plan is damaged"
+            )
         known = (tensor.name for tensor in tensors(self.config)) if self.masks else ()
         unknown = set(self.masks).difference(known)
         if unknown:

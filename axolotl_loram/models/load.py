@@ -42,6 +42,7 @@ def load_pruned(
             raise LoRAMError(f"expected {part}_format out of {', '.join(known)}, found {wish!r}")
     folder = find_folder(model, revision)
     plan = PruningPlan.load(folder)
+    plan.check_runs_alone(model, "train it by `axolotl train`, with `anchor: base`")
     check_pruned(folder, plan)
     packed = bool(packed_weights(Checkpoint(folder).tensors))
     if load_in_4bit and not packed:

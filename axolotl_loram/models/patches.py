@@ -157,7 +157,7 @@ def _with_own_config(original: Any, layer: nn.Module, *args: Any, **kwargs: Any)
     if getattr(config, "is_heterogeneous", False):
         numbered = "layer_idx" in bound.arguments
         index = bound.arguments["layer_idx"] if numbered else next(_BUILT[id(config)])
-        if not config.per_layer_config[index].num_attention_heads:
+        if getattr(config.per_layer_config[index], "num_attention_heads", None) == 0:
             return replace_whole(original, layer, *bound.args[1:], **bound.kwargs)
         bound.arguments["config"] = config.per_layer_config[index]
     original(*bound.args, **bound.kwargs)

@@ -72,6 +72,12 @@ class Walk:
             if not self.keep:
                 self.inputs(index).file.unlink(missing_ok=True)
 
+    def finish(self) -> None:
+        """Walk to the end, with nothing to look at."""
+        for index, layer in self:
+            with self.advanced(index, layer):
+                pass
+
     def batches(self, samples: Sequence[int] | None = None) -> Iterator[list[int]]:
         """Sample numbers, as many at a time as fit TOKENS_PER_BATCH."""
         chosen = list(range(len(self.tokens)) if samples is None else samples)

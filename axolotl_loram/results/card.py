@@ -88,6 +88,8 @@ class Card:
         pruned = {"pruned_model_path": self.repository}
         if self.revision:
             pruned["pruned_model_revision"] = self.revision
+        if self.plan.removed:
+            pruned["anchor"] = "base"
         return _yaml(
             {
                 "base_model": self.base_name,

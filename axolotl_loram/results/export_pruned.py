@@ -55,10 +55,10 @@ def export_pruned(
         LoRAMError: There is no converter, llama.cpp cannot build the model, or what was written
             is not it.
     """
-    script = find_script(MODEL_SCRIPT, llama_cpp)
-    check_vacant(output, overwrite)
     plan = PruningPlan.load(model)
     plan.check_runs_alone(model, "export a model that units of every layer were left of")
+    script = find_script(MODEL_SCRIPT, llama_cpp)
+    check_vacant(output, overwrite)
     check_pruned(model, plan)
     config, stored = plan.pruned_config, Checkpoint(model)
     architecture, _ = gguf.architecture_of(config)

@@ -34,10 +34,11 @@ from axolotl_loram.models.removed import removed_layers
 from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows, tokenizer_of
 from axolotl_loram.training.anchored import Offsets, anchored_loss, offsets
 from axolotl_loram.training.distil import IGNORED, Targets
+from axolotl_loram.training.rows import Row, distinct
 from axolotl_loram.training.run import Run
 from axolotl_loram.training.served import Server, check_server, make_served
-from axolotl_loram.training.states import StoredStates, kept_states, make_states
-from axolotl_loram.training.teacher import Row, Teacher, distinct, kept_outputs, make_teacher
+from axolotl_loram.training.states import StoredStates, make_states
+from axolotl_loram.training.teacher import Teacher, kept_outputs, make_teacher
 
 LOG = logging.getLogger(__name__)
 CHECKED_ROWS = 4
@@ -67,13 +68,13 @@ def prepare_anchor(
     else:
         here, rows = find_folder(run.base.id, run.base.revision), rows_of_run(trainer)
         if removed:
-            folder = kept_states(here, rows, removed, cache_dir)
+            folder = kept_outputs("states", here, rows, removed, cache_dir, make_states)
         else:
             folder = kept_outputs("anchor", here, rows, TOP_K, cache_dir)
     teacher = StoredStates(folder, removed) if removed else Teacher(folder)
     check_anchor(teacher, folder, run)
     if isinstance(teacher, StoredStates):
-        Places(trainer, teacher).attach()
+        HiddenStates(trainer, teacher).attach()
         LOG.info("hidden states of %s after %d layers take their place", base, removed)
         return {"base": base, **{name: teacher.record[name] for name in ("layers", "sequences")}}
     Anchor(trainer, teacher).attach()
@@ -128,21 +129,20 @@ def make_anchor(
             not answer as the base would.
     """
     cfg = load_yaml(yaml)
+    place, revision = model or str(cfg.base_model), None if model else cfg.revision_of_model
+    removed = removed_by(yaml, place, revision)
+    if removed and server is not None:
+        raise LoRAMError(
+            "expected the base's weights where pruning removes whole layers, found --server: "
+            "servers tell no hidden states; give --model alone"
+        )
     with progress_bar("anchor") as progress:
         rows = distinct(rows_of(prepared_rows(cfg)))
         if server is None:
-            base = find_folder(
-                model or str(cfg.base_model), None if model else cfg.revision_of_model
-            )
-            removed = removed_by(yaml, base)
+            base, device = find_folder(place, revision), choose_device()
             if removed:
-                return make_states(base, rows, output, removed, choose_device(), progress)
-            return make_teacher(base, rows, output, TOP_K, choose_device(), progress)
-        if removed_by(yaml, None):
-            raise LoRAMError(
-                "expected the base's weights where pruning removes whole layers, found --server: "
-                "servers tell no hidden states; give --model alone"
-            )
+                return make_states(base, rows, output, removed, device, progress)
+            return make_teacher(base, rows, output, TOP_K, device, progress)
         some = rows[:: max(len(rows) // CHECKED_ROWS, 1)][:CHECKED_ROWS]
         served = Server(server, served_model or str(cfg.base_model))
         check_server(served, some, TOP_K, tokenizer_of(cfg))
@@ -150,23 +150,20 @@ def make_anchor(
         return make_served(served, rows, output, TOP_K, progress, known)
 
 
-def removed_by(yaml: Path, base: Path | None) -> int:
-    """How many layers are removed whole before the run of this YAML.
+def removed_by(yaml: Path, base: str, revision: str | None) -> int:
+    """How many layers of the base are removed whole before the run of this YAML.
 
-    Args:
-        yaml: Its file.
-        base: Folder of the base; None where it is enough to know whether any are.
+    Raises:
+        LoRAMError: Its `loram:` section is refused, or what it names is not to be had.
     """
     section = LoRAMConfig.model_validate(read_yaml(yaml).get("loram") or {"stage": "align"})
     if section.pruned_model_path:
-        place, revision = section.pruned_model_path, section.pruned_model_revision
-        return len(PruningPlan.load(find_folder(place, revision, [PLAN_FILE])).removed)
+        found = section.pruned_model_path, section.pruned_model_revision
+        return len(PruningPlan.load(find_folder(*found, [PLAN_FILE])).removed)
     if section.pruning is None or not section.pruning.whole_layers:
         return 0
-    if base is None:
-        return 1
-    sketch = plan_of_size(load_config(str(base)), Base(str(base)), section.pruning.resolve())
-    return len(sketch.removed)
+    config = load_config(base, revision)
+    return len(plan_of_size(config, Base(base), section.pruning.resolve()).removed)
 
 
 def said_by(base: Path, rows: list[Row]) -> dict[bytes, torch.Tensor]:
@@ -258,7 +255,7 @@ def segments(inputs: Mapping[str, torch.Tensor]) -> Iterator[Segment]:
                     yield Segment(number, positions, row)
 
 
-class Places:
+class HiddenStates:
     """Puts the base's hidden states in the place of the layers that pruning removed.
 
     The loss stays the trainer's own: above them, the model is the base.
@@ -274,12 +271,12 @@ class Places:
     def fill(self, model: Any, inputs: Mapping[str, Any]) -> None:
         """Hand a batch's hidden states to the last removed layer; rows untrained get zeros."""
         last = removed_layers(self.trainer.accelerator.unwrap_model(model))[-1]
-        found = [(each, self.stored.states_of(each.row)) for each in segments(inputs)]
-        hidden = found[0][1].shape[-1] if found else model.config.hidden_size
-        given = torch.zeros(*inputs["input_ids"].shape, hidden, dtype=torch.bfloat16)
-        for segment, states in found:
+        ids = inputs["input_ids"]
+        given = torch.zeros(*ids.shape, self.stored.hidden_size, dtype=torch.bfloat16)
+        for segment in segments(inputs):
+            states = self.stored.states_of(segment.row)
             given[segment.number, torch.from_numpy(segment.positions)] = states
-        last.given = given.to(inputs["input_ids"].device)
+        last.given = given.to(ids.device)
 
 
 class Anchor:

@@ -24,7 +24,8 @@ from axolotl_loram.files.atomic import write_json
 from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import check_free, resumable
 from axolotl_loram.memory.data import place_bytes
-from axolotl_loram.training.teacher import TEACHER_FILE, Row, described, distinct, write_outputs
+from axolotl_loram.training.rows import TEACHER_FILE, Row, described, distinct
+from axolotl_loram.training.teacher import write_outputs
 
 AT_ONCE = 16
 """Requests under way: the server batches them."""

@@ -16,30 +16,24 @@ import numpy as np
 import torch
 
 from axolotl_loram.architecture.config_json import load_config
-from axolotl_loram.architecture.pairing import fingerprint_of
-from axolotl_loram.architecture.plan import SCHEMA_VERSION
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import made_once, write_json
-from axolotl_loram.files.progress import Progress, no_progress, progress_bar
-from axolotl_loram.files.resumable import check_free, resumable
-from axolotl_loram.files.targets import sync
-from axolotl_loram.files.tensors import Checkpoint, write_safetensors
+from axolotl_loram.files.progress import Progress, no_progress
+from axolotl_loram.files.resumable import check_free
+from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.bits import from_bits, to_bits
-from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
-from axolotl_loram.pruning.cache import cache_folder
-from axolotl_loram.training.teacher import (
-    TEACHER_FILE,
+from axolotl_loram.training.rows import (
     Row,
-    Teacher,
     check_tokens,
-    data_digest,
     described,
     distinct,
-    padded,
     parts_of,
+    states_bytes,
+    write_parts,
+    write_rows,
 )
+from axolotl_loram.training.teacher import Teacher
 
 LOG = logging.getLogger(__name__)
 DTYPE = "BF16"
@@ -66,6 +60,11 @@ class StoredStates(Teacher):
                 f"expected hidden states after {layers} layers in {folder}, found {what}: let "
                 "`axolotl-loram anchor` make them for this YAML"
             )
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of a hidden state."""
+        return self._files[0]["states"].shape[1]
 
     def states_of(self, row: Row) -> torch.Tensor:
         """Of each of a sequence's tokens, (tokens, hidden), in bfloat16.
@@ -111,58 +110,23 @@ def make_states(
         "computed_in": str(stream.dtype),
     }
     check_tokens(sequences, len(stream.model.get_input_embeddings().weight))  # type: ignore
-    most = max(padded(part).size for part in parts)
-    needed = 2 * most * stream.dtype.itemsize + 2 * record["tokens"]
+    kept = 2 * stream.hidden_size * record["tokens"]
     remedy = "give fewer tokens, or another disk (cache_dir)"
-    check_free(output, record, needed * stream.hidden_size, remedy)
-    with resumable(output, record) as work:
-        for part, name in zip(parts, record["files"], strict=True):
-            file = work.result / name
-            if not file.exists():
-                walk = Walk(stream, work, padded(part), file.stem, layers, progress)
-                _write(file, part, _through(walk, part), stream.hidden_size)
-                walk.inputs(layers).file.unlink()
-        write_json(work.result / TEACHER_FILE, record)
+    check_free(output, record, states_bytes(parts, stream) + kept, remedy)
+
+    def write(file: Path, part: list[Row], walk: Walk) -> None:
+        lengths = [len(row) for row in part]
+        shape = (sum(lengths), stream.hidden_size)
+        write_rows(file, part, lengths, [("states", DTYPE, shape)], [_through(walk, part)])
+
+    write_parts(output, record, parts, stream, layers, progress, write)
     return record
-
-
-def kept_states(model: Path, rows: Iterable[Row], layers: int, cache_dir: str | None) -> Path:
-    """The cached folder of hidden states of a run's rows, made by whoever comes first.
-
-    Raises:
-        LoRAMError: They cannot be computed, or not kept there.
-    """
-    sequences, device = distinct(rows), choose_device()
-    identity = [SCHEMA_VERSION, fingerprint_of(model), data_digest(sequences), layers, device]
-
-    def make(folder: Path) -> None:
-        LOG.info("computing what the first %d layers of %s give", layers, model)
-        with progress_bar("anchor") as progress:
-            make_states(model, sequences, folder, layers, device, progress)
-
-    return made_once(cache_folder(cache_dir) / "states", identity, make)
 
 
 @torch.no_grad()
 def _through(walk: Walk, part: Sequence[Row]) -> Iterator[np.ndarray]:
     """Take sequences through the layers; the hidden states of each, (tokens, hidden), as bits."""
-    for index, layer in walk:
-        with walk.advanced(index, layer):
-            pass
+    walk.finish()
     for batch in walk.batches():
         for number, own in zip(batch, walk.inputs(walk.stop).read(batch), strict=True):
             yield to_bits(own[: len(part[number])], DTYPE)
-
-
-def _write(file: Path, part: Sequence[Row], states: Iterable[np.ndarray], hidden: int) -> None:
-    starts = np.cumsum([0, *map(len, part)], dtype=np.int64)
-    digests = np.stack([np.frombuffer(row.digest, np.uint8) for row in part])
-    what = [
-        ("states", DTYPE, (int(starts[-1]), hidden)),
-        ("digests", "U8", digests.shape),
-        ("starts", "I64", starts.shape),
-    ]
-    partial = file.with_suffix(".partial")
-    write_safetensors(partial, what, (states, digests, starts))
-    sync(partial)
-    partial.replace(file)

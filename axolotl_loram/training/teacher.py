@@ -12,85 +12,50 @@ the batches, the ranks or the padding, and also when a run is resumed.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from axolotl_loram import __version__
 from axolotl_loram.architecture.config_json import layer_count, load_config
 from axolotl_loram.architecture.pairing import fingerprint_of
 from axolotl_loram.architecture.plan import SCHEMA_VERSION
 from axolotl_loram.errors import LoRAMError
-from axolotl_loram.files.atomic import made_once, write_json
+from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.progress import Progress, no_progress, progress_bar
-from axolotl_loram.files.resumable import Work, check_free, resumable
-from axolotl_loram.files.targets import put_whole
+from axolotl_loram.files.resumable import check_free
 from axolotl_loram.files.tensors import (
     Checkpoint,
     StoredTensor,
     open_safetensors,
-    write_safetensors,
 )
 from axolotl_loram.files.untrusted import read_json
-from axolotl_loram.memory.data import TOKENS_PER_PART, place_bytes
+from axolotl_loram.memory.data import place_bytes
 from axolotl_loram.models.bits import to_bits
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.pruning.cache import cache_folder
 from axolotl_loram.training.distil import Targets
+from axolotl_loram.training.rows import (
+    TEACHER_FILE,
+    Row,
+    check_tokens,
+    data_digest,
+    described,
+    distinct,
+    parts_of,
+    states_bytes,
+    write_parts,
+    write_rows,
+)
 
 LOG = logging.getLogger(__name__)
-TEACHER_FILE = "teacher.json"
-DIGEST_BYTES = 16
 NEVER = -1e4
 """A log-probability whose exponential is 0."""
-LONGEST_IN_PART = 2
-"""A part's sequences are padded to its longest, at most so many times as long as its shortest."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A sequence.
-
-    Attributes:
-        tokens: Its token ids, without padding, (tokens,).
-        trained: Which of them are trained, (tokens,); None where every place is kept. The first
-            never is: nothing comes before it.
-    """
-
-    tokens: np.ndarray
-    trained: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def places(self) -> np.ndarray:
-        """Positions whose outputs are kept: those before the trained tokens, or all."""
-        if self.trained is None:
-            return np.arange(len(self))
-        return np.flatnonzero(self.trained[1:])
-
-    @property
-    def digest(self) -> bytes:
-        """What it is found again by."""
-        marks = b"" if self.trained is None else np.packbits(self.trained).tobytes()
-        data = self.tokens.astype("<i4").tobytes() + marks
-        return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
-
-    def outputs(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, ...]:
-        """`most_likely` of the logits of its places, (places, vocabulary)."""
-        if self.trained is None:
-            return most_likely(logits, top_k)
-        labels = torch.from_numpy(self.tokens[self.places + 1].astype(np.int64))
-        return most_likely(logits, top_k, labels.to(logits.device))
 
 
 class Teacher:
@@ -217,152 +182,80 @@ def make_teacher(
         "computed_in": str(stream.dtype),
     }
     check_tokens(sequences, vocabulary)
+    kept = record["places"] * place_bytes(record["top_k"], record["trained_only"])
     remedy = "give fewer tokens, a smaller teacher_top_k, or another disk (cache_dir)"
-    check_free(output, record, _needed_bytes(record, parts, stream), remedy)
-    with resumable(output, record) as work:
-        for part, name in zip(parts, record["files"], strict=True):
-            if not (work.result / name).exists():
-                _write_part(stream, work, part, work.result / name, record["top_k"], progress)
-        write_json(work.result / TEACHER_FILE, record)
+    check_free(output, record, states_bytes(parts, stream) + kept, remedy)
+
+    def write(file: Path, part: list[Row], walk: Walk) -> None:
+        write_outputs(file, part, _outputs_of(walk, part, record["top_k"]))
+
+    write_parts(output, record, parts, stream, layer_count(config), progress, write)
     return record
 
 
 def kept_outputs(
-    name: str, model: Path, rows: Iterable[Row | np.ndarray], top_k: int, cache_dir: str | None
+    name: str,
+    model: Path,
+    rows: Iterable[Row | np.ndarray],
+    many: int,
+    cache_dir: str | None,
+    make: Callable[..., object] = make_teacher,
 ) -> Path:
     """The cached folder (`name`) of a model's outputs on a run's rows, made by whoever comes first.
+
+    Args:
+        name: Of the folder.
+        model: Folder of the model.
+        rows: The run's.
+        many: What `make` takes after rows and output: how many tokens, or layers.
+        cache_dir: The cache, as settings name it.
+        make: `make_teacher`, or another that is called like it.
 
     Raises:
         LoRAMError: They cannot be computed, or not kept there.
     """
     sequences, device = distinct(rows), choose_device()
-    identity = [SCHEMA_VERSION, fingerprint_of(model), data_digest(sequences), top_k, device]
+    identity = [SCHEMA_VERSION, fingerprint_of(model), data_digest(sequences), many, device]
 
-    def make(folder: Path) -> None:
+    def fill(folder: Path) -> None:
         places = sum(len(row.places) for row in sequences)
         LOG.info("computing what %s says at %d places", model, places)
         with progress_bar(name) as progress:
-            make_teacher(model, sequences, folder, top_k, device, progress)
+            make(model, sequences, folder, many, device, progress)
 
-    return made_once(cache_folder(cache_dir) / name, identity, make)
-
-
-def described(sequences: Sequence[Row], files: list[str]) -> dict[str, Any]:
-    """What `teacher.json` says of the sequences, and of the files that hold the outputs on them.
-
-    Raises:
-        LoRAMError: There are no sequences.
-    """
-    if not sequences:
-        raise LoRAMError(
-            "expected token sequences for the teacher, found none: give some data, and for an "
-            "anchor labels that are not all masked"
-        )
-    trained_only = any(row.trained is not None for row in sequences)
-    return {
-        "kind": "anchor" if trained_only else "teacher",
-        "version": __version__,
-        "trained_only": trained_only,
-        "sequences": len(sequences),
-        "tokens": sum(map(len, sequences)),
-        "places": sum(len(row.places) for row in sequences),
-        "sha256": data_digest(sequences),
-        "files": files,
-    }
-
-
-def data_digest(sequences: Iterable[Row]) -> str:
-    """SHA-256 of what `distinct` gives."""
-    return hashlib.sha256(b"".join(row.digest for row in sequences)).hexdigest()
-
-
-def distinct(rows: Iterable[Row | Sequence[int] | np.ndarray]) -> list[Row]:
-    """Each sequence that has places to keep once, the shortest first."""
-    every = (row if isinstance(row, Row) else Row(np.asarray(row, dtype=np.int32)) for row in rows)
-    found = {row.digest: row for row in every if len(row.places)}
-    return [found[key] for key in sorted(found, key=lambda key: (len(found[key]), key))]
-
-
-def check_tokens(sequences: Sequence[Row], vocabulary: int) -> None:
-    """Refuse tokens that a model with such a vocabulary lacks."""
-    largest = max(int(row.tokens.max()) for row in sequences)
-    if largest >= vocabulary:
-        raise LoRAMError(
-            f"expected token ids below the teacher's vocabulary of {vocabulary}, found {largest}: "
-            "use the teacher's own tokenizer, without added tokens"
-        )
-
-
-def parts_of(sequences: Sequence[Row]) -> Iterator[list[Row]]:
-    """Sequences that go through the layers together."""
-    part: list[Row] = []
-    for sequence in sequences:
-        padded = (len(part) + 1) * len(sequence)
-        if part and (
-            padded > TOKENS_PER_PART or len(sequence) > LONGEST_IN_PART * max(len(part[0]), 32)
-        ):
-            yield part
-            part = []
-        part.append(sequence)
-    if part:
-        yield part
-
-
-def _needed_bytes(
-    record: Mapping[str, Any], parts: Sequence[list[Row]], stream: LayerStream
-) -> int:
-    padded = max(len(part) * len(part[-1]) for part in parts)
-    states = 2 * padded * stream.hidden_size * stream.dtype.itemsize
-    return states + record["places"] * place_bytes(record["top_k"], record["trained_only"])
-
-
-def _write_part(
-    stream: LayerStream, work: Work, part: list[Row], file: Path, top_k: int, progress: Progress
-) -> None:
-    """Keep the outputs on a part's sequences in a file that is whole once it has its name."""
-    walk = Walk(stream, work, padded(part), file.stem, layer_count(stream.config), progress)
-    write_outputs(file, part, _outputs_of(walk, part, top_k))
-    walk.inputs(walk.stop).file.unlink()
-
-
-def padded(part: Sequence[Row]) -> np.ndarray:
-    """Token ids of sequences, (sequences, tokens of the longest): what comes later is not seen."""
-    found = np.zeros((len(part), len(part[-1])), np.int64)
-    for tokens, row in zip(found, part, strict=True):
-        tokens[: len(row)] = row.tokens
-    return found
+    return made_once(cache_folder(cache_dir) / name, identity, fill)
 
 
 def write_outputs(file: Path, part: Sequence[Row], outputs: Sequence[torch.Tensor]) -> None:
     """Keep `most_likely` of all places of some sequences in a file that is whole or absent."""
     ids, logprobs, rest = outputs
     dtype = "F16" if part[0].trained is None else "F32"
-    arrays: dict[str, tuple[str, np.ndarray]] = {
-        "ids": ("I32", ids.numpy()),
-        "logprobs": (dtype, to_bits(logprobs, dtype)),
-        "rest": ("F32", to_bits(rest, "F32")),
-        "digests": ("U8", np.stack([np.frombuffer(row.digest, np.uint8) for row in part])),
-        "starts": ("I64", np.cumsum([0, *(len(row.places) for row in part)], dtype=np.int64)),
-    }
-    described = [(name, dtype, bits.shape) for name, (dtype, bits) in arrays.items()]
-    with put_whole(file) as partial:
-        write_safetensors(partial, described, (bits for _, bits in arrays.values()))
+    arrays = [ids.numpy(), to_bits(logprobs, dtype), to_bits(rest, "F32")]
+    kinds = {"ids": "I32", "logprobs": dtype, "rest": "F32"}
+    described = [(*kind, bits.shape) for kind, bits in zip(kinds.items(), arrays, strict=True)]
+    write_rows(file, part, [len(row.places) for row in part], described, arrays)
 
 
 @torch.no_grad()
 def _outputs_of(walk: Walk, rows: Sequence[Row], top_k: int) -> list[torch.Tensor]:
     """Take sequences through the layers; `most_likely` of all their places, end to end."""
-    for index, layer in walk:
-        with walk.advanced(index, layer):
-            pass
+    walk.finish()
     found: list[tuple[torch.Tensor, ...]] = []
     for batch in walk.batches():
         states = walk.inputs(walk.stop).read(batch).to(walk.stream.device)
         for number, own in zip(batch, states, strict=True):
             row = rows[number]
-            found.append(row.outputs(walk.stream.logits(own[None, row.places])[0], top_k))
+            found.append(_said_of(row, walk.stream.logits(own[None, row.places])[0], top_k))
     walk.stream.drop_head()
     return [torch.cat(column) for column in zip(*found, strict=True)]
+
+
+def _said_of(row: Row, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, ...]:
+    """`most_likely` of the logits of a sequence's places, (places, vocabulary)."""
+    if row.trained is None:
+        return most_likely(logits, top_k)
+    labels = torch.from_numpy(row.tokens[row.places + 1].astype(np.int64))
+    return most_likely(logits, top_k, labels.to(logits.device))
 
 
 def most_likely(

@@ -242,7 +242,7 @@ def check_story(yaml_file, base, output, folder):
 def test_anchored_the_recovered_adapter_is_better(smollm2, story, texts, tmp_path):
     """Twenty steps on the same rows, with the pruned model's own loss and anchored at the base.
 
-    And on the upper layers alone, which is not held against the others: see NOTES.
+    And on the upper layers alone, with fewer parameters. Of 64 functions: 8 are too few to tell.
     """
     rows = (texts / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = rows[:: len(rows) // 96][:96]  # of all modules: those of a few are soon overfitted
@@ -260,10 +260,12 @@ def test_anchored_the_recovered_adapter_is_better(smollm2, story, texts, tmp_pat
         file = story(
             smollm2, pruning, **changes | {"test_datasets": [chats(texts / "heldout.jsonl")]}
         )
-        found[anchor], _ = perplexities(file, "--models", "base,base+recovered")
+        models = ("--models", "base,base+recovered", "--limit", 64)
+        found[anchor], _ = perplexities(file, *models)
+        print(anchor, found[anchor])
     assert found["none"]["base"] == found["base"]["base"] > found["none"]["base+recovered"]
     assert found["base"]["base+recovered"] < found["none"]["base+recovered"]
-    assert found["layers"]["base+recovered"] < 0.7 * found["layers"]["base"]
+    assert found["layers"]["base+recovered"] < found["base"]["base+recovered"]
 
 
 @TIER

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import axolotl_loram.heterogeneous  # noqa: F401  (to load pruned models)
 from axolotl_loram.training.anchor import said_by
+from axolotl_loram.training.rows import Row
 from axolotl_loram.training.served import Server, check_server, make_served
-from axolotl_loram.training.teacher import Row, Teacher
+from axolotl_loram.training.teacher import Teacher
 
 VLLM = os.environ.get("VLLM")
 pytestmark = [pytest.mark.real, pytest.mark.skipif(not VLLM, reason="VLLM names no vllm")]

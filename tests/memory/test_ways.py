@@ -18,8 +18,10 @@ from test_model import LLAMA_31_70B
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_loram.api import plan_memory
+from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import open_safetensors
+from axolotl_loram.memory.compute import forward_flops
 from axolotl_loram.memory.data import TOP_K, data_of, place_bytes, stored_bytes
 from axolotl_loram.memory.gpus import CARDS, GPUS, card_of
 from axolotl_loram.memory.layout import Layout
@@ -29,7 +31,8 @@ from axolotl_loram.memory.settings import TrainingArgs
 from axolotl_loram.memory.ways import ON_DEVICE, Way, _packed
 from axolotl_loram.memory.weights import weight_bytes
 from axolotl_loram.results.footprint import save_ways
-from axolotl_loram.training.teacher import Row, make_teacher
+from axolotl_loram.training.rows import Row
+from axolotl_loram.training.teacher import make_teacher
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,6 +261,29 @@ def test_an_anchor_is_counted(make_model, large, tmp_path):
     settings["loram"] = brought
     away = plan_memory(write_yaml(tmp_path / "c.yml", settings), compare=True)
     assert "anchor" not in away.as_dict() and away.ways[3]["flops"]["anchor"] > 0
+
+
+def test_hidden_states_in_the_place_of_layers_are_counted(large, tmp_path):
+    """What is run beforehand, and what in a step, is one forward pass of the base between them."""
+    config = json.loads((large / "config.json").read_text())
+    settings = {**YAML, "base_model": str(large), "gradient_checkpointing": False}
+    settings["loram"] = {"pruning": {"units": "layers", "ratio": 0.5}, "anchor": "base"}
+    file = write_yaml(tmp_path / "a.yml", settings)
+    tokens = 3 * 2**20
+    found = plan_memory(file, compare=True, tokens=tokens)
+    anchor = found.as_dict()["anchor"]
+    ways = {way["name"].split(" at ")[0]: way for way in found.ways}
+    assert anchor["disk_bytes"] == tokens * 2 * config["hidden_size"]
+    upper, whole = ways["LoRAM"]["flops"], ways["LoRA"]["flops"]
+    without_lora = forward_flops(TrainingArgs(sequence_len=128), Layout.of(load_config(str(large))))
+    assert upper["anchor"] == 0 and anchor["flops"] < tokens * without_lora
+    beside = (whole["layers"] - upper["layers"]) * tokens  # that has LoRA
+    assert anchor["flops"] == pytest.approx(beside, rel=0.05)
+    assert 0 < anchor["read_bytes"] < 3 * 2 * LARGE
+    more = ways["LoRAM"]["disk_bytes"] - ways["LoRA"]["disk_bytes"]
+    assert more > anchor["read_bytes"]  # pruning reads the base, too
+    fitted = json.loads(loram("plan", file, "--fit", "40GiB", "--adapter", "loram", "--json").stdout)
+    assert 0 < fitted["fit"]["pruning_ratio"] < 1
 
 
 def test_bytes_of_an_anchor_are_those_that_are_written(make_model, tmp_path):

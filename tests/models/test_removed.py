@@ -7,16 +7,20 @@ from calibrated import text_tokens
 from families import pico_config
 
 import axolotl_loram.heterogeneous  # noqa: F401
-from axolotl_loram.architecture.config_json import layer_count
+from axolotl_loram.architecture.config_json import is_removed, layer_count, load_config
 from axolotl_loram.architecture.counts import summary
 from axolotl_loram.architecture.families import FAMILIES
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.spaces import EXPERTS, LINEAR
-from axolotl_loram.config import PruningArgs
+from axolotl_loram.config import LayerwiseArgs, PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import Checkpoint
+from axolotl_loram.models.load import load_pruned
 from axolotl_loram.models.removed import removed_layers
 from axolotl_loram.pruning.prune import prune
+from axolotl_loram.results.export_pruned import export_pruned
+from axolotl_loram.training.align import load_plan
+from axolotl_loram.training.layerwise import align_layers
 
 LANGUAGE = [
     name for name, row in FAMILIES.items() if row.auto_class != "AutoModelForImageClassification"
@@ -99,3 +103,36 @@ def test_a_ratio_may_name_the_layers(base, tmp_path):
     one = without_layers(folder, tmp_path / "one")
     settings = PruningArgs(ratio="layers=0.5")
     assert prune(str(folder), tmp_path / "other", settings)["plan"] == one["plan"]
+
+
+def test_a_plan_without_layers_amid_others_is_damaged(base, tmp_path):
+    """The hidden states that are kept are those after the first so many."""
+    without_layers(base("llama"), tmp_path / "pruned")
+    plan = PruningPlan.load(tmp_path / "pruned")
+    first = {name: kept for name, kept in plan.kept.items() if ".layers.0." in name}
+    last, every = layer_count(plan.config) - 1, range(layer_count(plan.config))
+    for layers in ([last], every):
+        names = [(name, name.replace(".0.", f".{layer}.")) for name in first for layer in layers]
+        kept = {other: first[name] for name, other in names}
+        with pytest.raises(LoRAMError, match="from the first on, and not all"):
+            PruningPlan(plan.config, kept)
+
+
+@pytest.mark.parametrize("own", [{"intermediate_size": 0}, {"sliding_window": 0}, {}])
+def test_a_layer_with_another_field_of_0_is_none_removed(own, base):
+    config = load_config(str(base("llama")))
+    assert not is_removed({**config, "per_layer_config": {"0": own}}, 0)
+
+
+def test_it_is_used_for_nothing_that_needs_a_whole_model(base, tmp_path):
+    folder, pruned = base("llama"), tmp_path / "pruned"
+    without_layers(folder, pruned)
+    text = LayerwiseArgs(calibration_path=str(tmp_path / "text.txt"))
+    for use in (
+        lambda: load_pruned(str(pruned)),
+        lambda: export_pruned(pruned, tmp_path / "gguf", llama_cpp=None),
+        lambda: align_layers(str(pruned), tmp_path / "aligned", text),
+        lambda: load_plan(str(pruned), None),
+    ):
+        with pytest.raises(LoRAMError, match=r"that runs by itself, found .* layers are removed"):
+            use()

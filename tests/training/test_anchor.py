@@ -11,6 +11,7 @@ from axolotl.utils.dict import DictDefault
 from batches import BATCHES, ROWS, mean_loss, packed, padded, trainer_of, with_lora
 from calibrated import load
 from conftest import run_command, write_yaml
+from elsewhere import same_from_elsewhere
 from torch.nn.functional import cross_entropy
 from transformers import BitsAndBytesConfig
 
@@ -271,15 +272,4 @@ def test_axolotl_trains_anchored(packing, run_yaml, make_model, tmp_path):
 def test_an_anchor_from_elsewhere_and_a_resumed_run_give_the_same_adapter(
     run_yaml, make_model, tmp_path
 ):
-    def train(output, **changes):
-        file = run_yaml(output_dir=str(tmp_path / output), max_steps=4, **changes)
-        run_command("axolotl", "train", file, "--launcher", "python")
-        return (tmp_path / output / "pruned/adapter_model.safetensors").read_bytes()
-
-    whole = train("out", save_strategy="steps", save_steps=2)
-    file = tmp_path / "loram.yml"
-    run_command("axolotl-loram", "anchor", file, tmp_path / "anchor", "--model", make_model())
-    loram = {"anchor_path": str(tmp_path / "anchor")}
-    assert train("again", loram=loram) == whole
-    (checkpoint,) = (tmp_path / "out").rglob("checkpoint-2")
-    assert train("resumed", loram=loram, resume_from_checkpoint=str(checkpoint)) == whole
+    same_from_elsewhere(run_yaml, make_model(), tmp_path)

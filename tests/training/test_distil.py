@@ -89,7 +89,7 @@ def test_a_model_in_16_bits_holds_its_derivative_in_16_bits():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_streamed_outputs_are_those_of_the_whole_model(family, make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "TOKENS_PER_PART", 40)  # several parts
+    monkeypatch.setattr("axolotl_loram.training.rows.TOKENS_PER_PART", 40)  # several parts
     base = make_model(family)
     record = make_teacher(base, ROWS, tmp_path / "out", 8)
     assert len(record["files"]) > 1 and record["sequences"] == len(ROWS) - 1
@@ -121,7 +121,7 @@ def test_a_sequence_is_found_in_any_batch_and_padding(make_model, tmp_path):
 
 
 def test_interrupted_the_teacher_goes_on(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "TOKENS_PER_PART", 40)
+    monkeypatch.setattr("axolotl_loram.training.rows.TOKENS_PER_PART", 40)
     whole = Interruption()
     make_teacher(make_model(), ROWS, tmp_path / "a", 4, progress=whole)
     loads = []

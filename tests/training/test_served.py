@@ -12,8 +12,9 @@ from logprob_server import LogprobServer
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.training import served
 from axolotl_loram.training.anchor import said_by
+from axolotl_loram.training.rows import Row
 from axolotl_loram.training.served import Server, check_server, make_served
-from axolotl_loram.training.teacher import Row, Teacher, make_teacher
+from axolotl_loram.training.teacher import Teacher, make_teacher
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from batches import BATCHES, ROWS, mean_loss, padded, trainer_of, with_lora
 from calibrated import load
 from conftest import run_command, write_yaml
+from elsewhere import same_from_elsewhere
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
@@ -16,7 +17,7 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import gather_adapter
-from axolotl_loram.training.anchor import Places, rows_of
+from axolotl_loram.training.anchor import HiddenStates, make_anchor, rows_of
 from axolotl_loram.training.distil import IGNORED
 from axolotl_loram.training.states import StoredStates, make_states
 from axolotl_loram.training.teacher import make_teacher
@@ -36,7 +37,7 @@ def filled(pruned, folder, layers=2, **settings):
     model = with_lora(pruned, **settings)
     trainer = trainer_of(model)
     trainer.compute_loss = lambda model, inputs: model(**inputs).loss
-    Places(trainer, StoredStates(folder, layers)).attach()
+    HiddenStates(trainer, StoredStates(folder, layers)).attach()
     return model, trainer.compute_loss
 
 
@@ -120,6 +121,11 @@ def test_an_adapter_of_removed_layers_is_no_warm_start(stored, tmp_path):
         )
 
 
+def test_a_server_has_no_hidden_states(run_yaml, tmp_path):
+    with pytest.raises(LoRAMError, match="servers tell no hidden states"):
+        make_anchor(run_yaml(), tmp_path / "states", server="http://localhost:1/v1")
+
+
 @pytest.fixture
 def run_yaml(make_model, settings, tmp_path):
     """A run's YAML: changes → file."""
@@ -165,19 +171,7 @@ def test_axolotl_trains_upper_layers(packing, run_yaml, make_model, tmp_path):
 def test_states_from_elsewhere_and_a_resumed_run_give_the_same_adapter(
     run_yaml, make_model, tmp_path
 ):
-    def train(output, **changes):
-        file = run_yaml(output_dir=str(tmp_path / output), max_steps=4, **changes)
-        run_command("axolotl", "train", file, "--launcher", "python")
-        return (tmp_path / output / "pruned/adapter_model.safetensors").read_bytes()
-
-    whole = train("out", save_strategy="steps", save_steps=2)
-    base = make_model(num_hidden_layers=4)
-    file = tmp_path / "loram.yml"
-    run_command("axolotl-loram", "anchor", file, tmp_path / "states", "--model", base)
-    loram = {"anchor_path": str(tmp_path / "states")}
-    assert train("again", loram=loram) == whole
-    (checkpoint,) = (tmp_path / "out").rglob("checkpoint-2")
-    assert train("resumed", loram=loram, resume_from_checkpoint=str(checkpoint)) == whole
+    same_from_elsewhere(run_yaml, make_model(num_hidden_layers=4), tmp_path)
 
 
 @pytest.mark.parametrize(
