@@ -79,7 +79,8 @@ MERGED_BY_SHARDS = ("lora_A.weight", "lora_B.weight", "weight", ORIGINAL)
 NOT_ANCHORED = (
     "trained on the pruned model's own loss: on SmolLM2 and GSM8K `anchor: base` in loram: kept "
     "0.82 of LoRA's gain instead of 0.67 at ratio 0.5, and 0.63 instead of 0.34 at 0.75, for one "
-    "forward pass of the original over the data (docs/anchored.md)"
+    "forward pass of the original over the data; on another task it made no difference "
+    "(docs/anchored.md)"
 )
 
 

@@ -282,7 +282,9 @@ def test_hidden_states_in_the_place_of_layers_are_counted(large, tmp_path):
     assert 0 < anchor["read_bytes"] < 3 * 2 * LARGE
     more = ways["LoRAM"]["disk_bytes"] - ways["LoRA"]["disk_bytes"]
     assert more > anchor["read_bytes"]  # pruning reads the base, too
-    fitted = json.loads(loram("plan", file, "--fit", "40GiB", "--adapter", "loram", "--json").stdout)
+    fitted = json.loads(
+        loram("plan", file, "--fit", "40GiB", "--adapter", "loram", "--json").stdout
+    )
     assert 0 < fitted["fit"]["pruning_ratio"] < 1
 
 
