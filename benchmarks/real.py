@@ -34,7 +34,7 @@ from measure import ROOT, append_row, surroundings
 from peft import PeftModel
 from plain_loop import BATCH, Bench, padded, recovered
 from real_cases import Case, cases
-from real_models import RealBench, frozen, pruned, source
+from real_models import RealBench, frozen, pruned, source, upper
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "examples/quickstart"))
@@ -81,10 +81,8 @@ def fresh(bench: RealBench, folder: Path, case: Case) -> PeftModel:
     kind, _, rank = case.method.partition("-")
     if kind != "top":
         return bench.fresh(model, case.seed).train()
-    parts = rivals.shares(bench.base, pruned(bench, Case(1, case.ratio)))
-    upper = list(parts)[-round(sum(parts.values())) :]
     names = rivals.linears(model.base_model.layers[0])
-    how = {"layers_to_transform": upper, "target_modules": [n.rpartition(".")[2] for n in names]}
+    how = {"layers_to_transform": upper(bench, case), "target_modules": [n.rpartition(".")[2] for n in names]}
     how |= {"r": int(rank), "lora_alpha": 2 * int(rank)} if rank else {}
     return bench.fresh(model, case.seed, **how).train()
 

@@ -38,7 +38,8 @@ class Case:
             towards the base on the training rows; "other", on source of the standard library;
             "repair", LoRA alone, distilled on the training rows and then frozen.
         steps: Of 4 samples.
-        bits: Of the frozen linear weights: 4 is NF4, 3 and 2 are rounded by GPTQ (`rivals.py`).
+        bits: Of the frozen linear weights: 4 is NF4, 3 and 2 are rounded by GPTQ (`rivals.py`); of
+            "top", those of the upper layers.
         arithmetic: What is computed in; the weights are stored in bfloat16.
     """
 
@@ -108,10 +109,6 @@ def new_cases() -> Iterator[Case]:
     for ratio in (0.25, 0.85):
         yield anchored(1, ratio)
         yield Case(1, ratio, rate=2e-3)
-    for method, refit in (("random", True), ("magnitude", True), ("taylor", True)):
-        yield anchored(1, 0.5, method, refit)
-    for method in ("random", "activation"):
-        yield anchored(1, 0.5, method, False)
     for bits in (4, 3):
         yield anchored(1, 0.5, bits=bits)
     for ratio in (0.5, 0.75):
@@ -126,3 +123,12 @@ def new_cases() -> Iterator[Case]:
             yield Case(seed, ratio, "top", rate=2e-3)
         for ratio in (0.5, 0.75):
             yield anchored(seed, ratio)
+            yield Case(seed, ratio, rate=2e-3)
+    for ratio in (0.5, 0.75):
+        yield Case(1, ratio, "top", rate=2e-3, bits=4)
+    yield Case(1, 0.25, "top", rate=2e-3)
+    for ratio in (0.5, 0.75):
+        for method in ("random", "magnitude", "activation", "taylor"):
+            for refit in (True, False):
+                yield anchored(1, ratio, method, refit)
+                yield Case(1, ratio, method, refit, rate=2e-3)

@@ -12,6 +12,7 @@ import plain_loop
 import rivals
 import torch
 import yaml
+from axolotl.utils.chat_templates import get_chat_template
 from measure import ROOT
 from plain_loop import BATCH, Bench, padded
 from real_cases import Case
@@ -53,6 +54,12 @@ def pruned(bench: Bench, case: Case) -> Path:
     return prune(bench, name, *how)
 
 
+def upper(bench: Bench, case: Case) -> list[int]:
+    """The base's last layers, as many as the pruned model of the same ratio has bytes for."""
+    parts = rivals.shares(bench.base, pruned(bench, Case(1, case.ratio)))
+    return list(parts)[-round(sum(parts.values())) :]
+
+
 def prune(bench: RealBench, name: str, *how: str) -> Path:
     """By the command, with 8,192 training tokens for scores and refit."""
     folder, file = bench.scratch / name, bench.scratch / "calibration.yml"
@@ -75,10 +82,12 @@ def frozen(bench: RealBench, case: Case) -> Path:
     start = aligned(bench, case)
     if case.bits == 16:
         return start
-    folder = bench.scratch / f"{start.name}-{case.bits}-bits"
+    top = case.method.startswith("top")
+    folder = bench.scratch / f"{start.name}{f'-top-{case.ratio}' * top}-{case.bits}-bits"
     if not folder.exists():
         model = bench.model(start)
-        changes = dict.fromkeys(range(len(model.base_model.layers)), rivals.rounded(case.bits))
+        layers = upper(bench, case) if top else range(len(model.base_model.layers))
+        changes = dict.fromkeys(layers, rivals.rounded(case.bits))
         rivals.changed(start, folder, model, calibration(bench), changes)
     return folder
 
@@ -140,9 +149,16 @@ class RealBench(Bench):
 
     def __init__(self, model: Path, gsm8k: Path, scratch: Path, task: str = "gsm8k"):
         super().__init__(model, gsm8k, scratch)
-        self.task = task
+        self.task, self.template = task, {}
+        if self.tokenizer.chat_template is None:  # GGUF files of Gemma 3 have none
+            self.tokenizer.chat_template = get_chat_template("gemma")
+            self.template = {"chat_template": "gemma"}
         ids = self.tokenizer.apply_chat_template(self.rows("train", 1)[0], return_dict=False)
         self.end = ids[-2]
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """With the chat template, where the tokenizer has none."""
+        return {**super().settings(name), **self.template}
 
     def rows(self, split: str, limit: int) -> list[list[dict[str, str]]]:
         """Of the task: GSM8K, or the quickstart's functions and the first lines of docstrings."""

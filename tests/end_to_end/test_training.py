@@ -35,7 +35,8 @@ def adapter_weights(folder):
 
 
 def logits_of(base, adapter=None):
-    model = AutoModelForCausalLM.from_pretrained(base)
+    """In float64: what float32 rounds off differs by CPU, and grows with depth."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
