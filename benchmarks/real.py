@@ -81,8 +81,8 @@ def fresh(bench: RealBench, folder: Path, case: Case) -> PeftModel:
     kind, _, rank = case.method.partition("-")
     if kind != "top":
         return bench.fresh(model, case.seed).train()
-    names = rivals.linears(model.base_model.layers[0])
-    how = {"layers_to_transform": upper(bench, case), "target_modules": [n.rpartition(".")[2] for n in names]}
+    names = [name.rpartition(".")[2] for name in rivals.linears(model.base_model.layers[0])]
+    how = {"layers_to_transform": upper(bench, case), "target_modules": names}
     how |= {"r": int(rank), "lora_alpha": 2 * int(rank)} if rank else {}
     return bench.fresh(model, case.seed, **how).train()
 
