@@ -248,12 +248,17 @@ def row_of(bench: RealBench, case: Case) -> dict[str, Any]:
     if not (case.is_lora or case.loss == "ceiling" or case.method.startswith("top")):
         start = frozen(bench, case)
         found = measured(bench, PeftModel.from_pretrained(bench.model(start), adapter), "pruned")
-        if case.ratio and case.method not in ("layers", "lowrank"):
-            adapter = recovered(bench, adapter)
-        else:
-            adapter = rivals.restored(adapter, start)
-    whole = PeftModel.from_pretrained(bench.model("base"), adapter)
+    whole = PeftModel.from_pretrained(bench.model("base"), adapter_for_base(bench, case, adapter))
     return {**found, **measured(bench, whole, "recovered"), "seconds": round(seconds)}
+
+
+def adapter_for_base(bench: RealBench, case: Case, adapter: Path) -> Path:
+    """What a trained adapter is on the base."""
+    if case.is_lora or case.loss == "ceiling" or case.method.startswith("top"):
+        return adapter
+    if case.ratio and case.method not in ("layers", "lowrank"):
+        return recovered(bench, adapter)
+    return rivals.restored(adapter, frozen(bench, case))
 
 
 def add(bench: Bench, case: Case | None, found: dict[str, Any], rows: list[dict]) -> None:

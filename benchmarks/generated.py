@@ -1,0 +1,115 @@
+"""What the adapters of `real.py` write: answers of GSM8K's test, greedily, with the base.
+
+Form is the share that ends as the training rows do, in a line "#### N"; exact is the share whose N
+is right. The error is that of a share of so many problems.
+
+    python benchmarks/generated.py MODEL GSM8K   # rows that generated.csv has are not run again
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import ROOT, append_row, surroundings
+from peft import PeftModel
+from real import adapter_for_base, trained
+from real_cases import SEEDS, Case
+from real_models import RealBench
+
+ROWS = Path(__file__).with_suffix(".csv")
+PROBLEMS, BATCH, NEW = 200, 50, 200
+SAID = re.compile(r"#### *(-?[\d,.]*\d)\s*$")
+
+
+def cases() -> Iterator[Case | None]:
+    """The base as it is, LoRA, and the ways of LoRAM; the first seed's first."""
+    yield None
+    for seed in SEEDS:
+        new = partial(Case, seed, rate=2e-3)
+        yield new()
+        for ratio in (0.5, 0.75, 0.85):
+            yield new(ratio, "top")
+        for ratio in (0.5, 0.75):
+            yield new(ratio, loss="anchored", top_k=32)
+            yield new(ratio)
+
+
+@torch.no_grad()
+def written(bench: RealBench, adapter: Path | None) -> list[str]:
+    """An answer to each problem, as far as NEW tokens go."""
+    model = bench.model("base").eval()
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    tokenizer, found = bench.tokenizer, []
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token_id = bench.end
+    rows = bench.rows("test", PROBLEMS)
+    for start in range(0, len(rows), BATCH):
+        prompts = [
+            tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, tokenize=False)
+            for row in rows[start : start + BATCH]
+        ]
+        batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+        ids = model.generate(
+            **batch,
+            do_sample=False,
+            max_new_tokens=NEW,
+            eos_token_id=bench.end,
+            pad_token_id=bench.end,
+        )
+        new = ids[:, batch["input_ids"].shape[1] :]
+        found += tokenizer.batch_decode(new, skip_special_tokens=True)
+        print(f"{len(found)} of {len(rows)}: {found[-1]!r}", flush=True)
+    return found
+
+
+def scores(bench: RealBench, answers: list[str]) -> dict[str, float]:
+    """Shares of the answers in form and right, each with its standard error."""
+    wanted = [SAID.search(row[-1]["content"])[1] for row in bench.rows("test", PROBLEMS)]
+    said = [match and match[1] for match in map(SAID.search, answers)]
+    right = [
+        answer is not None and answer.replace(",", "") == number.replace(",", "")
+        for answer, number in zip(said, wanted, strict=True)
+    ]
+    found = {}
+    for name, hits in (("form", [answer is not None for answer in said]), ("exact", right)):
+        share = sum(hits) / len(hits)
+        found[name] = round(share, 4)
+        found[f"{name}_error"] = round((share * (1 - share) / len(hits)) ** 0.5, 4)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of a chat model")
+    parser.add_argument("gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "build", help="real.py's")
+    parser.add_argument("--only", default="", help="runs whose description has this regex")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = RealBench(options.model, options.gsm8k, options.scratch / f"real-{options.model.name}")
+    for case in cases():
+        told = {"model": bench.base.name, "problems": PROBLEMS}
+        told |= dict.fromkeys(asdict(Case(0)), "") if case is None else asdict(case)
+        rows = csv.DictReader(ROWS.open(encoding="utf-8")) if ROWS.exists() else []
+        there = any({k: str(v) for k, v in told.items()}.items() <= row.items() for row in rows)
+        if there or not re.search(options.only, str(case)):
+            continue
+        adapter = case and adapter_for_base(bench, case, trained(bench, case))
+        begun = time.perf_counter()
+        row = told | scores(bench, written(bench, adapter))
+        row |= {"seconds": round(time.perf_counter() - begun)}
+        append_row(ROWS, row | surroundings("transformers", "peft"))
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
