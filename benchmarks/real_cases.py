@@ -127,6 +127,8 @@ def new_cases() -> Iterator[Case]:
     for ratio in (0.5, 0.75):
         yield Case(1, ratio, "top", rate=2e-3, bits=4)
     yield Case(1, 0.25, "top", rate=2e-3)
+    for steps in (20, 27):  # the operations of LoRAM on upper layers: `equal_compute.py`
+        yield Case(1, rate=2e-3, steps=steps)
     for ratio in (0.5, 0.75):
         for method in ("random", "magnitude", "activation", "taylor"):
             for refit in (True, False):
