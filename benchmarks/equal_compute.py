@@ -94,7 +94,9 @@ def rows_of(config: Path) -> list[dict[str, Any]]:
                         "training": round(way["flops_per_token"] * trained / yardstick, 4),
                         "before": round(before / yardstick, 4),
                         "total": round(total / yardstick, 4),
-                        "brief_alignment": round(aligned / yardstick, 4),
+                        "brief_alignment": ""
+                        if name == "upper layers"
+                        else round(aligned / yardstick, 4),
                     }
                 )
     return found
