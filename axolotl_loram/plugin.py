@@ -144,8 +144,11 @@ class LoRAMPlugin(BasePlugin):
         if self.alignment is not None:
             check_widths(model)
         if self.run is not None:
+            from axolotl.monkeypatch import lora_kernels
+
             check_widths(model)
             check_router_losses(model.config, self.run.plan)
+            patches.plain_projections(model, lora_kernels)
             prepare_packed(model, self.run.pruned, cfg.torch_dtype)
             store_small_once_sized(model, self.run.formats)
             counted = summary(self.run.plan.config, self.run.plan.counts)
@@ -190,7 +193,7 @@ class LoRAMPlugin(BasePlugin):
         section = LoRAMConfig.model_validate(dict(cfg.loram))
         if self.run is None or not section.evaluate_recovered_every:
             return []
-        return [RecoveredEvaluation(trainer, self.run, section, _plain_projections)]
+        return [RecoveredEvaluation(trainer, self.run, section)]
 
     def post_train_unload(self, cfg: Any) -> None:
         """Recover the adapter, or make the aligned checkpoint, in output_dir: one rank of all."""
@@ -280,12 +283,6 @@ def _merge_all_of_it(cfg: Any) -> None:
     if left_out:
         LOG.info("merging by `merge_method: legacy`: by shards, %s would be left out", left_out[0])
         cfg.merge_method = "legacy"
-
-
-def _plain_projections(model: Any) -> None:
-    from axolotl.monkeypatch import lora_kernels
-
-    patches.plain_projections(model, lora_kernels)
 
 
 def recover_after_training(run: Run, card: str) -> None:

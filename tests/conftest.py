@@ -147,6 +147,10 @@ def settings(text_file, tmp_path):
     return make
 
 
+ATTENTION_KERNELS = {"lora_qkv_kernel": True, "lora_o_kernel": True}
+"""On by default on a GPU; unlike the one of the MLP, which is Triton, they run on a CPU."""
+
+
 def write_yaml(file: Path, settings: dict) -> Path:
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return file

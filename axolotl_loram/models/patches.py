@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, MutableSet, Sequence
 from contextlib import contextmanager, suppress
-from types import MethodType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -341,15 +341,15 @@ def before_exit_on_interrupt(write: Callable[[], None]) -> None:
 
 @_until("lora_kernels of Axolotl that patch only the model that is trained (0.19: its class)")
 def plain_projections(model: nn.Module, kernels: ModuleType) -> None:
-    """`lora_qkv_kernel` and `lora_o_kernel` patch attention for all models of a class.
+    """`lora_qkv_kernel` and `lora_o_kernel` patch a class, but give one model what it then calls.
 
-    But only the trained one is given the projections that it then calls.
-    """
+    Here the class has it for all: also the base of an anchor, or of a fit."""
     for layer in model.modules():
         for attention in kernels.find_self_attn_in_layer(layer):
-            project = MethodType(kernels.original_apply_qkv_optional_v, attention)
-            attention.apply_qkv = project
-            attention.apply_o = MethodType(kernels.original_apply_o, attention)
+            for kind in type(attention).__mro__:
+                if "_original_forward" in vars(kind):
+                    kind.apply_qkv = kernels.original_apply_qkv_optional_v
+                    kind.apply_o = kernels.original_apply_o
 
 
 @_until("transformers that loads stacked experts in 4 bits")

@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,16 @@ from axolotl_loram.training.run import Run
 LOG = logging.getLogger(__name__)
 LOSS, PERPLEXITY = "eval_loram_recovered_loss", "eval_loram_recovered_perplexity"
 KEY = "evaluate_recovered_every"
+ON_GPUS = ("liger_rms_norm", "liger_layer_norm", "liger_rope", "liger_glu_activation")
+"""Settings by which models of a class compute with kernels of Triton, the base as well."""
 
 
 def check_can_evaluate(cfg: Any) -> None:
     """Refuse `evaluate_recovered_every` where it cannot work; cfg still names the base.
 
     Raises:
-        LoRAMError: The adapter is spread over ranks, or there are no weights, memory or text.
+        LoRAMError: The adapter is spread over ranks, or there are no weights, memory or text, or
+            the base, on a CPU, would compute with kernels for GPUs.
     """
     section = cfg.loram or {}
     if not section.get(KEY):
@@ -55,6 +58,12 @@ def check_can_evaluate(cfg: Any) -> None:
         raise LoRAMError(
             f"expected the whole adapter on each rank for `{KEY}`, found FSDP or ZeRO-3, which "
             "spread it: use ZeRO-2 or DDP, or evaluate checkpoints afterwards"
+        )
+    on_gpus = [key for key in ON_GPUS if cfg[key]]
+    if on_gpus and section.get("evaluate_recovered_device", "cpu") == "cpu":
+        raise LoRAMError(
+            f"expected no `{on_gpus[0]}` with the base on a CPU for `{KEY}`: its kernels run on "
+            "GPUs only; set evaluate_recovered_device: cuda, or leave it out"
         )
     if not section.get("evaluate_recovered_path"):
         if cfg.rl or cfg.reward_model or cfg.process_reward_model:
@@ -102,13 +111,10 @@ class RecoveredEvaluation(TrainerCallback):
         trainer: Whose adapter; what is found goes through its `log`.
         run: The training run.
         section: The `loram:` section.
-        prepare: What is to be done to the base once it is loaded.
     """
 
-    def __init__(
-        self, trainer: Any, run: Run, section: LoRAMConfig, prepare: Callable[[Any], None]
-    ) -> None:
-        self.trainer, self.run, self.prepare = trainer, run, prepare
+    def __init__(self, trainer: Any, run: Run, section: LoRAMConfig) -> None:
+        self.trainer, self.run = trainer, run
         self.every = section.evaluate_recovered_every or 0
         self.source = section.evaluate_recovered_path
         self.limit = section.evaluate_recovered_documents
@@ -126,7 +132,6 @@ class RecoveredEvaluation(TrainerCallback):
                 assert weights is not None  # check_can_evaluate saw to it
                 dtype = dtype_that_fits(weights, self.device)
                 self.base = load_model(self.run.base.id, self.run.base.revision, self.device, dtype)
-                self.prepare(self.base)
             self._log(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

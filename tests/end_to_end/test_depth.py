@@ -13,7 +13,7 @@ import torch
 import transformers
 from calibrated import text_tokens
 from click.testing import CliRunner
-from conftest import run_command, write_yaml
+from conftest import ATTENTION_KERNELS, run_command, write_yaml
 from families import at_depth, pico_config
 from safetensors.torch import load_file
 from test_families import loaded, outputs, train_everything
@@ -229,8 +229,10 @@ def test_story_of_32_layers(make_model, settings, tmp_path):
     section = {
         "pruning": {"method": "random", "ratio": 0.5},
         "cache_dir": str(tmp_path / "cache"),
+        "fill": "fitted",
     }
     saves = {"save_strategy": "steps", "save_steps": 2, "auto_resume_from_checkpoints": True}
+    saves |= ATTENTION_KERNELS
     yaml_file = write_yaml(tmp_path / "loram.yml", settings(base, **of_run(loram=section, **saves)))
     train(yaml_file)
     check_output(output, base)

@@ -127,7 +127,9 @@ def test_lora_from_preprocess_to_merge(pruned, make_model, settings, tmp_path):
     check_output(output, base)
 
     expected = logits_of(base, output)
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), output
+    )
     assert_same(loaded.merge_and_unload().eval()(TOKENS).logits.detach(), expected)
     for method in ("memory_efficient", "legacy"):
         run_command("axolotl", "merge-lora", yaml_file, "--merge-method", method)

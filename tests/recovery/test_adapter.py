@@ -283,7 +283,7 @@ def test_a_run_that_diverged_is_told_of_and_not_stopped(pruned, tmp_path):
     trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m))
     run = SimpleNamespace(pruned=pruned, base=Base("base"), masked=False, merges=False)
     section = LoRAMConfig(pruned_model_path=str(pruned), evaluate_recovered_every=1)
-    watching = RecoveredEvaluation(trainer, run, section, lambda base: None)
+    watching = RecoveredEvaluation(trainer, run, section)
     watching.held = []
     with torch.no_grad():
         next(w for name, w in model.named_parameters() if "lora_B" in name).fill_(np.nan)

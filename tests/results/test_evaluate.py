@@ -10,7 +10,7 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
-from conftest import write_yaml
+from conftest import ATTENTION_KERNELS, write_yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_recover import train_on
@@ -314,6 +314,7 @@ def test_training_evaluates_the_recovered_adapter_and_is_not_disturbed(
         section = {"pruned_model_path": str(tmp_path / "pruned-model"), **options}
         changes = {"lora_model_dir": str(tmp_path / "start"), "lora_dropout": 0.2}
         changes |= {"output_dir": str(tmp_path / name), "loram": section, "logging_steps": 1}
+        changes |= ATTENTION_KERNELS
         file = write_yaml(tmp_path / f"{name}.yml", settings(base, **changes))
         said = train(file)
         lines = (said.stdout + said.stderr).splitlines()
@@ -356,6 +357,7 @@ def test_a_base_beside_patched_attention_computes_as_before(make_model, monkeypa
     [
         ({"fsdp_config": {"fsdp_version": 2}}, "found FSDP or ZeRO-3"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "found FSDP or ZeRO-3"),
+        ({"liger_rms_norm": True}, "no `liger_rms_norm` with the base on a CPU"),
         ({"val_set_size": 0}, "expected held-out text"),
         ({"base_model": "some-org/not-here"}, "expected the weights of some-org/not-here"),
         ({}, "expected room for the base's .* found 0.00 GiB free"),

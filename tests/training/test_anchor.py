@@ -10,7 +10,7 @@ import torch
 from axolotl.utils.dict import DictDefault
 from batches import BATCHES, ROWS, mean_loss, packed, padded, trainer_of, with_lora
 from calibrated import load
-from conftest import run_command, write_yaml
+from conftest import ATTENTION_KERNELS, run_command, write_yaml
 from elsewhere import same_from_elsewhere
 from torch.nn.functional import cross_entropy
 from transformers import BitsAndBytesConfig
@@ -252,6 +252,7 @@ def test_axolotl_trains_anchored(packing, run_yaml, make_model, tmp_path):
     """Its held-out loss starts as the base's, falls, and is that of the base once recovered."""
     changes = {"sample_packing": packing, "eval_sample_packing": False, "eval_on_start": True}
     changes |= {"gradient_accumulation_steps": 2, "max_steps": 8, "num_epochs": 3}
+    changes |= ATTENTION_KERNELS if packing else {}
     file = run_yaml(**changes)
     run_command("axolotl", "train", file, "--launcher", "python")
     losses = evaluations(tmp_path / "out")

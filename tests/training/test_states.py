@@ -7,7 +7,7 @@ import pytest
 import torch
 from batches import BATCHES, ROWS, mean_loss, padded, trainer_of, with_lora
 from calibrated import load
-from conftest import run_command, write_yaml
+from conftest import ATTENTION_KERNELS, run_command, write_yaml
 from elsewhere import same_from_elsewhere
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
@@ -146,6 +146,7 @@ def test_axolotl_trains_upper_layers(packing, run_yaml, make_model, tmp_path):
     """Its held-out loss is, to the end, that of the base with the adapter as PEFT loads it."""
     changes = {"sample_packing": packing, "eval_sample_packing": False, "eval_on_start": True}
     changes |= {"gradient_accumulation_steps": 2, "max_steps": 8, "num_epochs": 3}
+    changes |= ATTENTION_KERNELS if packing else {}
     changes |= {"gradient_checkpointing": packing}
     file = run_yaml(**changes)
     run_command("axolotl", "train", file, "--launcher", "python")
