@@ -341,9 +341,7 @@ def before_exit_on_interrupt(write: Callable[[], None]) -> None:
 
 @_until("lora_kernels of Axolotl that patch only the model that is trained (0.19: its class)")
 def plain_projections(model: nn.Module, kernels: ModuleType) -> None:
-    """`lora_qkv_kernel` and `lora_o_kernel` patch a class, but give one model what it then calls.
-
-    Here the class has it for all: also the base of an anchor, or of a fit."""
+    """Give all models of a class that `lora_qkv_kernel` patches what only the trained one gets."""
     for layer in model.modules():
         for attention in kernels.find_self_attn_in_layer(layer):
             for kind in type(attention).__mro__:
