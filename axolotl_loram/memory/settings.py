@@ -148,13 +148,14 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: cfg[name] for name in DIRECT if cfg.get(name) is not None}
     eager = cfg.get("attn_implementation") == "eager" or bool(cfg.get("eager_attention"))
     found |= {name: _listed(cfg[name]) for name in LISTS if cfg.get(name)}
+    half = cfg.get("bf16", "auto") or cfg.get("fp16") or cfg.get("bfloat16")
     found |= {
         "lora_target_modules": _targets(cfg),
         "optimizer": _optimizer(cfg.get("optimizer")),
         "gradient_checkpointing": bool(cfg.get("gradient_checkpointing")),
         "attention": "eager" if eager else "flash",
         "cross_entropy": _cross_entropy(cfg),
-        "precision": "bf16" if any(cfg.get(k) for k in ("bf16", "fp16", "bfloat16")) else "fp32",
+        "precision": "bf16" if half else "fp32",
         "fused_kernels": _fused_kernels(cfg),
         "fused_glu": bool(cfg.get("liger_glu_activation")),
         "modules_to_save": _listed(cfg.get("lora_modules_to_save")),

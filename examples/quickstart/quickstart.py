@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct learns to sum up Python functions as their authors do, in the first line of a
 docstring; whole modules are held out. With the commands that a user types: LoRA on the original for
-comparison, LoRAM (prune, train on the pruned model, recover), merge, evaluate, report, and serve by
-llama.cpp.
+comparison, LoRAM (remove the first layers, train the others on the original's hidden states,
+recover), merge, evaluate, report, and serve by llama.cpp.
 """
 
 from __future__ import annotations
@@ -32,14 +32,12 @@ GOAL = 0.7
 MEASURED = {
     "base": "base",
     "lora": "also:lora",
-    "pruned_lora": "pruned+adapter",
     "recovered": "base+recovered",
     "merged": "also:merged",
 }
 LABELS = {
     "base": "original model",
     "lora": "original + LoRA trained on it",
-    "pruned_lora": "pruned model + its LoRA",
     "recovered": "original + recovered LoRA",
 }
 
@@ -82,24 +80,13 @@ def run_commands() -> dict[str, float]:
     """Train, merge, evaluate, report; seconds of each."""
     lora, loram, merged = HERE / "lora.yml", HERE / "loram.yml", BUILD / "loram/merged"
     evaluation, report = BUILD / "evaluation.json", BUILD / "report.html"
-    train = [
-        "axolotl",
-        "train",
-        "--launcher",
-        "python",
-    ]  # in one process: there is nothing to share
-    evaluate = [
-        "axolotl-loram",
-        "evaluate",
-        loram,
-        "--models",
-        "base,pruned+adapter,base+recovered",
-    ]
+    train = ["axolotl", "train", "--launcher", "python"]  # there is one process
+    evaluate = ["axolotl-loram", "evaluate", loram, "--models", "base,base+recovered"]
     evaluate += ["--also", f"lora={BUILD / 'lora'}", "--also", f"merged={merged}"]
     evaluate += ["--out-of-domain", BUILD / "data/heldout_source.jsonl", "--output", evaluation]
     steps: dict[str, tuple] = {
         "lora": ("LoRA on the original", *train, lora),
-        "loram": ("LoRAM: prune, train on the pruned model, recover", *train, loram),
+        "loram": ("LoRAM: remove layers, train the others, recover", *train, loram),
         "merge": ("Merging the recovered adapter", "axolotl", "merge-lora", loram),
         "evaluate": ("Measuring on held-out modules", *evaluate),
         "samples": ("Summing up functions of held-out modules, before and after", samples.write),
@@ -128,8 +115,8 @@ def collect() -> dict[str, Any]:
     measured = evaluation["perplexity"]["validation"]["models"]
     found = {name: measured[key]["perplexity"] for name, key in MEASURED.items()}
     gain, kept = (math.log(found["base"] / found[name]) for name in ("lora", "recovered"))
-    pruned = Path(evaluation["models"]["pruned+adapter"]["model"])
-    counts = read(pruned / "loram.json")["parameters"]
+    pruned = read(BUILD / "loram/loram.json")["trained"]["pruned_model"]
+    counts = read(Path(pruned) / "loram.json")["parameters"]
     parameters = {name: counts[f"{name}_parameters"] for name in ("base", "pruned")}
     return {
         **found,

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from conftest import write_yaml
 from families import pico_config
 from peft import LoraConfig, get_peft_model
@@ -164,6 +165,17 @@ def test_a_yaml_says_everything(large, tmp_path):
 )
 def test_settings_of_a_yaml(changes, name, value):
     assert getattr(TrainingArgs(**settings_of({**YAML, **changes})), name) == value
+
+
+def test_what_a_yaml_leaves_out_is_what_axolotl_takes():
+    """The README's has neither bf16 nor kernels, and was planned in float32."""
+    cfg = {"base_model": "x", "datasets": [{"path": "x", "type": "alpaca"}], "adapter": "qlora"}
+    cfg |= {"load_in_4bit": True, "lora_target_linear": True, "lora_r": 8, "lora_alpha": 16}
+    cfg |= {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-4}
+    full = AxolotlInputConfig(**cfg).model_dump(exclude_none=True)
+    assert full.keys() > cfg.keys() and settings_of(cfg)["precision"] == "bf16"
+    ours, theirs = (TrainingArgs(**settings_of(each)) for each in (cfg, full))
+    assert ours == theirs
 
 
 SHIPPED = sorted((ROOT / "examples/llama-3.1-70b").glob("*.yml"))
