@@ -88,7 +88,7 @@ def new_cases() -> Iterator[Case]:
     yield Case(1, rate=2e-3)
     for ratio in (0.5, 0.75, NEURONS[0.5], NEURONS[0.75]):
         yield anchored(1, ratio)
-    for rate in (1e-3, 4e-3):
+    for rate in (1e-3, 4e-3, 5e-4):
         yield Case(1, rate=rate)
     for ratio in (0.5, 0.75, 0.85):
         yield Case(1, ratio, "top", rate=2e-3)
