@@ -88,7 +88,7 @@ def new_cases() -> Iterator[Case]:
     yield Case(1, rate=2e-3)
     for ratio in (0.5, 0.75, NEURONS[0.5], NEURONS[0.75]):
         yield anchored(1, ratio)
-    for rate in (1e-3, 4e-3):
+    for rate in (1e-3, 4e-3, 5e-4):
         yield Case(1, rate=rate)
     for ratio in (0.5, 0.75, 0.85):
         yield Case(1, ratio, "top", rate=2e-3)
@@ -126,6 +126,9 @@ def new_cases() -> Iterator[Case]:
             yield Case(seed, ratio, rate=2e-3)
     for ratio in (0.5, 0.75):
         yield Case(1, ratio, "top", rate=2e-3, bits=4)
+        yield anchored(1, ratio, "top", bits=4)
+    yield Case(1, rate=2e-3, bits=4)  # QLoRA, measured on the original in 16 bits
+    yield anchored(1, bits=4)
     yield Case(1, 0.25, "top", rate=2e-3)
     for steps in (20, 27):  # the operations of LoRAM on upper layers: `equal_compute.py`
         yield Case(1, rate=2e-3, steps=steps)
