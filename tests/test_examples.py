@@ -68,7 +68,13 @@ def test_figures_of_small_cards_are_the_planners(file, tmp_path):
             )
             assert "fit" in said and methods["qlora"]["peak_bytes"] > card * 0.9
     assert len(peaks) == 3 and peaks[used] < card * 0.9
-    assert cfg["loram"] == {"pruning": {"ratio": 0.5, "quantize": "nf4"}}
+    pruning = dict(cfg["loram"]["pruning"])
+    smaller = pruning | {"ratio": round(pruning.pop("ratio") - 0.05, 2)}
+    assert cfg["loram"] == {"pruning": cfg["loram"]["pruning"], "anchor": "base"}
+    assert pruning == {"units": "layers", "quantize": "nf4"}
+    write_yaml(copy, {**cfg, "base_model": str(config), "loram": {"pruning": smaller}})
+    if smaller["ratio"]:
+        assert plan(request(str(copy)))["methods"]["qloram"]["peak_bytes"] > card * 0.9
     accepted_by_axolotl(cfg)
 
 
