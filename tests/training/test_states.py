@@ -140,6 +140,16 @@ def run_yaml(make_model, settings, tmp_path):
     return write
 
 
+def held_out_losses(file, folder):
+    """The base's without and with the recovered adapter."""
+    run_command(
+        *("axolotl-loram", "evaluate", file, "--models", "base,base+recovered"),
+        *("--output", folder / "evaluation.json"),
+    )
+    models = json.loads((folder / "evaluation.json").read_text())["perplexity"]["validation"]
+    return {name: math.log(found["perplexity"]) for name, found in models["models"].items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_axolotl_trains_upper_layers(packing, run_yaml, make_model, tmp_path):
@@ -152,13 +162,7 @@ def test_axolotl_trains_upper_layers(packing, run_yaml, make_model, tmp_path):
     run_command("axolotl", "train", file, "--launcher", "python")
     record = json.loads((tmp_path / "out/pruned/loram.json").read_text())["training"]
     losses = {each["step"]: each["eval_loss"] for each in record["history"] if "eval_loss" in each}
-    run_command(
-        *("axolotl-loram", "evaluate", file, "--models", "base,base+recovered"),
-        *("--output", tmp_path / "evaluation.json"),
-    )
-    found = json.loads((tmp_path / "evaluation.json").read_text())["perplexity"]["validation"]
-    names = ("base", "base+recovered")
-    base, recovered = (math.log(found["models"][name]["perplexity"]) for name in names)
+    base, recovered = held_out_losses(file, tmp_path).values()
     assert losses[0] == pytest.approx(base, rel=2e-3)
     assert losses[8] == pytest.approx(recovered, rel=2e-3) and losses[8] < losses[0]
     assert record["anchor"]["layers"] == 2
@@ -186,3 +190,18 @@ def test_what_cannot_train_so_ends_before_it_starts(changes, sentence, run_yaml)
     with pytest.raises(AssertionError) as error:
         run_command("axolotl", "train", run_yaml(**changes), "--launcher", "python")
     assert sentence in str(error.value).replace("\\'", "'")
+
+
+@pytest.mark.slow
+def test_axolotl_trains_upper_layers_in_4_bits(run_yaml, make_model, tmp_path):
+    """As the shipped examples say: the checkpoint is packed, the base's hidden states are not."""
+    pruning = {"units": "layers", "ratio": 0.5, "quantize": "nf4"}
+    changes = {"adapter": "qloram", "load_in_4bit": True, "eval_on_start": True, "max_steps": 8}
+    changes |= {"bnb_config_kwargs": {"bnb_4bit_quant_storage": "uint8"}}
+    file = run_yaml(loram={"pruning": pruning}, **changes)
+    run_command("axolotl", "train", file, "--launcher", "python")
+    record = json.loads((tmp_path / "out/pruned/loram.json").read_text())["training"]
+    losses = {each["step"]: each["eval_loss"] for each in record["history"] if "eval_loss" in each}
+    found = held_out_losses(file, tmp_path)
+    assert losses[0] == pytest.approx(found["base"], rel=0.05)
+    assert found["base+recovered"] < found["base"] and losses[8] < losses[0]
