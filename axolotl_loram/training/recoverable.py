@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from peft import get_peft_model_state_dict
 
+from axolotl_loram.architecture.model import embedding_module
 from axolotl_loram.architecture.record import Kind, Record
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder
@@ -53,6 +54,13 @@ def check_recoverable(run: Run, model: Any) -> Adapter:
             f"expected all that is trained to be in the adapter, found {unsaved[0]}, which PEFT "
             f"does not save ({len(unsaved)} such): take it out of unfrozen_parameters, or name its "
             "module in lora_modules_to_save"
+        )
+    below = f".{embedding_module(run.plan.config)}."
+    unseen = [name for name in adapter.tensors if below in name]
+    if run.plan.removed and unseen:
+        raise LoRAMError(
+            f"expected nothing trained below the removed layers, found {unseen[0]}: what they gave "
+            "is the original's, whatever the embedding learns; prune inside layers, or leave it out"
         )
     moved = check_adapter(adapter, run.plan, run.pruned, of_run=True)
     if run.fill is not None:

@@ -184,6 +184,9 @@ def test_states_from_elsewhere_and_a_resumed_run_give_the_same_adapter(
     [
         ({"loram": {"anchor": "none"}}, "original's hidden states take the removed layers' place"),
         ({"loram": {"fill": "fitted"}}, "the original's hidden states take their place"),
+        ({"lora_modules_to_save": ["embed_tokens"]}, "nothing trained below the removed layers"),
+        ({"lora_target_modules": ["q_proj", "embed_tokens"]}, "nothing trained below the removed"),
+        ({"peft_trainable_token_indices": [3, 4]}, "nothing trained below the removed layers"),
     ],
 )
 def test_what_cannot_train_so_ends_before_it_starts(changes, sentence, run_yaml):
