@@ -101,6 +101,8 @@ def trial_of(settings: Mapping[str, Any], names: Sequence[str], also: Mapping[st
     pruned = _pruned_folder(record, section, bool({PRUNED, TRAINED} & set(names)))
     if pruned is not None:
         checked = _check_pruned(pruned, base, record, output)
+        if checked.removed and set(names) == set(MODELS):  # all that say something by themselves
+            names = (BASE, RECOVERED)
         if {PRUNED, TRAINED} & set(names):
             checked.check_runs_alone(pruned, f"evaluate --models {BASE},{RECOVERED}")
     check_recorded_base(record, base.id, base.revision)

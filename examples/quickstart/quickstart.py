@@ -81,7 +81,7 @@ def run_commands() -> dict[str, float]:
     lora, loram, merged = HERE / "lora.yml", HERE / "loram.yml", BUILD / "loram/merged"
     evaluation, report = BUILD / "evaluation.json", BUILD / "report.html"
     train = ["axolotl", "train", "--launcher", "python"]  # there is one process
-    evaluate = ["axolotl-loram", "evaluate", loram, "--models", "base,base+recovered"]
+    evaluate = ["axolotl-loram", "evaluate", loram]
     evaluate += ["--also", f"lora={BUILD / 'lora'}", "--also", f"merged={merged}"]
     evaluate += ["--out-of-domain", BUILD / "data/heldout_source.jsonl", "--output", evaluation]
     steps: dict[str, tuple] = {
