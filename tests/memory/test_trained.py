@@ -239,6 +239,18 @@ def test_what_is_not_counted_is_named(key, value, said, tmp_path):
     assert f"not counted: {found['not_counted'][0]}" in report(found)
 
 
+@pytest.mark.parametrize("units", ["neurons", "layers"])
+def test_logits_that_an_anchor_makes_are_named(units, tmp_path):
+    """A fused loss is not called then, unless whole layers go: the trainer's own is, there."""
+    pico_config("llama").save_pretrained(tmp_path)
+    cfg = {"base_model": str(tmp_path), "adapter": "lora", **LINEAR}
+    cfg |= {"loram": {"pruning": {"units": units, "ratio": 0.5}, "anchor": "base"}}
+    cfg |= {"liger_fused_linear_cross_entropy": True}
+    found = plan(request(str(write_yaml(tmp_path / "a.yml", cfg))))
+    said = [] if units == "layers" else ["anchor (the logits that liger would not make)"]
+    assert found["not_counted"] == said
+
+
 def test_a_yaml_without_pruning_is_planned_as_it_is(tmp_path):
     pico_config("llama").save_pretrained(tmp_path)
     cfg = {"base_model": str(tmp_path), "adapter": "lora", **LINEAR}
