@@ -130,6 +130,8 @@ def new_cases() -> Iterator[Case]:
     yield Case(1, rate=2e-3, bits=4)  # QLoRA, measured on the original in 16 bits
     yield anchored(1, bits=4)
     yield Case(1, 0.25, "top", rate=2e-3)
+    yield anchored(1, 0.5, rate=1e-3)
+    yield Case(1, 0.5)
     for steps in (20, 27):  # the operations of LoRAM on upper layers: `equal_compute.py`
         yield Case(1, rate=2e-3, steps=steps)
     for ratio in (0.5, 0.75):
