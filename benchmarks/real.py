@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ ROWS = Path(__file__).with_suffix(".csv")
 
 def trained(bench: RealBench, case: Case) -> Path:
     """The adapter of a case as trained."""
+    case = replace(case, loss=case.loss.removesuffix("-fitted"))
     folder = bench.scratch / "-".join(map(str, asdict(case).values()))
     if folder.exists():
         return folder
@@ -256,9 +257,22 @@ def adapter_for_base(bench: RealBench, case: Case, adapter: Path) -> Path:
     """What a trained adapter is on the base."""
     if case.is_lora or case.loss == "ceiling" or case.method.startswith("top"):
         return adapter
+    if case.loss.endswith("-fitted"):
+        return fitted(bench, adapter)
     if case.ratio and case.method not in ("layers", "lowrank"):
         return recovered(bench, adapter)
     return rivals.restored(adapter, frozen(bench, case))
+
+
+def fitted(bench: RealBench, adapter: Path) -> Path:
+    """The adapter for the base, with what pruning removed fitted on 8,192 training tokens."""
+    target = adapter.with_name(f"{adapter.name}-fitted")
+    if not target.exists():
+        text = ["--calibration", str(bench.scratch / "calibration.yml")]
+        text += ["--calibration-samples", "32", "--calibration-length", "256"]
+        how = ["--output", str(target), "--fill", "fitted"]
+        bench.command("axolotl-loram", "recover", str(adapter), *how, *text)
+    return target
 
 
 def add(bench: Bench, case: Case | None, found: dict[str, Any], rows: list[dict]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from plain_loop import STEPS
@@ -27,7 +27,7 @@ class Case:
             "layers", whole ones, "lowrank", the weights' best approximation of low rank, and "top",
             the base's upper layers, which read what its lower ones give ("top-n": at rank n).
         refit: Whether the rest is refitted.
-        loss: "plain" or "anchored"; "ceiling" is LoRA on the base, confined to the rows of B and
+        loss: "plain" or "anchored" ("-fitted": recovered by `--fill fitted`, else with zeros); "ceiling" is LoRA on the base, confined to the rows of B and
             the columns of A that the pruned model's adapter has: all that recovery could give.
             "hidden-n" is anchored, and after every n-th layer the hidden states get the constant
             offset between the base's and the pruned model's, too. "boundary-n" has that once: n
@@ -130,6 +130,8 @@ def new_cases() -> Iterator[Case]:
     yield Case(1, rate=2e-3, bits=4)  # QLoRA, measured on the original in 16 bits
     yield anchored(1, bits=4)
     yield Case(1, 0.25, "top", rate=2e-3)
+    for ratio in (0.5, 0.75):
+        yield replace(anchored(1, ratio), loss="anchored-fitted")
     yield anchored(1, 0.5, rate=1e-3)
     yield Case(1, 0.5)
     for steps in (20, 27):  # the operations of LoRAM on upper layers: `equal_compute.py`
