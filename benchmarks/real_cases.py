@@ -27,8 +27,9 @@ class Case:
             "layers", whole ones, "lowrank", the weights' best approximation of low rank, and "top",
             the base's upper layers, which read what its lower ones give ("top-n": at rank n).
         refit: Whether the rest is refitted.
-        loss: "plain" or "anchored" ("-fitted": recovered by `--fill fitted`, else with zeros); "ceiling" is LoRA on the base, confined to the rows of B and
-            the columns of A that the pruned model's adapter has: all that recovery could give.
+        loss: "plain" or "anchored" ("anchored-fitted" is recovered by `--fill fitted`); "ceiling"
+            is LoRA on the base, confined to the rows of B and the columns of A that the pruned
+            model's adapter has: all that recovery could give.
             "hidden-n" is anchored, and after every n-th layer the hidden states get the constant
             offset between the base's and the pruned model's, too. "boundary-n" has that once: n
             layers are pruned, the others are whole, so that there it is the base that learns.
