@@ -54,7 +54,8 @@ def prune_into_cache(
     how = settled.model_dump(exclude={"device"})
     read = calibration and calibration.record()
     identity = [SCHEMA_VERSION, fingerprint_of(base), how, read]
-    return made_once(cache / f"{stem}-{settled.method}", identity, make)
+    what = "layers" if settled.whole_layers else settled.method
+    return made_once(cache / f"{stem}-{what}", identity, make)
 
 
 def cache_folder(named: str | None) -> Path:
