@@ -344,7 +344,8 @@ def plain_projections(model: nn.Module, kernels: ModuleType) -> None:
     """Give all models of a class that `lora_qkv_kernel` patches what only the trained one gets."""
     for layer in model.modules():
         for attention in kernels.find_self_attn_in_layer(layer):
-            for kind in type(attention).__mro__:
+            kinds: tuple[Any, ...] = type(attention).__mro__
+            for kind in kinds:
                 if "_original_forward" in vars(kind):
                     kind.apply_qkv = kernels.original_apply_qkv_optional_v
                     kind.apply_o = kernels.original_apply_o
