@@ -131,6 +131,9 @@ def new_cases() -> Iterator[Case]:
     yield Case(1, rate=2e-3, bits=4)  # QLoRA, measured on the original in 16 bits
     yield anchored(1, bits=4)
     yield Case(1, 0.25, "top", rate=2e-3)
+    yield Case(1, steps=120)  # three times as long
+    for ratio in (0.5, 0.75):
+        yield Case(1, ratio, "top", steps=120)
     for ratio in (0.5, 0.75):
         yield replace(anchored(1, ratio), loss="anchored-fitted")
     yield anchored(1, 0.5, rate=1e-3)
