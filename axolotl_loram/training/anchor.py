@@ -66,6 +66,7 @@ def prepare_anchor(
     if path:
         folder = find_folder(path)
     else:
+        warn_of_unseen(trainer)
         here, rows = find_folder(run.base.id, run.base.revision), rows_of_run(trainer)
         if removed:
             folder = kept_outputs("states", here, rows, removed, cache_dir, make_states)
@@ -81,6 +82,20 @@ def prepare_anchor(
     found = {name: teacher.record[name] for name in ("top_k", "sequences", "places")}
     LOG.info("anchored at what %s says of %d tokens", base, found["places"])
     return {"base": base, **found}
+
+
+def warn_of_unseen(trainer: Any) -> None:
+    """Say that the base is run over more rows than the run's steps will see."""
+    args, data = trainer.args, trainer.train_dataset
+    if args.max_steps > 0 and not getattr(args, "sample_packing", False):
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.max_steps * batch < len(data):
+            LOG.warning(
+                "the original is run over all %d rows, of which max_steps sees at most %d: name "
+                "fewer, as by `shards` of a data set, to save the time",
+                len(data),
+                args.max_steps * batch,
+            )
 
 
 def check_anchor(teacher: Teacher, folder: Path, run: Run) -> None:

@@ -156,7 +156,8 @@ def test_axolotl_trains_upper_layers(packing, run_yaml, make_model, tmp_path):
     changes |= ATTENTION_KERNELS if packing else {}
     changes |= {"gradient_checkpointing": packing}
     file = run_yaml(**changes)
-    run_command("axolotl", "train", file, "--launcher", "python")
+    said = run_command("axolotl", "train", file, "--launcher", "python")
+    assert ("max_steps sees at most 64" in said.stdout + said.stderr) == (not packing)
     record = json.loads((tmp_path / "out/pruned/loram.json").read_text())["training"]
     losses = {each["step"]: each["eval_loss"] for each in record["history"] if "eval_loss" in each}
     base, recovered = held_out_losses(file, tmp_path).values()
