@@ -1,5 +1,6 @@
-"""What the adapters of `real.py` write: answers of GSM8K's test, greedily, with the base.
+"""What the adapters of `real.py` write on the base, by llama.cpp: GSM8K's test, greedily.
 
+The GGUF is the one that the base's checkpoint was unpacked from, so its weights are the same.
 Form is the share that ends as the training rows do, in a line "#### N"; exact is the share whose N
 is right. The error is that of a share of so many problems.
 
@@ -13,19 +14,23 @@ import csv
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
+import xllamacpp
 from measure import ROOT, append_row, surroundings
-from peft import PeftModel
 from real import adapter_for_base, trained
 from real_cases import SEEDS, Case
 from real_models import RealBench
 
+from axolotl_loram.results.converter import find_script, run_script
+from axolotl_loram.results.export import LORA_SCRIPT
+
 ROWS = Path(__file__).with_suffix(".csv")
-PROBLEMS, BATCH, NEW = 200, 50, 200
+PROBLEMS, NEW, AT_ONCE = 200, 200, 8
 SAID = re.compile(r"#### *(-?[\d,.]*\d)\s*$")
 
 
@@ -42,33 +47,29 @@ def cases() -> Iterator[Case | None]:
             yield new(ratio)
 
 
-@torch.no_grad()
 def written(bench: RealBench, adapter: Path | None) -> list[str]:
-    """An answer to each problem, as far as NEW tokens go."""
-    model = bench.model("base").eval()
+    """An answer to each problem, as far as NEW tokens go, by llama.cpp."""
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(bench.base.with_name(f"{bench.base.name}.gguf"))
+    settings.n_parallel, settings.n_ctx = AT_ONCE, AT_ONCE * 1024
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    settings.warmup, settings.verbosity = False, 1
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    tokenizer, found = bench.tokenizer, []
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token_id = bench.end
-    rows = bench.rows("test", PROBLEMS)
-    for start in range(0, len(rows), BATCH):
-        prompts = [
-            tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, tokenize=False)
-            for row in rows[start : start + BATCH]
-        ]
-        batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-        ids = model.generate(
-            **batch,
-            do_sample=False,
-            max_new_tokens=NEW,
-            eos_token_id=bench.end,
-            pad_token_id=bench.end,
-        )
-        new = ids[:, batch["input_ids"].shape[1] :]
-        found += tokenizer.batch_decode(new, skip_special_tokens=True)
-        print(f"{len(found)} of {len(rows)}: {found[-1]!r}", flush=True)
-    return found
+        file = adapter / "adapter.gguf"
+        if not file.exists():
+            script = find_script(LORA_SCRIPT)
+            run_script(script, "--base", bench.base, "--outfile", file, adapter)
+        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0)]
+    server = xllamacpp.Server(settings)
+
+    def answer(row: list[dict[str, str]]) -> str:
+        asked = {"messages": row[:-1], "max_tokens": NEW, "temperature": 0.0}
+        choice = server.handle_chat_completions(asked)["choices"][0]
+        print(end=".", flush=True)
+        return choice["message"]["content"].strip()
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(answer, bench.rows("test", PROBLEMS)))
 
 
 def scores(bench: RealBench, answers: list[str]) -> dict[str, float]:
