@@ -78,8 +78,8 @@ PLAIN_FOLDER = "merged-base"
 MERGED_BY_SHARDS = ("lora_A.weight", "lora_B.weight", "weight", ORIGINAL)
 NOT_ANCHORED = (
     "trained on the pruned model's own loss: with the original at hand, `pruning: {units: layers}` "
-    "and `anchor: base` in loram: kept 0.94 of LoRA's gain in log perplexity instead of 0.67 at the "
-    "bytes of ratio 0.5 on SmolLM2 and GSM8K, 0.93 instead of 0.83 elsewhere (docs/anchored.md)"
+    "and `anchor: base` in loram: kept 0.94 of LoRA's gain in log perplexity instead of 0.67 at "
+    "the bytes of ratio 0.5 on SmolLM2 and GSM8K, 0.93 instead of 0.83 elsewhere (docs/anchored.md)"
 )
 
 
