@@ -69,8 +69,12 @@ def anchoring(asked: Request, base: Config, pruned: Config) -> dict[str, Any]:
 
 def not_counted(asked: Request, base: Config) -> list[str]:
     """What of a run is not predicted: settings, and modules that are not declared."""
+    found = list(asked.not_counted)
+    loss = asked.run.cross_entropy
+    if asked.anchor and loss != "plain" and not removed_layers(sizes(asked)[1]):
+        found.append(f"anchor (the logits that {loss} would not make)")  # the loss is another then
     towers = (f"{prefix}* (weights and LoRA: not declared)" for prefix in family_of(base).whole)
-    return [*asked.not_counted, *towers]
+    return [*found, *towers]
 
 
 def report(result: dict[str, Any]) -> str:

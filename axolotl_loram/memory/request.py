@@ -126,7 +126,7 @@ def request(
         run,
         adapter or ("qloram" if four_bit else "loram"),
         budget,
-        tuple(_not_counted(cfg, run, bool(_anchor(section)) and not (how and how.whole_layers))),
+        tuple(_not_counted(cfg, run)),
         data_of(cfg, run, tokens),
         _anchor(section),
     )
@@ -138,11 +138,8 @@ def _anchor(section: Mapping[str, Any]) -> str | None:
     return "brought" if section.get("anchor_path") else "here"
 
 
-def _not_counted(cfg: Mapping[str, Any], run: TrainingArgs, anchored: bool) -> Iterator[str]:
-    """Keys that are not predicted, and in brackets what of a key is not where the rest is.
-
-    `anchored` says whether the loss has an offset of the logits.
-    """
+def _not_counted(cfg: Mapping[str, Any], run: TrainingArgs) -> Iterator[str]:
+    """Keys that are not predicted, and in brackets what of a key is not where the rest is."""
     yield from (key for key in NOT_COUNTED if cfg.get(key))
     others = sorted(str(name) for name in (cfg.get("bnb_config_kwargs") or {}) if name != DOUBLE)
     partly = {
@@ -151,8 +148,6 @@ def _not_counted(cfg: Mapping[str, Any], run: TrainingArgs, anchored: bool) -> I
             cfg.get("gradient_checkpointing"), str
         ),
         f"optimizer ({run.optimizer}: counted as adamw_torch)": run.optimizer in AS_ADAMW,
-        f"anchor (the logits that {run.cross_entropy} would not make)": anchored
-        and run.cross_entropy != "plain",
         "load_in_8bit (LoRAM has no 8-bit form: counted for lora alone)": run.load_in_8bit,
         "peft_use_dora (its activations)": run.peft_use_dora,
         "lora_target_parameters (PEFT's copies of the experts)": run.lora_target_parameters,

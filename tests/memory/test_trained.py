@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.architecture.config_json import with_defaults
 from axolotl_loram.architecture.families import FAMILIES
+from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.layout import Layout
 from axolotl_loram.memory.optimizers import STATES, optimizer_bytes
@@ -22,6 +23,7 @@ from axolotl_loram.memory.request import request
 from axolotl_loram.memory.settings import TrainingArgs, settings_of
 from axolotl_loram.memory.trained import OLD_NAMES
 from axolotl_loram.memory.weights import Storage, int8_bytes, weight_bytes
+from axolotl_loram.pruning.prune import prune
 
 LINEAR = {"lora_target_linear": True}
 QUERIES = {"lora_target_modules": ["q_proj"]}
@@ -242,13 +244,17 @@ def test_what_is_not_counted_is_named(key, value, said, tmp_path):
 @pytest.mark.parametrize("units", ["neurons", "layers"])
 def test_logits_that_an_anchor_makes_are_named(units, tmp_path):
     """A fused loss is not called then, unless whole layers go: the trainer's own is, there."""
-    pico_config("llama").save_pretrained(tmp_path)
-    cfg = {"base_model": str(tmp_path), "adapter": "lora", **LINEAR}
+    base = tmp_path / "base"
+    transformers.AutoModelForCausalLM.from_config(pico_config("llama")).save_pretrained(base)
+    cfg = {"base_model": str(base), "adapter": "lora", **LINEAR}
     cfg |= {"loram": {"pruning": {"units": units, "ratio": 0.5}, "anchor": "base"}}
     cfg |= {"liger_fused_linear_cross_entropy": True}
     found = plan(request(str(write_yaml(tmp_path / "a.yml", cfg))))
     said = [] if units == "layers" else ["anchor (the logits that liger would not make)"]
     assert found["not_counted"] == said
+    prune(str(base), tmp_path / "pruned", PruningArgs(units=units, ratio=0.5))
+    cfg["loram"] = {"pruned_model_path": str(tmp_path / "pruned"), "anchor": "base"}
+    assert plan(request(str(write_yaml(tmp_path / "b.yml", cfg))))["not_counted"] == said
 
 
 def test_a_yaml_without_pruning_is_planned_as_it_is(tmp_path):
