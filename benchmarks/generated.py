@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -35,16 +36,18 @@ SAID = re.compile(r"#### *(-?[\d,.]*\d)\s*$")
 
 
 def cases() -> Iterator[Case | None]:
-    """The base as it is, LoRA, and the ways of LoRAM; the first seed's first."""
+    """The base as it is, LoRA, and the ways of LoRAM, at two rates; the first seed's first."""
     yield None
-    for seed in SEEDS:
-        new = partial(Case, seed, rate=2e-3)
+    for seed, rate in product(SEEDS, (2e-3, 1e-3)):
+        new = partial(Case, seed, rate=rate)
         yield new()
         for ratio in (0.5, 0.75, 0.85):
             yield new(ratio, "top")
         for ratio in (0.5, 0.75):
             yield new(ratio, loss="anchored", top_k=32)
             yield new(ratio)
+    yield Case(1, steps=120)
+    yield Case(1, 0.5, "top", steps=120)
 
 
 def written(bench: RealBench, adapter: Path | None) -> list[str]:

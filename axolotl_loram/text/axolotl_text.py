@@ -131,8 +131,13 @@ def token_rows(cfg: Any, seed: int = 0) -> Iterator[list[int]]:
 def _trainer_tokenizes(cfg: Any) -> str | None:
     """The setting by which it is not Axolotl's preparation that does it, if there is one."""
     if cfg.rl:
-        return f"rl: {getattr(cfg.rl, 'value', cfg.rl)}"
+        return f"rl: {rl_of(cfg)}"
     return f"processor_type: {cfg.processor_type}" if cfg.processor_type else None
+
+
+def rl_of(cfg: Any) -> str:
+    """The preference loss as a YAML calls it: Axolotl makes an enumeration of it."""
+    return str(getattr(cfg.rl, "value", cfg.rl))
 
 
 def _text_of(row: dict[str, Any], tokenizer: Any, cfg: Any) -> str | None:

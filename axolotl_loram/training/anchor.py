@@ -30,14 +30,13 @@ from axolotl_loram.files.untrusted import read_yaml
 from axolotl_loram.memory.data import TOP_K
 from axolotl_loram.models.device import choose_device
 from axolotl_loram.models.patches import see_batches
-from axolotl_loram.models.removed import removed_layers
-from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows, tokenizer_of
+from axolotl_loram.text.axolotl_text import load_yaml, prepared_rows, rl_of, tokenizer_of
 from axolotl_loram.training.anchored import Offsets, anchored_loss, offsets
 from axolotl_loram.training.distil import IGNORED, Targets
-from axolotl_loram.training.rows import Row, distinct
+from axolotl_loram.training.rows import Row, distinct, spans, unpadded
 from axolotl_loram.training.run import Run
 from axolotl_loram.training.served import Server, check_server, make_served
-from axolotl_loram.training.states import StoredStates, make_states
+from axolotl_loram.training.states import HiddenStates, StoredStates, make_states, whole_rows
 from axolotl_loram.training.teacher import Teacher, kept_outputs, make_teacher
 
 LOG = logging.getLogger(__name__)
@@ -67,15 +66,16 @@ def prepare_anchor(
         folder = find_folder(path)
     else:
         warn_of_unseen(trainer)
-        here, rows = find_folder(run.base.id, run.base.revision), rows_of_run(trainer)
+        here = find_folder(run.base.id, run.base.revision)
         if removed:
+            rows = whole_rows(data_of(trainer), trainer.data_collator)
             folder = kept_outputs("states", here, rows, removed, cache_dir, make_states)
         else:
-            folder = kept_outputs("anchor", here, rows, TOP_K, cache_dir)
+            folder = kept_outputs("anchor", here, rows_of(data_of(trainer)), TOP_K, cache_dir)
     teacher = StoredStates(folder, removed) if removed else Teacher(folder)
     check_anchor(teacher, folder, run)
     if isinstance(teacher, StoredStates):
-        HiddenStates(trainer, teacher).attach()
+        HiddenStates(teacher).attach(trainer.model)
         LOG.info("hidden states of %s after %d layers take their place", base, removed)
         return {"base": base, **{name: teacher.record[name] for name in ("layers", "sequences")}}
     Anchor(trainer, teacher).attach()
@@ -99,10 +99,8 @@ def warn_of_unseen(trainer: Any) -> None:
 
 
 def check_anchor(teacher: Teacher, folder: Path, run: Run) -> None:
-    """Refuse outputs that are another model's, or of all places."""
-    if not teacher.record.get("trained_only") or ("layers" in teacher.record) != bool(
-        run.plan.removed
-    ):
+    """Refuse outputs that are another model's, or a teacher's, of all places."""
+    if not (run.plan.removed or teacher.record.get("trained_only")):
         raise LoRAMError(
             f"expected what `axolotl-loram anchor` wrote in {folder}, found the outputs of a "
             "teacher: give the anchor's folder as anchor_path, or leave that out"
@@ -151,12 +149,19 @@ def make_anchor(
             "expected the base's weights where pruning removes whole layers, found --server: "
             "servers tell no hidden states; give --model alone"
         )
+    if cfg.rl:
+        raise LoRAMError(
+            f"expected rows that Axolotl tokenizes, found rl: {rl_of(cfg)}, where the trainer does "
+            "it: leave anchor_path out, and the run computes what it needs"
+        )
     with progress_bar("anchor") as progress:
-        rows = distinct(rows_of(prepared_rows(cfg)))
         if server is None:
             base, device = find_folder(place, revision), choose_device()
             if removed:
-                return make_states(base, rows, output, removed, device, progress)
+                whole = whole_rows(prepared_rows(cfg))
+                return make_states(base, whole, output, removed, device, progress)
+        rows = distinct(rows_of(prepared_rows(cfg)))
+        if server is None:
             return make_teacher(base, rows, output, TOP_K, device, progress)
         some = rows[:: max(len(rows) // CHECKED_ROWS, 1)][:CHECKED_ROWS]
         served = Server(server, served_model or str(cfg.base_model))
@@ -189,13 +194,13 @@ def said_by(base: Path, rows: list[Row]) -> dict[bytes, torch.Tensor]:
         return {row.digest: some.of(row).logprobs[:, 0] for row in rows}
 
 
-def rows_of_run(trainer: Any) -> Iterator[Row]:
+def data_of(trainer: Any) -> Iterator[Mapping[str, Any]]:
     """All rows that the run trains on, and those that it holds out."""
     held_out = trainer.eval_dataset
     splits = held_out.values() if isinstance(held_out, dict) else (held_out,)
     for data in (trainer.train_dataset, *splits):
         if data is not None:
-            yield from rows_of(data)
+            yield from data
 
 
 def rows_of(data: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
@@ -211,8 +216,7 @@ def rows_of(data: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
                 "`anchor` out, or name data that Axolotl tokenizes"
             )
         ids, labels = (np.asarray(row[name]) for name in ("input_ids", "labels"))
-        mask = row.get("attention_mask")
-        real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) != 0
+        real = unpadded(ids, row.get("attention_mask"))
         yield row_of(ids[real], labels[real])
 
 
@@ -248,50 +252,12 @@ class Segment:
 
 
 def segments(inputs: Mapping[str, torch.Tensor]) -> Iterator[Segment]:
-    """The rows that a batch holds, padded or packed, as far as they have trained tokens.
-
-    Packed rows begin where positions begin anew, or where the mask has another number.
-    """
-    arrays = {
-        name: inputs[name].cpu().numpy()
-        for name in ("input_ids", "labels", "attention_mask", "position_ids")
-        if inputs.get(name) is not None
-    }
-    for number, ids in enumerate(arrays["input_ids"]):
-        own = {name: array[number] for name, array in arrays.items() if array.ndim == 2}
-        mask = own.get("attention_mask", np.ones_like(ids))
-        begins = np.flatnonzero(np.diff(mask)) + 1
-        if "position_ids" in own:
-            begins = np.union1d(begins, np.flatnonzero(own["position_ids"] == 0))
-        for positions in np.split(np.arange(len(ids)), begins):
-            if len(positions) and mask[positions[0]]:
-                row = row_of(ids[positions], own["labels"][positions])
-                if len(row.places):
-                    yield Segment(number, positions, row)
-
-
-class HiddenStates:
-    """Puts the base's hidden states in the place of the layers that pruning removed.
-
-    The loss stays the trainer's own: above them, the model is the base.
-    """
-
-    def __init__(self, trainer: Any, stored: StoredStates) -> None:
-        self.trainer, self.stored = trainer, stored
-
-    def attach(self) -> None:
-        """See every batch before the model does."""
-        see_batches(self.trainer, self.fill)
-
-    def fill(self, model: Any, inputs: Mapping[str, Any]) -> None:
-        """Hand a batch's hidden states to the last removed layer; rows untrained get zeros."""
-        last = removed_layers(self.trainer.accelerator.unwrap_model(model))[-1]
-        ids = inputs["input_ids"]
-        given = torch.zeros(*ids.shape, self.stored.hidden_size, dtype=torch.bfloat16)
-        for segment in segments(inputs):
-            states = self.stored.states_of(segment.row)
-            given[segment.number, torch.from_numpy(segment.positions)] = states
-        last.given = given.to(ids.device)
+    """The rows that a batch holds, padded or packed, as far as they have trained tokens."""
+    labels = inputs["labels"].cpu().numpy()
+    for number, positions, tokens in spans(inputs):
+        row = row_of(tokens, labels[number][positions])
+        if len(row.places):
+            yield Segment(number, positions, row)
 
 
 class Anchor:

@@ -6,12 +6,13 @@ They go through the model in parts, a layer in memory at a time; what is kept of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from axolotl_loram import __version__
 from axolotl_loram.errors import LoRAMError
@@ -173,3 +174,29 @@ def write_rows(
     found = [("digests", "U8", digests.shape), ("starts", "I64", starts.shape)]
     with put_whole(file) as partial:
         write_safetensors(partial, [*described, *found], (*data, digests, starts))
+
+
+def unpadded(ids: np.ndarray, mask: Any) -> np.ndarray:
+    """Where token ids are not padding, by their attention mask or by None."""
+    return np.ones(ids.shape, bool) if mask is None else np.asarray(mask).reshape(ids.shape) != 0
+
+
+def spans(inputs: Mapping[str, torch.Tensor]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The sequences that a batch holds: of which of its rows, where there, and their tokens.
+
+    Packed ones begin where positions begin anew, or where the mask has another number.
+    """
+    arrays = {
+        name: inputs[name].cpu().numpy()
+        for name in ("input_ids", "attention_mask", "position_ids")
+        if inputs.get(name) is not None and inputs[name].shape == inputs["input_ids"].shape
+    }
+    for number, ids in enumerate(arrays["input_ids"]):
+        own = {name: array[number] for name, array in arrays.items()}
+        mask = own.get("attention_mask", np.ones_like(ids))
+        begins = np.flatnonzero(np.diff(mask)) + 1
+        if "position_ids" in own:
+            begins = np.union1d(begins, np.flatnonzero(own["position_ids"] == 0))
+        for positions in np.split(np.arange(len(ids)), begins):
+            if len(positions) and mask[positions[0]]:
+                yield number, positions, ids[positions]

@@ -30,7 +30,7 @@ from axolotl_loram.recovery.adapter import Adapter
 from axolotl_loram.recovery.fitted import Job
 from axolotl_loram.recovery.recover import gather_adapter
 from axolotl_loram.results.candidates import DEFAULT_OUTPUT, TRAINED_FOLDER
-from axolotl_loram.text.axolotl_text import token_rows
+from axolotl_loram.text.axolotl_text import rl_of, token_rows
 from axolotl_loram.training.checkpoints import choose_checkpoint, is_first_rank
 from axolotl_loram.training.memory_log import predict_run
 from axolotl_loram.training.serving import check_yaml
@@ -39,7 +39,7 @@ from axolotl_loram.training.sharding import (
     check_offloading,
     settle_checkpointing,
 )
-from axolotl_loram.training.support import switch_off_kernels, trains_masked
+from axolotl_loram.training.support import check_preferences, switch_off_kernels, trains_masked
 
 LOG = logging.getLogger(__name__)
 STARTS_ANEW = ("dpo", "ipo", "kto")
@@ -114,9 +114,9 @@ def begin_training(cfg: Any) -> Run:
     settle_checkpointing(cfg)
     if cfg.rl in STARTS_ANEW and cfg.lora_model_dir:
         raise LoRAMError(
-            f"expected no lora_model_dir with rl: {cfg.rl}, found {cfg.lora_model_dir}: Axolotl "
-            "0.19 passes over it there, and would train a new adapter; merge it into the base "
-            "first, and prune that"
+            f"expected no lora_model_dir with rl: {rl_of(cfg)}, found {cfg.lora_model_dir}: "
+            "Axolotl 0.19 passes over it there, and would train a new adapter; merge it into the "
+            "base first, and prune that"
         )
     model, revision = str(cfg.base_model), cfg.revision_of_model
     if section.serve_with:
@@ -127,10 +127,12 @@ def begin_training(cfg: Any) -> Run:
     else:
         assert section.pruning is not None  # the schema saw to it
         formats = decide_formats(section, cfg, None)
+        check_preferences(cfg, section.pruning.whole_layers)
         rows = functools.partial(token_rows, cfg, section.pruning.seed)
         pruned = prune_into_cache(model, revision, section.pruning, section.cache_dir, rows)
     plan = PruningPlan.load(pruned)
     check_pair(pruned, plan, model, revision)
+    check_preferences(cfg, bool(plan.removed))
     if plan.removed and (section.anchor != "base" or section.fill != "zeros"):
         found = "another anchor" if section.anchor != "base" else f"fill: {section.fill}"
         raise LoRAMError(

@@ -8,7 +8,7 @@ again by a sequence's tokens; of every token, in bfloat16.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from axolotl_loram.files.progress import Progress, no_progress
 from axolotl_loram.files.resumable import check_free
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.bits import from_bits, to_bits
+from axolotl_loram.models.removed import removed_layers
 from axolotl_loram.models.stream import LayerStream
 from axolotl_loram.models.walk import Walk
 from axolotl_loram.training.rows import (
@@ -29,7 +30,9 @@ from axolotl_loram.training.rows import (
     described,
     distinct,
     parts_of,
+    spans,
     states_bytes,
+    unpadded,
     write_parts,
     write_rows,
 )
@@ -105,6 +108,7 @@ def make_states(
     stream = LayerStream(checkpoint, config, device)
     record = {
         **described(sequences, [f"states-{i:05}.safetensors" for i in range(len(parts))]),
+        "kind": "anchor",
         "fingerprint": checkpoint.fingerprint(),
         "layers": layers,
         "computed_in": str(stream.dtype),
@@ -130,3 +134,60 @@ def _through(walk: Walk, part: Sequence[Row]) -> Iterator[np.ndarray]:
     for batch in walk.batches():
         for number, own in zip(batch, walk.inputs(walk.stop).read(batch), strict=True):
             yield to_bits(own[: len(part[number])], DTYPE)
+
+
+def whole_rows(
+    data: Iterable[Mapping[str, Any]],
+    collate: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+) -> Iterator[Row]:
+    """Sequences that go through the model, whichever of their tokens are trained.
+
+    Args:
+        data: Rows as Axolotl prepares them, or as TRL's trainers do.
+        collate: Makes batches of rows that have no token ids, but a prompt's and two answers'.
+
+    Raises:
+        LoRAMError: There are no token ids.
+    """
+    for row in data:
+        batch = row if collate is None or "input_ids" in row else collate([row])
+        names = [name for name in batch if f"_{name}".endswith("_input_ids")]
+        if not names:
+            raise LoRAMError(
+                f"expected rows of token ids, found {', '.join(row)}: name data that Axolotl, or "
+                "the trainer, tokenizes"
+            )
+        for name in names:
+            if name != "prompt_input_ids":  # by itself it goes through no model
+                mask = batch.get(name.removesuffix("input_ids") + "attention_mask")
+                ids = np.atleast_2d(batch[name])
+                for tokens, own in zip(ids, unpadded(ids, mask), strict=True):
+                    yield Row(tokens[own].astype(np.int32))
+
+
+class HiddenStates:
+    """Puts the base's hidden states in the place of the layers that pruning removed.
+
+    The loss stays the trainer's own: above them, the model is the base.
+    """
+
+    def __init__(self, stored: StoredStates) -> None:
+        self.stored = stored
+
+    def attach(self, model: Any) -> None:
+        """See every batch before a PEFT model's decoder does, whichever loss it is for."""
+        decoder = model.get_base_model().base_model
+        decoder.register_forward_pre_hook(self.fill, with_kwargs=True)
+        self.last = removed_layers(decoder)[-1]
+
+    @torch.compiler.disable
+    def fill(self, decoder: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        """Hand a batch's hidden states to the last removed layer; padding gets zeros."""
+        inputs = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | given
+        ids = inputs["input_ids"]
+        states = torch.zeros(*ids.shape, self.stored.hidden_size, dtype=torch.bfloat16)
+        for number, positions, tokens in spans(inputs):
+            row = Row(tokens.astype(np.int32))
+            if row.digest in self.stored.places or len(set(tokens)) > 1:  # or no mask says padding
+                states[number, torch.from_numpy(positions)] = self.stored.states_of(row)
+        self.last.given = states.to(ids.device)

@@ -11,10 +11,14 @@ from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.recovery.adapter import unrecoverable
+from axolotl_loram.text.axolotl_text import rl_of
 
 LOG = logging.getLogger(__name__)
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 """Axolotl's fused LoRA kernels, which it switches on itself where a YAML names none of them."""
+
+PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo")
+"""Axolotl's `rl` whose answers are all known before training."""
 
 SPLITTING = {
     "tensor_parallel_size": "it splits every layer by the base's head counts",
@@ -71,17 +75,31 @@ def check_supported(cfg: Any) -> None:
 
 def _check_anchored(cfg: Any) -> None:
     """Refuse what has no next-token loss over rows that are known before training."""
-    pairs = "with the pruned model as its reference the offset cancels, or there is no such loss"
     streamed = "what the base says is computed before training; name `datasets` that are not"
+    scored = "the original has no head that scores"
     refused = {
-        **dict.fromkeys(("rl", "reward_model", "process_reward_model"), pairs),
+        **dict.fromkeys(("reward_model", "process_reward_model"), scored),
         **dict.fromkeys(("streaming", "pretraining_dataset"), streamed),
         "kd_trainer": "it has a loss of its own",
         "neftune_noise_alpha": "the pruned model would say another thing at each look",
         "batch_flattening": "rows would not be found again; use sample_packing",
+        "precompute_ref_log_probs": "that comes before the hidden states; the trainer's own "
+        "reference is the model without its adapter, which needs no memory",
     }
+    if cfg.rl and cfg.rl not in PREFERENCES:
+        refused["rl"] = "its answers are written during training, when the original is not there"
     _refuse(cfg, refused, "`anchor` in loram:")
     _refuse_parts(cfg, "`anchor` in loram:")
+
+
+def check_preferences(cfg: Any, upper_layers: bool) -> None:
+    """Refuse preference losses with an anchor, but where it stands below the original's layers."""
+    if cfg.rl and cfg.loram.get("anchor") == "base" and not upper_layers:
+        raise LoRAMError(
+            f"expected no `rl` with `anchor` in loram:, found {rl_of(cfg)}: with the pruned model "
+            "as its reference the offset cancels, or there is no such loss; remove whole layers "
+            "(`units: layers`), whose reference is the original, or take `anchor` out"
+        )
 
 
 def aligns(cfg: Any) -> bool:

@@ -215,10 +215,10 @@ def test_losses_of_0_are_refused_only_where_nothing_was_learnt(trained, anchored
         check_learnt([{"loss": 0.0}, {"eval_loss": 1.0}, {"loss": 0.0}], tensors)
 
 
-@pytest.mark.parametrize("key", ["rl", "streaming", "neftune_noise_alpha", "reward_model"])
+@pytest.mark.parametrize("key", ["streaming", "neftune_noise_alpha", "reward_model"])
 def test_what_does_not_go_with_it_is_said(key):
     section = {"pruned_model_path": "pruned", "anchor": "base"}
-    cfg = DictDefault({"adapter": "lora", "loram": section, key: "dpo" if key == "rl" else 5})
+    cfg = DictDefault({"adapter": "lora", "loram": section, key: 5})
     with pytest.raises(LoRAMError, match=f"expected no `{key}` with `anchor` in loram:"):
         check_supported(cfg)
     with pytest.raises(ValueError, match="no anchor with `stage: align`"):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from batches import BATCHES, ROWS, mean_loss, padded, trainer_of, with_lora
+from batches import BATCHES, ROWS, mean_loss, padded, with_lora
 from calibrated import load
 from conftest import ATTENTION_KERNELS, run_command, write_yaml
 from elsewhere import same_from_elsewhere
@@ -17,9 +17,8 @@ from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import gather_adapter
-from axolotl_loram.training.anchor import HiddenStates, make_anchor, rows_of
-from axolotl_loram.training.distil import IGNORED
-from axolotl_loram.training.states import StoredStates, make_states
+from axolotl_loram.training.anchor import make_anchor, rows_of
+from axolotl_loram.training.states import HiddenStates, StoredStates, make_states, whole_rows
 from axolotl_loram.training.teacher import make_teacher
 
 
@@ -28,17 +27,15 @@ def stored(make_model, tmp_path_factory):
     """Base of 4 layers, the model without 2 of them, and hidden states of ROWS."""
     folder, base = tmp_path_factory.mktemp("states"), make_model(num_hidden_layers=4)
     prune(str(base), folder / "pruned", PruningArgs(ratio=0.5, units="layers"))
-    make_states(base, rows_of(ROWS), folder / "states", 2)
+    make_states(base, whole_rows(ROWS), folder / "states", 2)
     return base, folder / "pruned", folder / "states"
 
 
 def filled(pruned, folder, layers=2, **settings):
-    """The model with new LoRA, and its loss of a batch."""
+    """The model with new LoRA, given the base's hidden states."""
     model = with_lora(pruned, **settings)
-    trainer = trainer_of(model)
-    trainer.compute_loss = lambda model, inputs: model(**inputs).loss
-    HiddenStates(trainer, StoredStates(folder, layers)).attach()
-    return model, trainer.compute_loss
+    HiddenStates(StoredStates(folder, layers)).attach(model)
+    return model
 
 
 @pytest.mark.parametrize("bits", ["16 bits", "nf4"])
@@ -47,10 +44,8 @@ def test_the_loss_starts_as_the_bases(batch, bits, stored):
     """Up to the 8 bits of hidden states that are kept, and in NF4 those of the upper layers."""
     base, pruned, folder = stored
     form = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model, loss_of = filled(
-        pruned, folder, **({"quantization_config": form} if bits == "nf4" else {})
-    )
-    loss = loss_of(model, BATCHES[batch]())
+    model = filled(pruned, folder, **({"quantization_config": form} if bits == "nf4" else {}))
+    loss = model(**BATCHES[batch]()).loss
     allowed = 2e-3 if bits == "16 bits" else 5e-2
     assert loss.item() == pytest.approx(mean_loss(base, ROWS), rel=allowed)
     loss.backward()
@@ -65,7 +60,7 @@ def test_the_loss_starts_as_the_bases(batch, bits, stored):
 def test_the_gradient_is_that_of_lora_on_the_base(reentrant, stored):
     """What no pruned model's is; with any kind of gradient checkpointing."""
     base, pruned, folder = stored
-    model, loss_of = filled(pruned, folder)
+    model = filled(pruned, folder)
     if reentrant is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -81,7 +76,7 @@ def test_the_gradient_is_that_of_lora_on_the_base(reentrant, stored):
     for name, weight in whole.named_parameters():
         if name not in dict(model.named_parameters()) and "lora_B" in name:
             torch.nn.init.zeros_(weight)
-    loss_of(model, padded(ROWS)).backward()
+    model(**padded(ROWS)).loss.backward()
     whole(**padded(ROWS)).loss.backward()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -90,13 +85,11 @@ def test_the_gradient_is_that_of_lora_on_the_base(reentrant, stored):
 
 
 def test_rows_that_are_not_known_are_refused(stored):
-    model, loss_of = filled(*stored[1:])
+    model = filled(*stored[1:])
     changed = {name: list(value) for name, value in ROWS[1].items()}
     changed["input_ids"][2] += 1
     with pytest.raises(LoRAMError, match="sequences that the anchor's outputs were computed for"):
-        loss_of(model, padded([changed]))
-    untrained = {**ROWS[0], "labels": [IGNORED] * len(ROWS[0]["labels"])}
-    assert loss_of(model, padded([untrained, ROWS[1]])).isfinite()  # it needs no hidden states
+        model(**padded([changed]))
 
 
 def test_an_anchor_of_another_kind_is_refused(stored, tmp_path):
