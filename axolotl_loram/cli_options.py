@@ -43,9 +43,8 @@ def schema_options(schema: Any, names: Mapping[str, str]) -> Callable:
             given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
             kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
             kind = str if several or get_origin(kind) is dict else kind
-            shown = (
-                ",".join(field.get_default(call_default_factory=True)) if several else field.default
-            )
+            shown = None if field.is_required() else field.get_default(call_default_factory=True)
+            shown = ",".join(shown) if several else shown
             if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
                 kind = _Choice(get_args(kind) or given)
             command = click.option(
@@ -55,8 +54,9 @@ def schema_options(schema: Any, names: Mapping[str, str]) -> Callable:
                 type=kind,
                 default=None,  # the schema's own defaults hold, which depend on one another
                 multiple=several,
+                required=field.is_required(),
                 metavar="NAME=FOLDER" if get_origin(field.annotation) is dict else None,
-                show_default=str(shown) if shown not in (None, False, "") else False,
+                show_default=False if shown in (None, False, "") else str(shown),
                 help=field.description,
             )(command)
         return command

@@ -23,9 +23,10 @@ class Case:
         seed: Of the LoRA weights and the order of the rows.
         ratio: Pruned share of the inner layers, as `--pruning-ratio` or `--sparsity` takes it; 0
             is the base itself.
-        method: How units are chosen; or a rival at the bytes of `activation` (`rivals.py`):
-            "layers", whole ones, "lowrank", the weights' best approximation of low rank, and "top",
-            the base's upper layers, which read what its lower ones give ("top-n": at rank n).
+        method: How units are chosen ("activation-n": by n calibration tokens); or a rival at the
+            bytes of `activation` (`rivals.py`): "layers", whole ones, "lowrank", the weights' best
+            approximation of low rank, and "top", the base's upper layers, which read what its
+            lower ones give ("top-n": at rank n).
         refit: Whether the rest is refitted.
         loss: "plain" or "anchored" ("anchored-fitted" is recovered by `--fill fitted`); "ceiling"
             is LoRA on the base, confined to the rows of B and the columns of A that the pruned
@@ -37,7 +38,8 @@ class Case:
         rate: Learning rate.
         aligned: What the pruned model was trained with before: "task", all its weights distilled
             towards the base on the training rows; "other", on source of the standard library;
-            "repair", LoRA alone, distilled on the training rows and then frozen.
+            "next", by next-token loss on the training rows; "layers", layer by layer, on as many
+            tokens; "repair", LoRA alone, distilled on the training rows and then frozen.
         steps: Of 4 samples.
         bits: Of the frozen linear weights: 4 is NF4, 3 and 2 are rounded by GPTQ (`rivals.py`); of
             "top", those of the upper layers.
@@ -115,6 +117,11 @@ def new_cases() -> Iterator[Case]:
     for ratio in (0.5, 0.75):
         for loss in ("anchored", "plain"):
             yield Case(1, ratio, loss=loss, top_k=32, rate=2e-3, aligned="repair")
+    for kind in ("task", "next", "layers", "other"):
+        yield Case(1, 0.75, rate=2e-3, aligned=kind)
+    for tokens in (2048, 32768):
+        for ratio in (0.5, 0.75):
+            yield anchored(1, ratio, f"activation-{tokens}")
     for sparsity in (0.5, "2:4"):
         for loss in ("anchored", "plain"):
             yield Case(1, sparsity, "sparsegpt", loss=loss, top_k=32, rate=2e-3)
@@ -126,10 +133,16 @@ def new_cases() -> Iterator[Case]:
             yield anchored(seed, ratio)
             yield Case(seed, ratio, rate=2e-3)
     for ratio in (0.5, 0.75):
-        yield Case(1, ratio, "top", rate=2e-3, bits=4)
         yield anchored(1, ratio, "top", bits=4)
-    yield Case(1, rate=2e-3, bits=4)  # QLoRA, measured on the original in 16 bits
+    for seed in SEEDS:
+        yield Case(seed, rate=2e-3, bits=4)  # QLoRA, measured on the original in 16 bits
+        for ratio in (0.5, 0.75):
+            yield Case(seed, ratio, "top", rate=2e-3, bits=4)
     yield anchored(1, bits=4)
+    for seed in SEEDS[1:]:  # the best rate of Gemma 3
+        yield Case(seed)
+        for ratio in (0.5, 0.75):
+            yield Case(seed, ratio, "top")
     yield Case(1, 0.25, "top", rate=2e-3)
     yield Case(1, steps=120)  # three times as long
     for ratio in (0.5, 0.75):

@@ -23,7 +23,9 @@ import data
 
 SPARSE = ("sparsegpt", "wanda")
 ALIGNED_STEPS = 80
-ALIGNED_RATES = {"task": 1e-4, "other": 1e-4, "repair": 1e-3}
+ALIGNED_RATES = {"task": 1e-4, "other": 1e-4, "next": 1e-4, "repair": 1e-3}
+LAYER_WISE = {"samples": 256, "length": 256, "steps": 32, "learning-rate": 1e-3}
+"""As many tokens as the other ways see; the rate of `align.py`."""
 
 
 def pruned(bench: Bench, case: Case) -> Path:
@@ -44,7 +46,10 @@ def pruned(bench: Bench, case: Case) -> Path:
             rivals.changed(bench.base, folder, model, ids, changes)
         return folder
     share = "--sparsity" if case.method in SPARSE else "--pruning-ratio"
-    how = ["--method", case.method, share, str(case.ratio)]
+    method, _, tokens = case.method.partition("-")
+    how = ["--method", method, share, str(case.ratio)]
+    if tokens:
+        how += ["--calibration-samples", str(int(tokens) // rivals.LENGTH)]
     if case.method not in SPARSE:
         how += ["--refit" if case.refit else "--no-refit"]
     if case.loss.startswith("boundary"):
@@ -67,7 +72,7 @@ def prune(bench: RealBench, name: str, *how: str) -> Path:
         file.write_text(yaml.safe_dump(bench.settings("calibration")), encoding="utf-8")
         text = ["--calibration", str(file), "--calibration-samples", "32"]
         text += ["--calibration-length", "256"]
-        bench.command("axolotl-loram", "prune", str(bench.base), str(folder), *how, *text)
+        bench.command("axolotl-loram", "prune", str(bench.base), str(folder), *text, *how)
     return folder
 
 
@@ -100,6 +105,8 @@ def aligned(bench: RealBench, case: Case) -> Path:
     folder = start.with_name(f"{start.name}-{case.aligned}")
     if folder.exists():
         return folder
+    if case.aligned == "layers":
+        return align_layers(bench, start, folder)
     base, model = bench.model("base").eval(), bench.model(start)
     if case.aligned == "repair":
         model = bench.fresh(model, 0)
@@ -112,10 +119,14 @@ def aligned(bench: RealBench, case: Case) -> Path:
         seen = batch["attention_mask"].bool()
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                wanted = base(**inputs).logits[seen].float().log_softmax(-1)
-            found = model(**inputs).logits[seen].float().log_softmax(-1)
-            loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
+            if case.aligned == "next":
+                labels = inputs["input_ids"].masked_fill(~seen, -100)
+                loss = model(**inputs, labels=labels).loss
+            else:
+                with torch.no_grad():
+                    wanted = base(**inputs).logits[seen].float().log_softmax(-1)
+                found = model(**inputs).logits[seen].float().log_softmax(-1)
+                loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -125,6 +136,17 @@ def aligned(bench: RealBench, case: Case) -> Path:
             print(f"{folder.name} step {step}: {loss.item():.3f}", flush=True)
     model = model.merge_and_unload() if case.aligned == "repair" else model
     rivals.rewritten(start, folder, model.state_dict())
+    return folder
+
+
+def align_layers(bench: RealBench, start: Path, folder: Path) -> Path:
+    """By the command, on training rows."""
+    file = bench.scratch / "calibration.yml"
+    file.write_text(yaml.safe_dump(bench.settings("calibration")), encoding="utf-8")
+    how = {"samples": "calibration-samples", "length": "calibration-length"}
+    said = [f"--{how.get(name, name)}={value}" for name, value in LAYER_WISE.items()]
+    base = ["--base", str(bench.base), "--calibration", str(file)]
+    bench.command("axolotl-loram", "align", str(start), str(folder), *base, *said)
     return folder
 
 

@@ -34,6 +34,12 @@ def test_help_is_fast_and_imports_no_torch():
     assert not {"torch", "transformers", "axolotl", "numpy"} & imported
 
 
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_explains_itself(command):
+    shown = CliRunner().invoke(main, [command, "--help"]).stdout
+    assert "Usage:" in shown and "Undefined" not in shown
+
+
 def test_the_same_commands_are_axolotls():
     assert "recover" in run_command("axolotl", "loram", "--help").stdout
 
