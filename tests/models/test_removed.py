@@ -5,6 +5,7 @@ import torch
 import transformers
 from calibrated import text_tokens
 from families import pico_config
+from peft import LoraConfig, get_peft_model
 
 import axolotl_loram.heterogeneous  # noqa: F401
 from axolotl_loram.architecture.config_json import is_removed, layer_count, load_config
@@ -21,6 +22,7 @@ from axolotl_loram.pruning.prune import prune
 from axolotl_loram.results.export_pruned import export_pruned
 from axolotl_loram.training.align import load_plan
 from axolotl_loram.training.layerwise import align_layers
+from axolotl_loram.training.states import HiddenStates, StoredStates, make_states, whole_rows
 
 LANGUAGE = [
     name for name, row in FAMILIES.items() if row.auto_class != "AutoModelForImageClassification"
@@ -80,6 +82,11 @@ def test_with_the_bases_hidden_states_it_is_the_base(family, base, tmp_path):
     last.given = last.given[:1]
     with pytest.raises(LoRAMError, match="another batch's"):
         upper(input_ids=TOKENS)
+    make_states(folder, whole_rows({"input_ids": row} for row in TOKENS), tmp_path / "s", count)
+    adapted = get_peft_model(upper, LoraConfig(target_modules=r".*_proj|.*dense|.*query_key_value"))
+    HiddenStates(StoredStates(tmp_path / "s", count)).attach(adapted)
+    found = adapted(input_ids=TOKENS).logits
+    assert (found - wanted).norm() < 0.02 * wanted.norm()  # they are kept in 8 bits of mantissa
 
 
 @pytest.mark.parametrize(
