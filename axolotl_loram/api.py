@@ -153,8 +153,8 @@ def load_pruned(
     load_in_4bit: bool = False,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
-    lm_head_format: Literal["native", "int8", "nf4"] | None = None,
-    embedding_format: Literal["native", "int8", "nf4", "cpu"] | None = None,
+    lm_head_format: Literal["native", "nf4"] | None = None,
+    embedding_format: Literal["native", "cpu"] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Load a pruned model, whose layers differ in width, ready for PEFT, TRL or a notebook.

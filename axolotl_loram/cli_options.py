@@ -43,8 +43,8 @@ def schema_options(schema: Any, names: Mapping[str, str]) -> Callable:
             given = [kind for kind in get_args(field.annotation) if kind is not type(None)]
             kind: Any = field.annotation if isinstance(field.annotation, type) else given[-1]
             kind = str if several or get_origin(kind) is dict else kind
-            shown = None if field.is_required() else field.get_default(call_default_factory=True)
-            shown = ",".join(shown) if several else shown
+            shown: Any = field.get_default(call_default_factory=True)
+            shown = ",".join(shown) if several else None if field.is_required() else shown
             if get_origin(field.annotation) is Literal or get_origin(kind) is Literal:
                 kind = _Choice(get_args(kind) or given)
             command = click.option(

@@ -64,17 +64,17 @@ class LoRAMConfig(Section):
         "recover --fill` says; fitted reads the run's own datasets, and the weights of base_model, "
         "a layer at a time, when training has ended.",
     )
-    lm_head_format: Literal["native", "int8", "nf4"] | None = Field(
+    lm_head_format: Literal["native", "nf4"] | None = Field(
         default=None,
-        description="What the frozen lm_head is kept in during training: native (as loaded), int8 "
-        "(LLM.int8) or nf4 (as QLoRA's linear layers). With load_in_4bit nf4 by default, where "
-        "nothing needs it native; otherwise native.",
+        description="What the frozen lm_head is kept in during training: native (as loaded), or "
+        "nf4 (as QLoRA's linear layers). With load_in_4bit nf4 by default, where nothing needs it "
+        "native; otherwise native.",
     )
-    embedding_format: Literal["native", "int8", "nf4", "cpu"] | None = Field(
+    embedding_format: Literal["native", "cpu"] | None = Field(
         default=None,
-        description="What the frozen embedding is kept in during training: native, int8, nf4, or "
-        "cpu (native in the CPU's memory; the rows that a batch needs are sent over). With "
-        "load_in_4bit cpu by default, where nothing needs it native; otherwise native.",
+        description="Where the frozen embedding is kept during training: native, on the device, or "
+        "cpu, in the CPU's memory; the rows that a batch needs are sent over. With load_in_4bit "
+        "cpu by default, where nothing needs it native; otherwise native.",
     )
     evaluate_recovered_every: int | None = Field(
         default=None,

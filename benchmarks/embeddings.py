@@ -36,14 +36,10 @@ ROWS = Path(__file__).with_suffix(".csv")
 RATIO, SEEDS = 0.5, (0, 1)
 CASES = (  # lm_head, embedding, block size of NF4
     ("native", "native", 64),
-    ("int8", "native", 64),
     ("nf4", "native", 64),
-    ("native", "int8", 64),
-    ("native", "nf4", 64),
     ("native", "cpu", 64),
     ("nf4", "cpu", 64),
     ("nf4", "cpu", 128),
-    ("nf4", "nf4", 64),
 )
 
 

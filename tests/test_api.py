@@ -171,7 +171,7 @@ def test_publish_is_the_commands(pruned, tmp_path):
         (lambda at: al.publish(at, "some-org/name", private=True), "'private': .*public, "),
         (lambda at: al.publish(at, "some-org/name"), "loram.json"),
         (lambda at: al.load_pruned(at), "loram_plan.safetensors"),
-        (lambda at: al.load_pruned(at, lm_head_format="cpu"), "native, int8, nf4, found 'cpu'"),
+        (lambda at: al.load_pruned(at, lm_head_format="cpu"), "native, nf4, found 'cpu'"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(call, message, make_model, tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from pydantic import Field, PositiveInt, field_validator
 from axolotl_loram.config import NATIVE, QLORAM, Section
 from axolotl_loram.memory.optimizers import check_optimizer
 
-Head = Literal["native", "int8", "nf4"]
-Embedding = Literal["native", "int8", "nf4", "cpu"]
+Head = Literal["native", "nf4"]
+Embedding = Literal["native", "cpu"]
 PATTERN = re.compile(r"[\\()\[\]*|^$+?{}]")
 """What tells a pattern from names of modules."""
 

@@ -3,8 +3,7 @@
 NF4 keeps two values to a byte, and for every block of 64 a scale (absmax). Linear4bit with double
 quantization keeps the scales in 8 bits, in blocks of 256 with a float32 scale each, plus, for each
 weight, its own copy of the 16-entry table of values (`code`), of the 256-entry table of scales, and
-one float32 offset. Embedding4bit knows no double quantization: its scales are float32. Linear8bitLt
-and Embedding8bit keep a byte per value and a float32 scale (SCB) per row.
+one float32 offset. Linear8bitLt keeps a byte per value and a float32 scale (SCB) per row.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Storage:
     Attributes:
         linears: Format of the linear weights inside the decoder layers.
         lm_head: Format of the output embedding. A tied native one is not stored again.
-        embedding: Format of the input embedding; "cpu" keeps it in host memory.
+        embedding: "native", or "cpu", in host memory.
         native: Bytes of a weight that is not quantized: 2 in bfloat16 and float16, 4 in float32.
         block: Weights to a scale in NF4.
         experts: Format of raw expert tensors, which bitsandbytes quantizes only where told to.
@@ -72,14 +71,13 @@ class Storage:
 
     def bytes_of(self, tensor: Tensor) -> int:
         """Bytes of a tensor, wherever it lies."""
-        double = part_of(tensor) != "embedding"  # Embedding4bit knows no double quantization
-        return self.bytes_in(self.format_of(tensor), tensor.shape, double)
+        return self.bytes_in(self.format_of(tensor), tensor.shape)
 
-    def bytes_in(self, form: Format, shape: tuple[int, ...], double: bool = True) -> int:
+    def bytes_in(self, form: Format, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of this shape in a format."""
         values = math.prod(shape)
         if form == "nf4":
-            return nf4_bytes(values, self.block, double and self.double)
+            return nf4_bytes(values, self.block, self.double)
         if form == "int8":
             return int8_bytes(shape)
         return values * (FLOAT32 if form == "float32" else self.native)
@@ -113,7 +111,7 @@ class WeightBytes:
 def weight_bytes(layout: Layout, storage: Storage) -> WeightBytes:
     """Bytes of the weights of a model, from its declaration alone.
 
-    Tied embeddings that are both stored otherwise than native are two.
+    Tied embeddings are two where the lm_head is in 4 bits.
     """
     device: dict[Part, int] = dict.fromkeys(PARTS, 0)
     host = 0
@@ -122,6 +120,6 @@ def weight_bytes(layout: Layout, storage: Storage) -> WeightBytes:
             host += count * storage.bytes_of(tensor)
         else:
             device[part_of(tensor)] += count * storage.bytes_of(tensor)
-    if layout.lm_head is None and storage.lm_head in ("nf4", "int8"):
+    if layout.lm_head is None and storage.lm_head == "nf4":
         device["lm_head"] += storage.bytes_in(storage.lm_head, layout.embedding.shape)
     return WeightBytes(device, host)

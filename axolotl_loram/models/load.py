@@ -18,7 +18,7 @@ from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.formats import Formats, module_names
 from axolotl_loram.models.four_bit import qlora_config
 from axolotl_loram.models.per_layer import check_widths
-from axolotl_loram.models.small_head import REPLACEMENTS, prepare_packed, store_small
+from axolotl_loram.models.small_head import prepare_packed, store_small
 
 
 def load_pruned(
@@ -37,7 +37,7 @@ def load_pruned(
     """
     wishes = {"lm_head": lm_head_format, "embedding": embedding_format}
     for part, wish in wishes.items():
-        known = [NATIVE, *(format for other, format in REPLACEMENTS if other == part)]
+        known = (NATIVE, QLORAM[part])
         if wish is not None and wish not in known:
             raise LoRAMError(f"expected {part}_format out of {', '.join(known)}, found {wish!r}")
     folder = find_folder(model, revision)

@@ -138,7 +138,7 @@ def plan_packing(
     import axolotl_loram.models.per_layer  # noqa: F401  (layers of different widths)
     from axolotl_loram.models.small_head import check_device
 
-    check_device("nf4", device)
+    check_device(device)
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, dtype=settings.dtype or torch.bfloat16)

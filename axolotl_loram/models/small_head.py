@@ -1,14 +1,13 @@
-"""The lm_head and the embedding of a loaded model, put into fewer bits or into the CPU's memory.
+"""The lm_head of a loaded model, put into 4 bits, and its embedding, into the CPU's memory.
 
-bitsandbytes' own modules take the places of the model's, which are frozen: nothing of them is
-trained, and nothing of them is saved with the adapter.
+Other modules take the places of the model's, which are frozen: nothing of them is trained, and
+nothing of them is saved with the adapter.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,6 @@ from axolotl_loram.models.patches import once_sized
 from axolotl_loram.models.stream import replace_linear
 
 LOG = logging.getLogger(__name__)
-OUTLIERS = 6.0
-"""Inputs above it are multiplied in 16 bits by LLM.int8; transformers' default."""
 HOOKS = [name for name in vars(nn.Module()) if name.startswith("_forward")]
 
 
@@ -74,9 +71,8 @@ def decide_formats(section: LoRAMConfig, cfg: Any, pruned: Path | None) -> Forma
     if is_packed:
         check_trains_packed(cfg)
     formats = choose_formats(section, cfg, config, packed_head)
-    device = choose_device()
-    for format in set(formats.small.values()) - {"cpu"}:
-        check_device(format, device)
+    if formats.lm_head == "nf4":
+        check_device(choose_device())
     return formats
 
 
@@ -109,15 +105,15 @@ def store_small(model: Any, formats: Formats, vocabulary: int) -> None:
     if not formats.small:
         return
     for part in formats.small:
-        why = _hindrance(model, part, getattr(formats, part), vocabulary)
+        why = _hindrance(model, part, vocabulary)
         formats = formats.without(part, why) if why else formats
     if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
         formats = formats.both_or_none()
     getters = {"lm_head": model.get_output_embeddings, "embedding": model.get_input_embeddings}
-    for part, format in formats.small.items():
+    for part in formats.small:
         old = getters[part]()
         path = next(name for name, module in model.named_modules() if module is old)
-        REPLACEMENTS[part, format](model, path, old)
+        (_head_to_nf4 if part == "lm_head" else _embedding_to_cpu)(model, path, old)
         new = model.get_submodule(path)
         for hooks in HOOKS:  # such as the one that makes the embedding's output require gradients
             setattr(new, hooks, getattr(old, hooks))
@@ -128,18 +124,20 @@ def store_small(model: Any, formats: Formats, vocabulary: int) -> None:
         LOG.info("%s: %.3f GiB of weights on the device", kept, weight_bytes(model) / 2**30)
 
 
-def _hindrance(model: Any, part: str, format: str, vocabulary: int) -> str | None:
+def _hindrance(model: Any, part: str, vocabulary: int) -> str | None:
     """What of the loaded model needs a part in its native format, if anything."""
     if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
         return "the model is spread over several devices"
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.num_embeddings != vocabulary:
         return "the vocabulary was resized, and its new rows are saved with the adapter"
-    plain = (nn.Linear, bitsandbytes.nn.Linear4bit) if part == "lm_head" else (nn.Embedding,)
-    module = head if part == "lm_head" else embedding
-    if format != "cpu" and type(module) not in plain:
-        return f"it is a {type(module).__name__}, which does more than a plain one"
+    if part == "lm_head" and type(head) not in (nn.Linear, bitsandbytes.nn.Linear4bit):
+        return f"it is a {type(head).__name__}, which does more than a plain one"
     return None
+
+
+def _embedding_to_cpu(model: nn.Module, path: str, embedding: Any) -> None:
+    model.set_submodule(path, OffloadedEmbedding(embedding))
 
 
 def _head_to_nf4(model: nn.Module, path: str, head: Any) -> None:
@@ -147,73 +145,21 @@ def _head_to_nf4(model: nn.Module, path: str, head: Any) -> None:
         replace_linear(model, path, head.weight.data, head.weight.device)
 
 
-def _head_to_int8(model: nn.Module, path: str, head: Any) -> None:
-    new: Any = bitsandbytes.nn.Linear8bitLt(
-        head.in_features,
-        head.out_features,
-        bias=head.bias is not None,
-        has_fp16_weights=False,
-        threshold=OUTLIERS,
-        device="meta",
-    )
-    new.weight, new.bias = _int8(head.weight), head.bias
-    model.set_submodule(path, new)
-
-
-def _embedding_to_int8(model: nn.Module, path: str, embedding: Any) -> None:
-    rows, columns = embedding.weight.shape
-    new: Any = bitsandbytes.nn.Embedding8bit(
-        rows, columns, device="meta", dtype=embedding.weight.dtype
-    )
-    new.weight = _int8(embedding.weight)
-    model.set_submodule(path, new)
-
-
-def _embedding_to_nf4(model: nn.Module, path: str, embedding: Any) -> None:
-    """Without double quantization, which this module of bitsandbytes does not know: 4.5 bits."""
-    rows, columns = embedding.weight.shape
-    new: Any = bitsandbytes.nn.EmbeddingNF4(
-        rows, columns, device="meta", dtype=embedding.weight.dtype
-    )
-    weight: Any = bitsandbytes.nn.Params4bit(
-        embedding.weight.data, compress_statistics=False, quant_type="nf4", module=new
-    )
-    new.weight = weight.to(embedding.weight.device)
-    model.set_submodule(path, new)
-
-
-def _int8(weight: torch.Tensor) -> Any:
-    """Each row of a weight as int8 with a scale; bitsandbytes quantizes on the way from the CPU."""
-    plain: Any = bitsandbytes.nn.Int8Params(weight.data.to("cpu"), requires_grad=False)
-    return plain.to(weight.device)
-
-
-REPLACEMENTS: dict[tuple[str, str], Callable[[nn.Module, str, Any], None]] = {
-    ("lm_head", "int8"): _head_to_int8,
-    ("lm_head", "nf4"): _head_to_nf4,
-    ("embedding", "int8"): _embedding_to_int8,
-    ("embedding", "nf4"): _embedding_to_nf4,
-    ("embedding", "cpu"): lambda model, path, old: model.set_submodule(
-        path, OffloadedEmbedding(old)
-    ),
-}
-
-
 def _save_nothing(*_: Any) -> None:
     """In the place of a frozen module's own: PEFT would put an adapted lm_head beside its LoRA."""
 
 
-def check_device(format: str, device: str) -> None:
-    """Refuse a device on which bitsandbytes does not do int8 or nf4, by trying a small layer."""
+def check_device(device: str) -> None:
+    """Refuse a device on which bitsandbytes does not do NF4, by trying a small layer."""
     try:
         layer = nn.Sequential(nn.Linear(64, 64, bias=False, device=device))
-        (_head_to_int8 if format == "int8" else _head_to_nf4)(layer, "0", layer[0])
+        _head_to_nf4(layer, "0", layer[0])
         inputs = torch.ones(1, 64, device=device, requires_grad=True)
         layer(inputs).sum().backward()
     except Exception as error:  # whatever a backend that lacks it says
         raise LoRAMError(
-            f"expected a device on which bitsandbytes does {format}, found {device} ({error}): "
-            "choose another device or format"
+            f"expected a device on which bitsandbytes does nf4, found {device} ({error}): "
+            "choose another"
         ) from error
 
 

@@ -159,7 +159,7 @@ def test_a_yaml_says_everything(large, tmp_path):
         ({"lora_qkv_kernel": False}, "fused_kernels", False),
         ({"gradient_checkpointing": None}, "gradient_checkpointing", False),
         ({"lora_modules_to_save": ["embed_tokens"]}, "modules_to_save", ("embed_tokens",)),
-        ({"loram": {"lm_head_format": "int8"}}, "lm_head_format", "int8"),
+        ({"loram": {"lm_head_format": "native"}}, "lm_head_format", "native"),
         ({"peft_autocast_adapter_dtype": False}, "lora_float32", False),
     ],
 )

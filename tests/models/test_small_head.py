@@ -6,7 +6,7 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit
 from conftest import build_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -54,14 +54,6 @@ NUMBERS = VOCABULARY * 64
             0.15,
             NUMBERS // 2 + NUMBERS // 64 + 4 * (16 + 2 + 256 + 1),  # scales, their scales, offset
         ),
-        ({"lm_head": "int8"}, (Linear8bitLt, nn.Embedding), 0.02, NUMBERS + 4 * VOCABULARY),
-        (
-            {"embedding": "nf4"},
-            (nn.Linear, Embedding4bit),
-            0.5,
-            NUMBERS // 2 + 4 * (NUMBERS // 64 + 16),
-        ),
-        ({"embedding": "int8"}, (nn.Linear, Embedding8bit), 0.1, NUMBERS + 4 * VOCABULARY),
         ({"embedding": "cpu"}, (nn.Linear, OffloadedEmbedding), 0.0, 0),
     ],
 )
@@ -120,15 +112,11 @@ class Scaled(nn.Embedding):
         return 3 * super().forward(tokens)
 
 
-def test_an_embedding_that_scales_its_rows_is_kept_whole_or_on_the_cpu():
+def test_an_embedding_that_scales_its_rows_does_so_on_the_cpu():
     model = build_model()
     scaled = Scaled(*model.model.embed_tokens.weight.shape, _weight=model.model.embed_tokens.weight)
     model.set_input_embeddings(scaled)
     expected = outputs(model)
-    store_small(model, Formats(embedding="int8"), VOCABULARY)
-    assert model.get_input_embeddings() is scaled
-    with pytest.raises(LoRAMError, match=r"embedding_format: native.*found int8: it is a Scaled"):
-        store_small(model, Formats(embedding="int8", asked=frozenset(["embedding"])), VOCABULARY)
     store_small(model, Formats(embedding="cpu"), VOCABULARY)
     assert torch.equal(outputs(model), expected)
 
@@ -159,7 +147,7 @@ def test_a_resized_vocabulary_stays_native_or_is_refused():
         store_small(model, Formats("nf4", asked=frozenset(["lm_head"])), VOCABULARY)
 
 
-@pytest.mark.parametrize("format", ["native", "int8", "nf4"])
+@pytest.mark.parametrize("format", ["native", "nf4"])
 def test_an_lm_head_of_any_format_can_be_adapted_and_recovered(format, make_model, tmp_path):
     """PEFT saves the frozen weight of an adapted lm_head too, which packed is of no use."""
     base = make_model(**WIDE)
@@ -199,9 +187,9 @@ TIED = {"tie_word_embeddings": True}
         ({}, {}, {}, CPU_NF4),
         ({}, {}, TIED, CPU_NF4),
         ({"load_in_4bit": False}, {}, {}, NATIVE),
-        ({"load_in_4bit": False}, {"lm_head_format": "int8"}, {}, ("int8", "native")),
+        ({"load_in_4bit": False}, {"lm_head_format": "nf4"}, {}, ("nf4", "native")),
         ({}, {"lm_head_format": "native"}, {}, ("native", "cpu")),
-        ({}, {"embedding_format": "nf4"}, {}, ("nf4", "nf4")),
+        ({}, {"embedding_format": "native"}, {}, ("nf4", "native")),
         ({"lora_modules_to_save": ["lm_head"]}, {}, {}, ("native", "cpu")),
         ({"lora_modules_to_save": ["lm_head"]}, {}, TIED, NATIVE),
         ({"lora_modules_to_save": ["embed_tokens"]}, {}, {}, ("nf4", "native")),
@@ -244,7 +232,7 @@ def test_a_default_gives_way_to_what_needs_plain_weights(
             "expected `lm_head_format: native`, found nf4: cut_cross_entropy multiplies",
         ),
         ({"lora_modules_to_save": ["embed_tokens"]}, {"embedding_format": "cpu"}, {}, "whole"),
-        ({"fsdp_config": {"x": 1}}, {"embedding_format": "int8"}, {}, "FSDP and ZeRO-3"),
+        ({"fsdp_config": {"x": 1}}, {"embedding_format": "cpu"}, {}, "FSDP and ZeRO-3"),
         ({"load_in_4bit": False}, {"lm_head_format": "nf4"}, TIED, "embeddings are tied"),
     ],
 )
@@ -262,7 +250,7 @@ def test_a_default_that_gives_way_is_logged(caplog):
 @pytest.mark.parametrize(
     ("changes", "section", "message"),
     [
-        ({}, {"lm_head_format": "int8"}, "lm_head_format is int8"),
+        ({}, {"lm_head_format": "native"}, "lm_head_format is native"),
         ({"lora_modules_to_save": ["lm_head"]}, {}, "trains it whole.*quantize: nf4"),
     ],
 )
@@ -301,8 +289,7 @@ def test_a_packed_model_is_trained_in_4_bits_and_whole(changes, message, make_mo
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="needs a device that is not there")
-@pytest.mark.parametrize("format", ["int8", "nf4"])
-def test_a_device_that_cannot_is_named(format):
-    check_device(format, "cpu")
-    with pytest.raises(LoRAMError, match=f"does {format}, found mps"):
-        check_device(format, "mps")
+def test_a_device_that_cannot_is_named():
+    check_device("cpu")
+    with pytest.raises(LoRAMError, match="does nf4, found mps"):
+        check_device("mps")
