@@ -22,7 +22,6 @@ from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import made_once
 from axolotl_loram.files.find import find_folder
 from axolotl_loram.files.tensors import Checkpoint
-from axolotl_loram.memory.zero import read_deepspeed, zero_stage
 from axolotl_loram.models.formats import Formats
 from axolotl_loram.models.small_head import decide_formats
 from axolotl_loram.pruning.cache import OWN_TEXT, own_text, prune_into_cache
@@ -39,7 +38,12 @@ from axolotl_loram.training.sharding import (
     check_offloading,
     settle_checkpointing,
 )
-from axolotl_loram.training.support import check_preferences, switch_off_kernels, trains_masked
+from axolotl_loram.training.support import (
+    check_preferences,
+    check_upper_layers,
+    switch_off_kernels,
+    trains_masked,
+)
 
 LOG = logging.getLogger(__name__)
 STARTS_ANEW = ("dpo", "ipo", "kto")
@@ -133,17 +137,8 @@ def begin_training(cfg: Any) -> Run:
     plan = PruningPlan.load(pruned)
     check_pair(pruned, plan, model, revision)
     check_preferences(cfg, bool(plan.removed))
-    if plan.removed and (section.anchor != "base" or section.fill != "zeros"):
-        found = "another anchor" if section.anchor != "base" else f"fill: {section.fill}"
-        raise LoRAMError(
-            f"expected `anchor: base` and no fill with a model whose first {len(plan.removed)} "
-            f"layers are removed, found {found}: the original's hidden states take their place"
-        )
-    if plan.removed and cfg.deepspeed and zero_stage(read_deepspeed(cfg.deepspeed)) == 3:
-        raise LoRAMError(
-            "expected ZeRO-2, FSDP2 or DDP with a model whose first layers are removed, found "
-            "ZeRO-3: it shards each layer as it is built, before its weights are taken away"
-        )
+    if plan.removed:
+        check_upper_layers(cfg, section, plan)
     masked = trains_masked(section, plan)
     _check_modules_to_save(cfg, plan)
     run = Run(

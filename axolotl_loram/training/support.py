@@ -10,6 +10,7 @@ from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.config import ADAPTERS
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.errors import LoRAMError
+from axolotl_loram.memory.zero import read_deepspeed, zero_stage
 from axolotl_loram.recovery.adapter import unrecoverable
 from axolotl_loram.text.axolotl_text import rl_of
 
@@ -100,6 +101,32 @@ def check_preferences(cfg: Any, upper_layers: bool) -> None:
             "as its reference the offset cancels, or there is no such loss; remove whole layers "
             "(`units: layers`), whose reference is the original, or take `anchor` out"
         )
+
+
+def check_upper_layers(cfg: Any, section: LoRAMConfig, plan: PruningPlan) -> None:
+    """Refuse what needs the first layers, where pruning removed them whole."""
+    count = len(plan.removed)
+    model = f"a model whose first {count} layers are removed"
+    if section.anchor != "base" or section.fill != "zeros":
+        found = "another anchor" if section.anchor != "base" else f"fill: {section.fill}"
+        raise LoRAMError(
+            f"expected `anchor: base` and no fill with {model}, found {found}: the original's "
+            "hidden states take their place"
+        )
+    if cfg.deepspeed and zero_stage(read_deepspeed(cfg.deepspeed)) == 3:
+        raise LoRAMError(
+            f"expected ZeRO-2, FSDP2 or DDP with {model}, found ZeRO-3: it shards each layer as it "
+            "is built, before its weights are taken away"
+        )
+    chosen = cfg.peft_layers_to_transform
+    gone = set(plan.removed) & set([chosen] if isinstance(chosen, int) else chosen or ())
+    if gone:
+        raise LoRAMError(
+            f"expected peft_layers_to_transform to name layers from {count} on, found "
+            f"{sorted(gone)}, which pruning removed: leave them out"
+        )
+    written = "a model without its first layers writes nothing; use `axolotl-loram evaluate`"
+    _refuse(cfg, dict.fromkeys(("do_causal_lm_eval", "eval_table_size"), written), model)
 
 
 def aligns(cfg: Any) -> bool:

@@ -178,6 +178,11 @@ def test_states_from_elsewhere_and_a_resumed_run_give_the_same_adapter(
         ({"lora_modules_to_save": ["embed_tokens"]}, "nothing trained below the removed layers"),
         ({"lora_target_modules": ["q_proj", "embed_tokens"]}, "nothing trained below the removed"),
         ({"peft_trainable_token_indices": [3, 4]}, "nothing trained below the removed layers"),
+        ({"peft_layers_to_transform": [1, 2]}, "to name layers from 2 on, found [1], which"),
+        (
+            {"do_causal_lm_eval": True, "eval_steps": 2},
+            "expected no `do_causal_lm_eval` with a model",
+        ),
     ],
 )
 def test_what_cannot_train_so_ends_before_it_starts(changes, sentence, run_yaml):
