@@ -1,8 +1,10 @@
-"""What the adapters of `real.py` write on the base, by llama.cpp: GSM8K's test, greedily.
+"""What the adapters of `real.py` write on the base, by llama.cpp: GSM8K's test.
 
 The GGUF is the one that the base's checkpoint was unpacked from, so its weights are the same.
 Form is the share that ends as the training rows do, in a line "#### N"; exact is the share whose N
-is right. The error is that of a share of so many problems.
+is right. The error is that of a share of so many problems. Small models that answer greedily often
+go round in circles; drawn at a temperature (llama.cpp's other settings at their defaults, a seed
+for each problem) they seldom do.
 
     python benchmarks/generated.py MODEL GSM8K   # rows that generated.csv has are not run again
 """
@@ -50,7 +52,7 @@ def cases() -> Iterator[Case | None]:
     yield Case(1, 0.5, "top", steps=120)
 
 
-def written(bench: RealBench, adapter: Path | None) -> list[str]:
+def written(bench: RealBench, adapter: Path | None, temperature: float) -> list[str]:
     """An answer to each problem, as far as NEW tokens go, by llama.cpp."""
     settings = xllamacpp.CommonParams()
     settings.model.path = str(bench.base.with_name(f"{bench.base.name}.gguf"))
@@ -65,14 +67,15 @@ def written(bench: RealBench, adapter: Path | None) -> list[str]:
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0)]
     server = xllamacpp.Server(settings)
 
-    def answer(row: list[dict[str, str]]) -> str:
-        asked = {"messages": row[:-1], "max_tokens": NEW, "temperature": 0.0}
+    def answer(number: int, row: list[dict[str, str]]) -> str:
+        asked = {"messages": row[:-1], "max_tokens": NEW}
+        asked |= {"temperature": temperature, "seed": number}
         choice = server.handle_chat_completions(asked)["choices"][0]
         print(end=".", flush=True)
         return choice["message"]["content"].strip()
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(answer, bench.rows("test", PROBLEMS)))
+        return list(pool.map(answer, range(PROBLEMS), bench.rows("test", PROBLEMS)))
 
 
 def scores(bench: RealBench, answers: list[str]) -> dict[str, float]:
@@ -97,11 +100,13 @@ def main() -> None:
     parser.add_argument("gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--scratch", type=Path, default=ROOT / "build", help="real.py's")
     parser.add_argument("--only", default="", help="runs whose description has this regex")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     options = parser.parse_args()
     torch.set_num_threads(1)
     bench = RealBench(options.model, options.gsm8k, options.scratch / f"real-{options.model.name}")
     for case in cases():
         told = {"model": bench.base.name, "problems": PROBLEMS}
+        told |= {"temperature": options.temperature}
         told |= dict.fromkeys(asdict(Case(0)), "") if case is None else asdict(case)
         rows = csv.DictReader(ROWS.open(encoding="utf-8")) if ROWS.exists() else []
         there = any({k: str(v) for k, v in told.items()}.items() <= row.items() for row in rows)
@@ -109,7 +114,7 @@ def main() -> None:
             continue
         adapter = case and adapter_for_base(bench, case, trained(bench, case))
         begun = time.perf_counter()
-        row = told | scores(bench, written(bench, adapter))
+        row = told | scores(bench, written(bench, adapter, options.temperature))
         row |= {"seconds": round(time.perf_counter() - begun)}
         append_row(ROWS, row | surroundings("transformers", "peft"))
         print(row, flush=True)

@@ -2,10 +2,12 @@
 
 import json
 
+import pretrained
 import pytest
 from axolotl.utils.dict import DictDefault
 from conftest import run_command, write_yaml
 from safetensors.torch import load_file
+from test_real import folder_of
 
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.training.anchor import make_anchor
@@ -49,11 +51,16 @@ def _messages(row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "rl", ["dpo", *(pytest.param(rl, marks=pytest.mark.matrix) for rl in LOSSES if rl != "dpo")]
+    ("rl", "layers"),
+    [
+        ("dpo", 4),
+        *(pytest.param(rl, 4, marks=pytest.mark.matrix) for rl in LOSSES if rl != "dpo"),
+        pytest.param("dpo", 30, marks=pytest.mark.real),  # SmolLM2-135M-Instruct
+    ],
 )
-def test_they_are_learnt_as_on_the_original(rl, make_model, settings, tmp_path):
+def test_they_are_learnt_as_on_the_original(rl, layers, make_model, settings, tmp_path):
     """Log-probabilities and rewards, step by step, and the adapter: those of plain Axolotl."""
-    base = make_model(num_hidden_layers=4)
+    base = make_model(num_hidden_layers=4) if layers == 4 else folder_of(pretrained.SMOLLM2)
     changes = {"rl": rl, "datasets": data(rl, tmp_path), "remove_unused_columns": False}
     changes |= {"sequence_len": 128, "eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}
     changes |= {"eval_on_start": True, "val_set_size": 0.2, "gradient_checkpointing": True}
@@ -62,7 +69,7 @@ def test_they_are_learnt_as_on_the_original(rl, make_model, settings, tmp_path):
     upper["cache_dir"] = str(tmp_path / "cache")
     found, adapters = {}, {}
     for name, own in (
-        ("plain", {"plugins": [], "peft_layers_to_transform": [2, 3]}),
+        ("plain", {"plugins": [], "peft_layers_to_transform": [*range(layers // 2, layers)]}),
         ("loram", {"loram": upper}),
     ):
         own |= {"output_dir": str(tmp_path / name)}
@@ -81,8 +88,9 @@ def test_they_are_learnt_as_on_the_original(rl, make_model, settings, tmp_path):
     for place, wanted in found["plain"].items():
         assert found["loram"][place] == pytest.approx(wanted, rel=0.02, abs=0.01), place
     assert adapters["loram"].keys() == adapters["plain"].keys()
+    allowed = 0.1 if layers == 4 else 0.3  # Adam makes steps of the smallest gradients' signs
     for key, wanted in adapters["plain"].items():
-        assert (adapters["loram"][key] - wanted).norm() < 0.1 * wanted.norm(), key
+        assert (adapters["loram"][key] - wanted).norm() < allowed * wanted.norm(), key
     assert any(w.abs().max() > 0.01 for key, w in adapters["loram"].items() if "lora_B" in key)
 
 
