@@ -7,6 +7,7 @@ holds the files against `pages`.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ from pydantic_core import PydanticUndefined
 
 from axolotl_loram.api import plan_memory
 from axolotl_loram.architecture.config_json import load_config
-from axolotl_loram.architecture.counts import keep_counts, summary
+from axolotl_loram.architecture.model import parameter_count
 from axolotl_loram.config import PROTECTED, FillArgs, LayerwiseArgs, PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
+from axolotl_loram.config_shares import LAYERS
 from axolotl_loram.memory.gpus import that_hold
 from axolotl_loram.memory.predict import GIB, compare, pruned_config
 from axolotl_loram.memory.settings import TrainingArgs
@@ -107,27 +109,25 @@ def keys() -> str:
 def gpus() -> str:
     """For each model and method: predicted peak, the smallest GPU that holds it."""
     lines = [
-        "| model | trained as | parameters | peak, GiB | smallest GPU | hours |",
-        "|---|---|---|---|---|---|",
+        "| model | trained as | whole layers removed: parameters | peak, GiB | smallest GPU "
+        "| pruned inside layers: parameters | peak, GiB | smallest GPU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     settings = TrainingArgs(sequence_len=2048)
     for file, title in SIZES.items():
         config = load_config(str(DOCS / f"configs/{file}.json"))
-        for ratio in RATIOS:
-            found = compare(config, pruned_config(config, ratio, PROTECTED), settings)
-            sizes = summary(config, keep_counts(config, ratio, *PROTECTED))
-            wanted = (
-                ("lora", "qlora", "loram", "qloram") if ratio == RATIOS[0] else ("loram", "qloram")
-            )
-            for method in wanted:
-                small = method.endswith("ram")
-                count = sizes["pruned_parameters" if small else "base_parameters"]
-                peak = found[method].peak_bytes
+        for ratio, method in itertools.product((0, *RATIOS), NAMES):
+            if method.endswith("ram") != bool(ratio):
+                continue
+            said = f"{NAMES[method]} at {ratio}" if ratio else f"{NAMES[method]}, whole model"
+            row = [title, said]
+            for kinds in ((LAYERS,), None) if ratio else (None,):
+                protected = (0, 0) if kinds else PROTECTED
+                pruned = pruned_config(config, ratio, protected, kinds) if ratio else config
+                peak = compare(config, pruned, settings, [method])[method].peak_bytes
                 fits = (that_hold(peak) or ["none"])[0]
-                name = NAMES[method]
-                said = f"{name} at {ratio}" if small else f"{name}, whole model"
-                sizes_said = f"{count / 1e9:.1f}B | {peak / GIB:.1f}"
-                lines.append(f"| {title} | {said} | {sizes_said} | {fits} | not measured |")
+                row += [f"{parameter_count(pruned) / 1e9:.1f}B", f"{peak / GIB:.1f}", fits]
+            lines.append(f"| {' | '.join(row if ratio else [*row, '', '', ''])} |")
     return "\n".join(lines)
 
 
@@ -153,10 +153,14 @@ def architectures() -> str:
 
 
 def ways(*heads: str) -> str:
-    """The ways to train Llama 3.1 70B on an RTX 4090, 2,048 tokens, 16 forward passes a step."""
+    """The ways to train Llama 3.1 70B on an RTX 4090, 2,048 tokens, 16 forward passes a step.
+
+    The models that are pruned lose whole layers.
+    """
     found = plan_memory(
         DOCS / "configs/llama-3.1-70b.json",
         compare=True,
+        units="layers",
         sequence_len=2048,
         gradient_accumulation_steps=16,
     )

@@ -128,7 +128,7 @@ def request(
         budget,
         tuple(_not_counted(cfg, run)),
         data_of(cfg, run, tokens),
-        _anchor(section),
+        _anchor(section) or ("here" if how and how.whole_layers else None),
     )
 
 

@@ -18,8 +18,7 @@ memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from axolotl_loram.architecture.config_json import Config, removed_layers
@@ -29,12 +28,13 @@ from axolotl_loram.config_shares import Ratio, spelled
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.memory.cluster import PROCESS_BYTES, weights_of
 from axolotl_loram.memory.compute import Flops, training_flops
-from axolotl_loram.memory.data import stored_bytes
+from axolotl_loram.memory.data import anchor_costs, stored_bytes
 from axolotl_loram.memory.gpus import Card, card_of
 from axolotl_loram.memory.layout import Layer, Layout, part_of
-from axolotl_loram.memory.planner import anchoring, not_counted, sizes
+from axolotl_loram.memory.planner import not_counted, sizes
 from axolotl_loram.memory.predict import (
     CONTEXT_BYTES,
+    METHODS,
     PRUNED,
     STEPS,
     Prediction,
@@ -79,7 +79,7 @@ class Way:
         up_bytes: To each GPU over PCIe in a step, `down_bytes` from it.
         weight_bytes: Of weights that each GPU reads from its memory in a step.
         exact: Whether it trains the model itself in 16 bits.
-        anchored: Whether it is the one that `anchor: base` prepares.
+        anchor: What `anchor: base` takes before the first step (`anchor_costs`); empty without.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Way:
     down_bytes: int = 0
     pruning_ratio: Ratio | None = None
     exact: bool = False
-    anchored: bool = False
+    anchor: dict[str, Any] = field(default_factory=dict)
 
     def bound(self, card: Card, tokens: int) -> dict[str, float]:
         """Seconds that a step of so many tokens on each GPU takes at least, by what takes them."""
@@ -115,9 +115,8 @@ def compare_ways(asked: Request, gpu: str, gpus: int) -> dict[str, Any]:
         raise LoRAMError(f"expected at least 2 GPUs for FSDP2 to shard over, found --gpus {gpus}")
     found = _Ways(asked, card)
     tokens = asked.run.tokens * asked.run.gradient_accumulation_steps
-    here = asked.anchor == "here"
-    anchor = anchoring(asked, found.config, sizes(asked)[1]) if here else None
-    rows = [_row(way, card, tokens, asked, anchor) for way in found.all(gpus)]
+    rows = [_row(way, card, tokens, asked) for way in found.all(gpus)]
+    anchor = rows[METHODS.index(asked.adapter)]["anchor"]
     return {
         "model_type": found.config["model_type"],
         "training": asked.run.model_dump(),
@@ -131,23 +130,20 @@ def compare_ways(asked: Request, gpu: str, gpus: int) -> dict[str, Any]:
     }
 
 
-def _row(
-    way: Way, card: Card, tokens: int, asked: Request, anchor: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _row(way: Way, card: Card, tokens: int, asked: Request) -> dict[str, Any]:
     """A way with its bound."""
     seconds = way.bound(card, tokens)
     slowest = max(seconds, key=seconds.__getitem__)
     speed = way.gpus * tokens / seconds[slowest]
-    anchored = anchor if way.anchored else None
     before = 0.0
-    if anchored:  # at least: the base's weights come over PCIe once for each part of the data
-        computed = anchored["flops"] / (card.tflops * 1e12)
-        before = max(computed, anchored["read_bytes"] / card.pcie_bytes)
+    if way.anchor:  # at least: the base's weights come over PCIe once for each part of the data
+        computed = way.anchor["flops"] / (card.tflops * 1e12)
+        before = max(computed, way.anchor["read_bytes"] / card.pcie_bytes)
     return {
         **asdict(way),
         "flops_per_token": way.flops.total,
         "fits": way.device_bytes <= card.memory_bytes,
-        "disk_bytes": way.disk_bytes + (anchored["read_bytes"] if anchored else 0),
+        "disk_bytes": way.disk_bytes + way.anchor.get("read_bytes", 0),
         "pcie_bytes": way.up_bytes + way.down_bytes,
         "bound_seconds": seconds,
         "bound_by": slowest,
@@ -181,8 +177,11 @@ class _Ways:
         """A model that stays on one GPU."""
         run, storage = self.run, self.storage(method, layout)
         rows = layout.hidden * run.compute_bytes if found.weights_host_bytes else 0
-        anchored = bool(self.asked.anchor) and method in PRUNED
-        again = anchored and not removed_layers(sizes(self.asked)[1])
+        anchored, upper = self.asked.anchor if method in PRUNED else None, None
+        if anchored and removed_layers(sizes(self.asked)[1]):
+            upper = layout
+        again = bool(anchored) and upper is None
+        costs = anchor_costs(self.base, run, self.asked.data, upper) if anchored == "here" else {}
         return Way(
             NAMES[method],
             1,
@@ -193,7 +192,7 @@ class _Ways:
             training_flops(run, layout, again),
             up_bytes=rows * run.tokens * run.gradient_accumulation_steps,
             exact=method == "lora",
-            anchored=anchored,
+            anchor=costs,
         )
 
     def pruned(self, method: str) -> Way:

@@ -372,9 +372,13 @@ def test_figures_of_the_page_are_the_planners(large, tmp_path):
         return [f"{found[way]['bound_hours']:.1f}" for way in (3, 7)]
 
     anchored, alone = {"anchor": "base"}, {"fill": "zeros"}
-    assert "bounds are {} hours with it against {} by streaming".format(*hours(anchored, 1)) in page
-    assert "epochs {} against {}.".format(*hours(anchored, 3)) in page
-    assert "Without the anchor, {} against {}.".format(*hours(alone, 1)) in page
+    upper = {"pruning": {"units": "layers"}, **anchored}
+    assert (
+        "bounds are {} hours for the upper layers, {} by streaming".format(*hours(upper, 1)) in page
+    )
+    assert "epochs {} and {};".format(*hours(upper, 3)) in page
+    (inside, _), (plain, _) = hours(anchored, 1), hours(alone, 1)
+    assert f"inside layers {inside} with the anchor, {plain} without" in page
 
 
 def test_cards_are_found_however_they_are_written():
