@@ -155,14 +155,13 @@ def make_anchor(
             "it: leave anchor_path out, and the run computes what it needs"
         )
     with progress_bar("anchor") as progress:
-        if server is None:
-            base, device = find_folder(place, revision), choose_device()
-            if removed:
-                whole = whole_rows(prepared_rows(cfg))
-                return make_states(base, whole, output, removed, device, progress)
+        if removed:
+            base, whole = find_folder(place, revision), whole_rows(prepared_rows(cfg))
+            return make_states(base, whole, output, removed, choose_device(), progress)
         rows = distinct(rows_of(prepared_rows(cfg)))
         if server is None:
-            return make_teacher(base, rows, output, TOP_K, device, progress)
+            base = find_folder(place, revision)
+            return make_teacher(base, rows, output, TOP_K, choose_device(), progress)
         some = rows[:: max(len(rows) // CHECKED_ROWS, 1)][:CHECKED_ROWS]
         served = Server(server, served_model or str(cfg.base_model))
         check_server(served, some, TOP_K, tokenizer_of(cfg))

@@ -177,14 +177,18 @@ def write_rows(
 
 
 def unpadded(ids: np.ndarray, mask: Any) -> np.ndarray:
-    """Where token ids are not padding, by their attention mask or by None."""
+    """Where token ids of any shape are not padding; with no attention mask, everywhere."""
     return np.ones(ids.shape, bool) if mask is None else np.asarray(mask).reshape(ids.shape) != 0
 
 
 def spans(inputs: Mapping[str, torch.Tensor]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The sequences that a batch holds: of which of its rows, where there, and their tokens.
+    """The sequences that a batch (rows, tokens) holds, padded or packed.
 
-    Packed ones begin where positions begin anew, or where the mask has another number.
+    Packed ones begin where positions begin anew, or where the mask has another number. Without a
+    mask, each padding token that has position 0 is a sequence too.
+
+    Yields:
+        Number of the row, positions there (tokens,), token ids (tokens,).
     """
     arrays = {
         name: inputs[name].cpu().numpy()

@@ -75,7 +75,7 @@ def check_supported(cfg: Any) -> None:
 
 
 def _check_anchored(cfg: Any) -> None:
-    """Refuse what has no next-token loss over rows that are known before training."""
+    """Refuse what is not known before training, and losses that an anchor has no part in."""
     streamed = "what the base says is computed before training; name `datasets` that are not"
     scored = "the original has no head that scores"
     refused = {
@@ -94,7 +94,7 @@ def _check_anchored(cfg: Any) -> None:
 
 
 def check_preferences(cfg: Any, upper_layers: bool) -> None:
-    """Refuse preference losses with an anchor, but where it stands below the original's layers."""
+    """Refuse preference losses with an anchor, unless it trains the original's upper layers."""
     if cfg.rl and cfg.loram.get("anchor") == "base" and not upper_layers:
         raise LoRAMError(
             f"expected no `rl` with `anchor` in loram:, found {rl_of(cfg)}: with the pruned model "
