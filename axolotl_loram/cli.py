@@ -27,7 +27,7 @@ from axolotl_loram.cli_options import (
 )
 from axolotl_loram.cli_outcomes import evaluate, export, inspect, publish, report
 from axolotl_loram.cli_package import examples, schema
-from axolotl_loram.config import FillArgs, LayerwiseArgs
+from axolotl_loram.config import FillArgs
 from axolotl_loram.errors import LoRAMError, WrongUse
 
 fill_options = schema_options(FillArgs, {})
@@ -146,34 +146,6 @@ def prune(model: str, output: Path, as_json: bool, **options: Any) -> None:
 def recover(adapter: Path, as_json: bool, **options: Any) -> None:
     """Turn ADAPTER, trained on a pruned model, into an adapter for the original model."""
     print_result(api.recover(adapter, **options), as_json)
-
-
-@main.command()
-@click.argument("pruned")
-@click.argument("output", type=PATH)
-@schema_options(LayerwiseArgs, {})
-@click.option("--base", help="Folder or hub id of the original; by default what the plan names.")
-@overwrite_option
-@json_option
-def align(
-    pruned: str, output: Path, base: str | None, overwrite: bool, as_json: bool, **options: Any
-) -> None:
-    """Align the pruned model PRUNED (a folder or a hub id), layer by layer, into the folder OUTPUT.
-
-    Each layer learns to give what the original's layer gives: one layer of each is in memory. By
-    next-token loss or distillation, `axolotl train` aligns the whole, with `stage: align`.
-    """
-    if options["calibration"] is None:
-        raise click.UsageError("expected text to align on, found none: name it with --calibration")
-    settings = api.parsed(LayerwiseArgs, options)
-    with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports, prints there
-        from axolotl_loram.files.progress import progress_bar
-        from axolotl_loram.training.layerwise import align_layers, layer_summary
-
-        with progress_bar("aligning") as progress:
-            record = align_layers(pruned, output, settings, base, overwrite, progress)
-    alignment = record["alignments"][-1]
-    show({"output": str(output), **layer_summary(alignment), "plan": record["plan"]}, as_json)
 
 
 @main.command()

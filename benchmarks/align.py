@@ -1,13 +1,14 @@
 """Alignment before LoRA: what each objective makes of the pruned model and the recovered adapter.
 
 On the toy base, pruned at random, with and without refit, and aligned on the base's own
-pretraining text: by next-token loss, by distillation from the base's stored outputs (both: all
-weights but the lm_head), or layer by layer. Then the same LoRA as in criteria.py is trained on it,
+pretraining text: by next-token loss, or by distillation from the base's stored outputs (all
+weights but the lm_head). Then the same LoRA as in criteria.py is trained on it,
 recovered, and the base measured with it: perplexity of held-out docstrings (task, what LoRA is
 trained for) and of held-out source (text, what the base was trained for).
 
-All alignments of a seed see the same sequences in the same order: a step is of 2 × 128 tokens
-(for a layer, in layer-wise alignment). Each number of steps has its own warmup and cosine.
+All alignments of a seed see the same sequences in the same order: a step is of 2 × 128 tokens. Each
+number of steps has its own warmup and cosine. Rows of "layerwise" are of a way that is gone
+(`align` of commit 4b8646c).
 
     python benchmarks/align.py            # rows that align.csv has already are not run again
     python benchmarks/align.py --summary  # table and plot from the rows
@@ -35,27 +36,25 @@ from toy_evaluation import _batches, _encode
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from axolotl_loram.config import LayerwiseArgs, PruningArgs
+from axolotl_loram.config import PruningArgs
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.recovery.recover import recover
 from axolotl_loram.text.calibration import Calibration, load_calibration
 from axolotl_loram.training.distil import IGNORED, distillation_loss
-from axolotl_loram.training.layerwise import align_layers
 from axolotl_loram.training.teacher import Teacher, make_teacher
 
 ROWS = Path(__file__).with_suffix(".csv")
 RATIOS, SEEDS = (0.75, 0.85, 0.5), (0, 1)
 BATCH, LONGEST, DISTILLED, TOP_K = 2, 1600, 200, 32
-LEARNING_RATES = {"none": 0.0, "next-token": 5e-4, "distillation": 1e-3, "layerwise": 1e-3}
+LEARNING_RATES = {"none": 0.0, "next-token": 5e-4, "distillation": 1e-3}
 """Of 3e-4, 1e-3 and 3e-3, what was nearest to the base after 100 steps of 4 × 128 tokens at 0.75:
 1e-3 for distillation; 3e-4 and 1e-3 alike for next-token loss."""
 WAYS = (
     (
         *(("", "none", 0), ("refit", "none", 0), ("refit", "distillation", 200)),
         *(("", "next-token", 1600), ("", "distillation", 200), ("", "next-token", 200)),
-        ("", "layerwise", 200),
     ),
-    (("refit", "layerwise", 200), ("refit", "distillation", 50), ("refit", "next-token", 200)),
+    (("refit", "distillation", 50), ("refit", "next-token", 200)),
 )
 """Start, objective and steps, what matters most first."""
 
@@ -63,12 +62,13 @@ WAYS = (
 @cache
 def text(seed: int, steps: int = LONGEST) -> Calibration:
     """Sequences of the base's pretraining text; fewer steps see the first of them."""
-    settings = LayerwiseArgs(
+    settings = PruningArgs(
+        ratio=0.5,
         calibration_path=str(BUILD / "data/pretrain.jsonl"),
         calibration_samples=LONGEST * BATCH,
         calibration_length=LENGTH,
         seed=seed + 1000,
-    )
+    ).resolve()
     if steps == LONGEST:
         return load_calibration(settings, BUILD / "base")
     whole = text(seed)
@@ -149,22 +149,10 @@ def run(case: dict, tokenizer) -> dict[str, object]:
         pruned, adapter = Path(scratch, "pruned"), Path(scratch, "adapter")
         prune(str(BUILD / "base"), pruned, settings)
         teacher_seconds = teacher(seed)[1] if objective == "distillation" else 0
-        sequences = text(seed, steps) if steps else None
         start = time.perf_counter()
-        if objective == "layerwise":
-            layerwise = LayerwiseArgs(
-                calibration_path="",
-                steps=steps,
-                batch_size=BATCH,
-                learning_rate=LEARNING_RATES[objective],
-            )
-            aligned = Path(scratch, "aligned")
-            align_layers(str(pruned), aligned, layerwise, calibration=sequences)
-            model = load(aligned)
-        else:
-            model = load(pruned)
-            if steps:
-                align(model, objective, steps, seed)
+        model = load(pruned)
+        if steps:
+            align(model, objective, steps, seed)
         took = time.perf_counter() - start
         figures = {"divergence_text": round(divergence(model, tokenizer), 4)}
         figures |= perplexities(model, tokenizer, "pruned")

@@ -38,8 +38,9 @@ class Case:
         rate: Learning rate.
         aligned: What the pruned model was trained with before: "task", all its weights distilled
             towards the base on the training rows; "other", on source of the standard library;
-            "next", by next-token loss on the training rows; "layers", layer by layer, on as many
-            tokens; "repair", LoRA alone, distilled on the training rows and then frozen.
+            "next", by next-token loss on the training rows; "layers", layer by layer on as many
+            tokens (a way that is gone); "repair", LoRA alone, distilled on the training rows and
+            then frozen.
         steps: Of 4 samples.
         bits: Of the frozen linear weights: 4 is NF4, 3 and 2 are rounded by GPTQ (`rivals.py`); of
             "top", those of the upper layers.
@@ -117,7 +118,7 @@ def new_cases() -> Iterator[Case]:
     for ratio in (0.5, 0.75):
         for loss in ("anchored", "plain"):
             yield Case(1, ratio, loss=loss, top_k=32, rate=2e-3, aligned="repair")
-    for kind in ("task", "next", "layers", "other"):
+    for kind in ("task", "next", "other"):
         yield Case(1, 0.75, rate=2e-3, aligned=kind)
     for tokens in (2048, 32768):
         for ratio in (0.5, 0.75):

@@ -24,8 +24,6 @@ import data
 SPARSE = ("sparsegpt", "wanda")
 ALIGNED_STEPS = 80
 ALIGNED_RATES = {"task": 1e-4, "other": 1e-4, "next": 1e-4, "repair": 1e-3}
-LAYER_WISE = {"samples": 256, "length": 256, "steps": 32, "learning-rate": 1e-3}
-"""As many tokens as the other ways see; the rate of `align.py`."""
 
 
 def pruned(bench: Bench, case: Case) -> Path:
@@ -105,8 +103,6 @@ def aligned(bench: RealBench, case: Case) -> Path:
     folder = start.with_name(f"{start.name}-{case.aligned}")
     if folder.exists():
         return folder
-    if case.aligned == "layers":
-        return align_layers(bench, start, folder)
     base, model = bench.model("base").eval(), bench.model(start)
     if case.aligned == "repair":
         model = bench.fresh(model, 0)
@@ -136,17 +132,6 @@ def aligned(bench: RealBench, case: Case) -> Path:
             print(f"{folder.name} step {step}: {loss.item():.3f}", flush=True)
     model = model.merge_and_unload() if case.aligned == "repair" else model
     rivals.rewritten(start, folder, model.state_dict())
-    return folder
-
-
-def align_layers(bench: RealBench, start: Path, folder: Path) -> Path:
-    """By the command, on training rows."""
-    file = bench.scratch / "calibration.yml"
-    file.write_text(yaml.safe_dump(bench.settings("calibration")), encoding="utf-8")
-    how = {"samples": "calibration-samples", "length": "calibration-length"}
-    said = [f"--{how.get(name, name)}={value}" for name, value in LAYER_WISE.items()]
-    base = ["--base", str(bench.base), "--calibration", str(file)]
-    bench.command("axolotl-loram", "align", str(start), str(folder), *base, *said)
     return folder
 
 

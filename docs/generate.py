@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 from axolotl_loram.api import plan_memory
 from axolotl_loram.architecture.config_json import load_config
 from axolotl_loram.architecture.model import parameter_count
-from axolotl_loram.config import PROTECTED, FillArgs, LayerwiseArgs, PruningArgs
+from axolotl_loram.config import PROTECTED, FillArgs, PruningArgs
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.config_shares import LAYERS
 from axolotl_loram.memory.gpus import that_hold
@@ -35,7 +35,6 @@ SCHEMAS = {
     "The `loram:` section": LoRAMConfig,
     "`loram: pruning:`, and the options of `axolotl-loram prune`": PruningArgs,
     "Options of `axolotl-loram recover`": FillArgs,
-    "Options of `axolotl-loram align`": LayerwiseArgs,
     "Settings of a run that `axolotl-loram plan` takes": TrainingArgs,
 }
 SIZES = {

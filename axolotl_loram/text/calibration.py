@@ -15,7 +15,7 @@ import numpy as np
 
 from axolotl_loram.architecture.config_json import layer_fields, load_config
 from axolotl_loram.architecture.vocabulary import OTHER_FILES, TOKENIZER_FILE
-from axolotl_loram.config import FillArgs, LayerwiseArgs, Pruning
+from axolotl_loram.config import FillArgs, Pruning
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import user_path
 from axolotl_loram.text.axolotl_text import (
@@ -26,7 +26,7 @@ from axolotl_loram.text.axolotl_text import (
     vocabulary,
 )
 
-Calibrated = Pruning | LayerwiseArgs | FillArgs
+Calibrated = Pruning | FillArgs
 """Settings that name calibration text, its length, samples and seed."""
 LOG = logging.getLogger(__name__)
 TEXT, ROWS, YAML = (".txt",), (".jsonl", ".json"), (".yml", ".yaml")

@@ -64,7 +64,7 @@ def assemble(
         files = _write_weights(trained, pruned, scratch, set(frozen))
         copy_files(pruned, scratch, CARRIED)
         check_pruned(scratch, plan)
-        record = aligned_record(pruned, scratch, files, alignment)
+        record = _record(pruned, scratch, files, alignment)
         record.save(scratch)
     try:
         remove_weights(trained)
@@ -73,7 +73,7 @@ def assemble(
     return record.as_json()
 
 
-def aligned_record(
+def _record(
     pruned: Path, folder: Path, files: Mapping[str, str], alignment: Mapping[str, Any]
 ) -> Record:
     """The record of an aligned checkpoint, else complete: the pruned one's, one alignment more.

@@ -13,7 +13,7 @@ from conftest import write_yaml
 from packaging.requirements import Requirement
 
 from axolotl_loram.cli import main
-from axolotl_loram.config import FillArgs, LayerwiseArgs, PruningArgs, Section
+from axolotl_loram.config import FillArgs, PruningArgs, Section
 from axolotl_loram.config_loram import LoRAMConfig
 from axolotl_loram.results.secrets import without_secrets
 
@@ -59,7 +59,7 @@ def paths_of(section: type[Section]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("section", [LoRAMConfig, PruningArgs, LayerwiseArgs, FillArgs])
+@pytest.mark.parametrize("section", [LoRAMConfig, PruningArgs, FillArgs])
 def test_keys_that_hold_paths_are_named_so(section):
     keys = paths_of(section)
     assert keys and all(key.endswith(("_path", "_dir")) for key in keys)

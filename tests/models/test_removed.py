@@ -13,7 +13,7 @@ from axolotl_loram.architecture.counts import summary
 from axolotl_loram.architecture.families import FAMILIES
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.spaces import EXPERTS, LINEAR
-from axolotl_loram.config import LayerwiseArgs, PruningArgs
+from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.tensors import Checkpoint
 from axolotl_loram.models.load import load_pruned
@@ -21,7 +21,6 @@ from axolotl_loram.models.removed import removed_layers
 from axolotl_loram.pruning.prune import prune
 from axolotl_loram.results.export_pruned import export_pruned
 from axolotl_loram.training.align import load_plan
-from axolotl_loram.training.layerwise import align_layers
 from axolotl_loram.training.states import HiddenStates, StoredStates, make_states, whole_rows
 
 LANGUAGE = [
@@ -134,11 +133,9 @@ def test_a_layer_with_another_field_of_0_is_none_removed(own, base):
 def test_it_is_used_for_nothing_that_needs_a_whole_model(base, tmp_path):
     folder, pruned = base("llama"), tmp_path / "pruned"
     without_layers(folder, pruned)
-    text = LayerwiseArgs(calibration_path=str(tmp_path / "text.txt"))
     for use in (
         lambda: load_pruned(str(pruned)),
         lambda: export_pruned(pruned, tmp_path / "gguf", llama_cpp=None),
-        lambda: align_layers(str(pruned), tmp_path / "aligned", text),
         lambda: load_plan(str(pruned), None),
     ):
         with pytest.raises(LoRAMError, match=r"that runs by itself, found .* layers are removed"):
