@@ -54,7 +54,7 @@ TYPES: dict[str, type | tuple] = {
     "kind": TEXT,
     **dict.fromkeys(("plan", "vocabulary", "fingerprint", "pruned_model"), TEXT),
     **dict.fromkeys(("pruning", "calibration", "refit", "parameters", "versions"), OBJECT),
-    **dict.fromkeys(("training", "trained", "files", "fill"), OBJECT),
+    **dict.fromkeys(("training", "trained", "files", "fill", "rounding"), OBJECT),
     "base": dict,
     "alignments": (list, type(None)),
     "weight_bytes": NUMBER,
@@ -74,6 +74,7 @@ class Record:
 
     Attributes:
         refit: Projection → its held-out errors before and after, and whether it was accepted.
+        rounding: The same of each weight that was rounded to 4 bits on text, where some were.
         alignments: What each alignment did, in order.
         parameters: Counts of the base's and of the pruned model's.
         weight_bytes: Size of a pruned model's tensors.
@@ -94,6 +95,7 @@ class Record:
     pruning: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     refit: Mapping[str, Any] | None = None
+    rounding: Mapping[str, Any] | None = None
     alignments: list[Any] | None = None
     parameters: Mapping[str, Any] | None = None
     weight_bytes: int | None = None
@@ -190,10 +192,11 @@ def _check(found: Mapping[str, Any], file: Path) -> None:
         )
     for name, digest in (found.get("files") or {}).items():
         check_types({name: digest}, {name: str}, f"the files of {file}")
-    for module, about in (found.get("refit") or {}).items():
-        where = f"the refit of {module[:80]} in {file}"
-        check_types({"refit": about}, {"refit": dict}, where)
-        check_types(dict.fromkeys(REFIT_TYPES) | about, REFIT_TYPES, where)
+    for what in ("refit", "rounding"):
+        for module, about in (found.get(what) or {}).items():
+            where = f"the {what} of {module[:80]} in {file}"
+            check_types({what: about}, {what: dict}, where)
+            check_types(dict.fromkeys(REFIT_TYPES) | about, REFIT_TYPES, where)
 
 
 def refit_summary(refit: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -208,6 +211,15 @@ def refit_summary(refit: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     accepted = sum(found["accepted"] for found in refit.values())
     return {"refits_accepted": accepted, "refits_tried": len(refit), **means}
+
+
+def rounding_summary(rounding: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of the rounding to 4 bits, by other names."""
+    found = refit_summary(rounding)
+    return {
+        name.replace("refits", "roundings").replace("heldout", "rounding"): value
+        for name, value in found.items()
+    }
 
 
 def losses_of(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

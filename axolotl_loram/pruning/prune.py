@@ -1,4 +1,4 @@
-"""Making a pruned checkpoint: score, choose, refit, then gather every tensor along the plan."""
+"""Making a pruned checkpoint: score, choose, refit, round, and gather each tensor by the plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from axolotl_loram.architecture.plan import Base, PruningPlan
 from axolotl_loram.architecture.record import Kind, Record, versions
 from axolotl_loram.architecture.ties import by_weights, untied
 from axolotl_loram.architecture.vocabulary import vocabulary_digest
-from axolotl_loram.config import UNCALIBRATED, Pruning, PruningArgs
+from axolotl_loram.config import GPTQ, UNCALIBRATED, Pruning, PruningArgs
 from axolotl_loram.criteria import CRITERIA
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.atomic import check_vacant, write_json
@@ -45,6 +45,7 @@ from axolotl_loram.pruning.sparse import load_sparse
 
 if TYPE_CHECKING:
     from axolotl_loram.models.stream import LayerStream
+    from axolotl_loram.models.walk import Walk
     from axolotl_loram.text.calibration import Calibration
 
 
@@ -56,12 +57,14 @@ class Outcome:
         replaced: Weights of the pruned shapes that are not just gathered.
         refit: Held-out errors of each refitted projection.
         zeros: Of a sparse model, what `sparse_summary` counts.
+        rounding: Held-out errors of each weight that was rounded to 4 bits.
     """
 
     plan: PruningPlan
     replaced: Mapping[str, StoredTensor] = field(default_factory=dict)
     refit: Mapping[str, Any] = field(default_factory=dict)
     zeros: Mapping[str, Any] = field(default_factory=dict)
+    rounding: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ class Job:
         from axolotl_loram.models.stream import LayerStream
 
         return LayerStream(self.checkpoint, self.config, self.device, four_bit)
+
+    def walk(self, work: Work, stage: str, stop: int) -> Walk:
+        """The calibration text through the base's first `stop` layers."""
+        from axolotl_loram.models.walk import Walk
+
+        assert self.calibration is not None  # `_calibrate` saw to it
+        return Walk(self.stream(), work, self.calibration.tokens, stage, stop, self.progress)
 
     def evidence(self, work: Work, layers: list[int]) -> Evidence:
         """What criteria look at."""
@@ -200,7 +210,8 @@ def _calibrate(settings: Pruning, folder: Path) -> Calibration | None:
     if not settings.needs_calibration:
         return None
     if settings.calibration_path is None:
-        why = f"method {settings.method}" if CRITERIA[settings.method].calibrated else "refit"
+        why = "refit" if settings.refit else f"quantize {GPTQ}"
+        why = f"method {settings.method}" if CRITERIA[settings.method].calibrated else why
         raise LoRAMError(
             f"expected calibration text for {why}, found none: give --calibration FILE (.txt, "
             ".jsonl, an Axolotl YAML) or a data set on the hub"
@@ -243,7 +254,7 @@ def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
 def check_room(job: Job, output: Path) -> None:
     """Refuse to start without the disk space for the result and the work before it."""
     needed = needed_bytes(job.checkpoint, job.sketch, job.packing)
-    if job.settings.sparsity or job.settings.refit:
+    if job.settings.sparsity or job.settings.refit or job.settings.quantize == GPTQ:
         needed += needed_bytes(job.checkpoint, job.sketch)
     if job.calibration is not None:
         states = job.calibration.tokens.size * sizes_of(job.config)["hidden"] * 4
@@ -253,21 +264,24 @@ def check_room(job: Job, output: Path) -> None:
 
 
 def decide(job: Job, work: Work) -> Outcome:
-    """Choose what to keep, and refit it if that is asked for."""
+    """Choose what to keep, and refit and round it if that is asked for."""
     if job.settings.sparsity is not None:
         return _make_sparse(job, work, job.settings.sparsity)
     known = job.settings.indices_path or job.settings.whole_layers
-    plan = job.sketch if known else choose_units(job, work)
-    if not job.settings.refit or not plan.kept:
-        return Outcome(plan)
-    from axolotl_loram.models.walk import Walk
-    from axolotl_loram.pruning.refit import refit
+    outcome = Outcome(job.sketch if known else choose_units(job, work))
+    if job.settings.refit and outcome.plan.kept:
+        from axolotl_loram.pruning.refit import refit
 
-    assert job.calibration is not None  # `_calibrate` saw to it
-    tokens, last = job.calibration.tokens, max(plan.counts)
-    walk = Walk(job.stream(), work, tokens, "refit", last + 1, job.progress)
-    replaced, errors = refit(walk, plan)
-    return Outcome(plan, replaced, errors)
+        walk = job.walk(work, "refit", max(outcome.plan.counts) + 1)
+        outcome = Outcome(outcome.plan, *refit(walk, outcome.plan))
+    if job.settings.quantize != GPTQ:
+        return outcome
+    from axolotl_loram.pruning.rounding import fit_rounding
+
+    assert job.packing is not None  # as quantize is set
+    walk = job.walk(work, "rounding", layer_count(job.config))
+    replaced, rounding = fit_rounding(walk, outcome.plan, outcome.replaced, job.packing)
+    return replace(outcome, replaced=replaced, rounding=rounding)
 
 
 def choose_units(job: Job, work: Work) -> PruningPlan:
@@ -333,6 +347,7 @@ def _write_rest(
         pruning=job.settings.model_dump(),
         calibration=calibration.record() if calibration else None,
         refit=dict(outcome.refit) or None,
+        rounding=dict(outcome.rounding) or None,
         alignments=[],
         parameters={**summary(plan.config, plan.counts), **outcome.zeros},
         weight_bytes=written.nbytes,

@@ -84,7 +84,7 @@ def _refit_one(
     inputs = partial(inputs_of, walk, index, layer, weight.module)
     gram = _gram(inputs(fitted), kept, name)
     candidates = {0.0: whole[:, kept]} | solve(whole, gram, kept, name)
-    errors = _errors(inputs(held_out), kept, whole, candidates)
+    errors = errors_of(inputs(held_out), kept, whole, candidates)
     best = min(errors, key=lambda ridge: (errors[ridge], ridge))
     dtype = walk.stream.checkpoint[name].dtype
     chosen = candidates[best].to(TORCH_DTYPES[dtype])
@@ -162,7 +162,7 @@ def _gram(batches: Iterator[torch.Tensor], kept: torch.Tensor, name: str) -> tor
     return gram / count
 
 
-def _errors(
+def errors_of(
     batches: Iterator[torch.Tensor],
     kept: torch.Tensor,
     whole: torch.Tensor,

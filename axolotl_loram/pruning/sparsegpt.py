@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ def sparsegpt(
     pattern = pattern_of(sparsity)
     dead = gram.diagonal() == 0
     weight = weight.masked_fill(dead, 0.0)
-    upper = _inverse_factor(gram, dead, name)
+    upper = inverse_factor(gram, dead, name)
     size = BLOCK if pattern is None else max(1, BLOCK // pattern[1]) * pattern[1]
     for start in range(0, weight.shape[1], size):
         stop = min(start + size, weight.shape[1])
@@ -121,31 +121,38 @@ def _prune_block(block: torch.Tensor, factor: torch.Tensor, sparsity: Sparsity) 
     return errors
 
 
-def _inverse_factor(gram: torch.Tensor, dead: torch.Tensor, name: str) -> torch.Tensor:
+def inverse_factor(gram: torch.Tensor, dead: torch.Tensor, name: str) -> torch.Tensor:
     """Upper Cholesky factor of (G + damping)⁻¹, inputs that are always zero left out of it.
 
     Raises:
         LoRAMError: Singular even with the largest damping, or not finite.
     """
-    gram = gram + torch.diag(dead.to(gram.dtype))
-    scale = gram.diagonal().mean()
+    scale = torch.where(dead, 1.0, gram.diagonal()).mean()
     for damping in DAMPINGS:
-        damped = gram + damping * scale * torch.eye(len(gram), device=gram.device)
+        damped = gram.clone()  # no more than three such matrices at a time: they can take 3 GB each
+        damped.diagonal().add_(dead + damping * scale)
         factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and torch.isfinite(factor).all():
+        if not failed and torch.isfinite(factor.diagonal()).all():
+            del damped
             inverse = torch.cholesky_inverse(factor)
+            del factor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return upper
         LOG.warning("the Gram matrix of %s is singular with damping %g", name, damping)
     raise LoRAMError(
         f"expected the Gram matrix of the inputs of {name} to be invertible, found it singular "
-        f"with damping {DAMPINGS[-1]}: use more --calibration-samples, or --method wanda"
+        f"with damping {DAMPINGS[-1]}: use more --calibration-samples"
     )
 
 
 def input_statistics(
-    walk: Walk, index: int, layer: nn.Module, modules: list[str], full: bool
+    walk: Walk,
+    index: int,
+    layer: nn.Module,
+    modules: list[str],
+    full: bool,
+    samples: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Module → Σ x xᵀ of its inputs (or only the diagonal), float32; shared where inputs are.
 
@@ -165,6 +172,6 @@ def input_statistics(
             found[name] = found[name] + new if name in found else new
 
     with seen_inputs(layer, modules, see):
-        for _ in walk.run(index, layer):
+        for _ in walk.run(index, layer, samples):
             alive.clear()
     return {name: found[leader] for name, leader in leaders.items()}

@@ -22,7 +22,13 @@ from axolotl_loram.architecture.lora_names import ADAPTER_CONFIG
 from axolotl_loram.architecture.model import layer_groups, parameter_count
 from axolotl_loram.architecture.pairing import check_pruned, check_tensors
 from axolotl_loram.architecture.plan import PLAN_FILE, PruningPlan
-from axolotl_loram.architecture.record import RECORD_FILE, Kind, Record, refit_summary
+from axolotl_loram.architecture.record import (
+    RECORD_FILE,
+    Kind,
+    Record,
+    refit_summary,
+    rounding_summary,
+)
 from axolotl_loram.architecture.ties import by_weights
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.config_shares import spelled
@@ -159,7 +165,7 @@ def inspect(
         if (folder / PLAN_FILE).exists():
             plan = PruningPlan.load(folder)
             told |= {**(record.parameters or {}), **summary(plan.config, plan.counts)}
-            told |= refit_summary(record.refit or {})
+            told |= refit_summary(record.refit or {}) | rounding_summary(record.rounding or {})
             if not verifying and has_weights(folder):
                 check_pruned(folder, plan)
     except LoRAMError:

@@ -27,6 +27,7 @@ JOBS = {
     "taylor": PruningArgs(ratio=0.5, method="taylor"),
     "fluctuation": PruningArgs(ratio=0.5, method="fluctuation", allocation="global"),
     "sparsegpt": PruningArgs(sparsity="2:4", method="sparsegpt"),
+    "rounding": PruningArgs(ratio=0.5, method="random", quantize="nf4-gptq", device="cpu"),
     "sparse magnitude": PruningArgs(sparsity=0.5, method="magnitude"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from axolotl_loram.architecture.plan import PruningPlan
+from axolotl_loram.architecture.record import Record
 from axolotl_loram.config import PruningArgs
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.pruning.prune import prune
@@ -192,9 +194,10 @@ def test_what_cannot_train_so_ends_before_it_starts(changes, sentence, run_yaml)
 
 
 @pytest.mark.slow
-def test_axolotl_trains_upper_layers_in_4_bits(run_yaml, make_model, tmp_path):
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-gptq"])
+def test_axolotl_trains_upper_layers_in_4_bits(quantize, run_yaml, make_model, tmp_path):
     """As the shipped examples say: the checkpoint is packed, the base's hidden states are not."""
-    pruning = {"units": "layers", "ratio": 0.5, "quantize": "nf4"}
+    pruning = {"units": "layers", "ratio": 0.5, "quantize": quantize}
     changes = {"adapter": "qloram", "load_in_4bit": True, "eval_on_start": True, "max_steps": 8}
     changes |= {"bnb_config_kwargs": {"bnb_4bit_quant_storage": "uint8"}}
     file = run_yaml(loram={"pruning": pruning}, **changes)
@@ -204,3 +207,8 @@ def test_axolotl_trains_upper_layers_in_4_bits(run_yaml, make_model, tmp_path):
     found = held_out_losses(file, tmp_path)
     assert losses[0] == pytest.approx(found["base"], rel=0.05)
     assert found["base+recovered"] < found["base"] and losses[8] < losses[0]
+    made = Record.load(Path(record["pruned_model"]))
+    assert (made.rounding is not None) == (quantize == "nf4-gptq")
+    if made.rounding:
+        assert made.calibration["source"] == "the run's datasets"
+        assert sum(about["accepted"] for about in made.rounding.values()) >= 10  # of 14
