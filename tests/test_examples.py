@@ -71,7 +71,7 @@ def test_figures_of_small_cards_are_the_planners(file, tmp_path):
     pruning = dict(cfg["loram"]["pruning"])
     smaller = pruning | {"ratio": round(pruning.pop("ratio") - 0.05, 2)}
     assert cfg["loram"] == {"pruning": cfg["loram"]["pruning"], "anchor": "base"}
-    assert pruning == {"units": "layers", "quantize": "nf4"}
+    assert pruning == {"units": "layers", "quantize": "nf4-gptq"}
     write_yaml(copy, {**cfg, "base_model": str(config), "loram": {"pruning": smaller}})
     if smaller["ratio"]:
         assert plan(request(str(copy)))["methods"]["qloram"]["peak_bytes"] > card * 0.9
