@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 from plain_loop import STEPS
 
+FITTED = "4-fitted"
 SEEDS = (1, 2, 3)
 NEURONS = {0.5: "neurons=0.611", 0.75: "kv_groups=0.34,neurons=0.861"}
 """In SmolLM2-135M the parameters that the key leaves, with 3 and 2 of the 3 KV groups."""
@@ -42,7 +44,8 @@ class Case:
             tokens (a way that is gone); "repair", LoRA alone, distilled on the training rows and
             then frozen.
         steps: Of 4 samples.
-        bits: Of the frozen linear weights: 4 is NF4, 3 and 2 are rounded by GPTQ (`rivals.py`); of
+        bits: Of the frozen linear weights: 4 is NF4, "4-fitted" as the package rounds to it on
+            text (8,192 tokens of the task), 3 and 2 are rounded by GPTQ (`rivals.py`); of
             "top", those of the upper layers.
         arithmetic: What is computed in; the weights are stored in bfloat16.
     """
@@ -56,7 +59,7 @@ class Case:
     rate: float = 1e-3
     aligned: str = ""
     steps: int = STEPS
-    bits: int = 16
+    bits: int | str = 16
     arithmetic: str = "float32"
 
     @property
@@ -135,10 +138,14 @@ def new_cases() -> Iterator[Case]:
             yield Case(seed, ratio, rate=2e-3)
     for ratio in (0.5, 0.75):
         yield anchored(1, ratio, "top", bits=4)
-    for seed in SEEDS:
-        yield Case(seed, rate=2e-3, bits=4)  # QLoRA, measured on the original in 16 bits
+    for bits, seed in product((4, FITTED), SEEDS):
+        yield Case(seed, rate=2e-3, bits=bits)  # QLoRA, measured on the original in 16 bits
         for ratio in (0.5, 0.75):
-            yield Case(seed, ratio, "top", rate=2e-3, bits=4)
+            yield Case(seed, ratio, "top", rate=2e-3, bits=bits)
+    yield Case(1, bits=FITTED)  # for Gemma 3
+    for ratio in (0.5, 0.75):
+        yield Case(1, ratio, "top", bits=FITTED)
+    yield anchored(1, 0.5, bits=FITTED)
     yield anchored(1, bits=4)
     for seed in SEEDS[1:]:  # the best rate of Gemma 3
         yield Case(seed)

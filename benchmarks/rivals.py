@@ -22,6 +22,8 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from axolotl_loram.pruning.rounding import round_to_nf4
+
 GROUP = 64
 DAMPING = 0.01
 CLIPPED = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -31,9 +33,17 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(weight (out, in), Σ x xᵀ of its inputs (in, in)) → another weight (out, in)."""
 
 
-def rounded(bits: int) -> Change:
-    """Rounding to so many bits: NF4 of blocks of 64 for 4, as bitsandbytes has it; else GPTQ."""
-    return nf4 if bits == 4 else lambda weight, gram: gptq(weight, gram, bits)
+def rounded(bits: int | str) -> Change:
+    """Rounding to so many bits.
+
+    4 is NF4 of blocks of 64, as bitsandbytes has it, "4-fitted" as the package rounds to it where
+    text is at hand; the rest is GPTQ.
+    """
+    if bits == 4:
+        return nf4
+    if bits == "4-fitted":
+        return lambda weight, gram: nf4(round_to_nf4(weight.float(), gram), gram)
+    return lambda weight, gram: gptq(weight, gram, int(bits))
 
 
 def nf4(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

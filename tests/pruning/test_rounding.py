@@ -39,9 +39,13 @@ def held_by_bitsandbytes(weight, block, dtype):
     return dequantize_4bit(packed, state).view_as(weight)
 
 
-def correlated(inputs, generator, tokens=400):
-    x = torch.randn(tokens, inputs, generator=generator)
-    return x @ torch.randn(inputs, inputs, generator=generator) / inputs**0.5
+def correlated(inputs, generator, tokens=400, rank=None):
+    """Inputs (tokens, inputs) in which a column says much about those to its right."""
+    rank = rank or inputs // 8 + 1
+    x = torch.randn(tokens, rank, generator=generator) @ torch.randn(
+        rank, inputs, generator=generator
+    )
+    return x + 0.1 * torch.randn(tokens, inputs, generator=generator)
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,6 +67,19 @@ def test_bitsandbytes_holds_exactly_these_numbers(outputs, inputs, block, dtype,
     assert torch.equal(held_by_bitsandbytes(weight, block, dtype), nearest.to(dtype))
 
 
+def test_the_number_that_gives_a_block_its_scale_stays():
+    """Though what the one before it lost would have it smaller, and the scale with it."""
+    code, _ = rounding.code_of(torch.device("cpu"))
+    weight = code.repeat(4)[None].clone()
+    weight[weight.abs() == 1] = 0
+    weight[0, :2] = torch.tensor([-0.84, 1.0])  # to -0.70: the next would make up for it by -0.14
+    gram = torch.eye(64)
+    gram[0, 1] = gram[1, 0] = 1 - 1e-3
+    found = round_to_nf4(weight, gram)
+    assert found[0, 1] == 1 and found[0, 0] == code[1]
+    assert torch.equal(held_by_bitsandbytes(found, 64, torch.bfloat16), found.bfloat16())
+
+
 def test_of_inputs_that_have_nothing_in_common_it_is_the_nearest_number():
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     found = round_to_nf4(weight, torch.eye(128))
@@ -75,7 +92,7 @@ def test_of_inputs_that_have_nothing_in_common_it_is_the_nearest_number():
 
 def test_what_is_lost_in_outputs_is_less_than_by_nearest_numbers():
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(64, 192, generator=generator), correlated(192, generator, 4000)
+    weight, x = torch.randn(64, 192, generator=generator), correlated(192, generator, 4000, 192)
     found = round_to_nf4(weight, x[:2000].T @ x[:2000])
     nearest = nearest_nf4(weight, 64, torch.bfloat16)
     errors = [((w - weight) @ x[2000:].T).square().sum() for w in (found, nearest)]
