@@ -237,7 +237,8 @@ def check_scorable(sketch: PruningPlan, settings: Pruning) -> None:
     family, method = family_of(sketch.config), settings.method
     if settings.needs_calibration and family.auto_class == "AutoModelForImageClassification":
         raise LoRAMError(
-            f"expected method {' or '.join(UNCALIBRATED)} without refit for {family.model_type}, "
+            f"expected method {' or '.join(UNCALIBRATED)} without refit or {GPTQ} for "
+            f"{family.model_type}, "
             f"found {method}: calibration text goes through language models only"
         )
     kinds = {kind for count in sketch.counts.values() for kind in count}

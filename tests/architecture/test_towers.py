@@ -108,7 +108,7 @@ def test_calibrating_a_vision_transformer_on_text_is_refused(tmp_path, text_file
         tmp_path / "base"
     )
     settings = PruningArgs(method="taylor", ratio=0.5, calibration_path=str(text_file))
-    with pytest.raises(LoRAMError, match="method random or magnitude without refit for vit"):
+    with pytest.raises(LoRAMError, match="without refit or nf4-gptq for vit"):
         prune(str(tmp_path / "base"), tmp_path / "pruned", settings)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import axolotl_loram.heterogeneous  # noqa: F401
+from axolotl_loram.architecture.families import FAMILIES
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.record import Record, rounding_summary
 from axolotl_loram.config import PruningArgs
@@ -159,6 +160,22 @@ def inputs_of(model, modules, states):
     found = inputs_by_hooks(model, modules, TOKENS)
     handle.remove()
     return found
+
+
+LANGUAGE = [
+    name
+    for name, family in FAMILIES.items()
+    if not family.section and family.auto_class == "AutoModelForCausalLM"
+]
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+def test_of_every_family_outputs_come_nearer(family, make_model, tmp_path):
+    how = PruningArgs(ratio=0.5, method="random", refit=False, quantize="nf4-gptq", device="cpu")
+    record = prune(str(make_model(family)), tmp_path / "out", how, calibration=TEXT)
+    about = rounding_summary(record["rounding"])
+    assert about["roundings_accepted"] >= 0.8 * about["roundings_tried"] > 10
+    assert about["rounding_error_after"] < 0.85 * about["rounding_error_before"]
 
 
 def test_the_model_comes_nearer_to_the_pruned_one_in_16_bits(make_model, tmp_path):
