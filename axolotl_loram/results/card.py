@@ -15,7 +15,7 @@ import yaml
 from axolotl_loram.architecture.counts import summary
 from axolotl_loram.architecture.model import embedding_module
 from axolotl_loram.architecture.plan import PruningPlan
-from axolotl_loram.architecture.record import refit_summary
+from axolotl_loram.architecture.record import refit_summary, rounding_summary
 from axolotl_loram.config_shares import spelled
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.files.find import find_folder, find_local_file, is_hub_id
@@ -63,6 +63,7 @@ class Card:
             plan=self.plan,
             counted=summary(config, self.plan.counts),
             refit=refit_summary(self.record.get("refit") or {}),
+            rounding=rounding_summary(self.record.get("rounding") or {}),
             run=run,
             methods=compare(config, self.plan.pruned_config, run) if language else {},
             alignment_line=alignment_line,

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from axolotl_loram.architecture.record import Kind, refit_summary
+from axolotl_loram.architecture.record import Kind, refit_summary, rounding_summary
 from axolotl_loram.errors import LoRAMError
 from axolotl_loram.results.artefacts import Artefact, Evaluation, read, training_of
 from axolotl_loram.results.comparison import Gain, gains, perplexity_parts, task_parts
@@ -283,6 +283,7 @@ def _facts(run: Artefact) -> dict[str, str]:
         "pruning": run.pruned.get("pruning"),
         "calibration": run.pruned.get("calibration"),
         "refit": refit_summary(run.pruned.get("refit") or {}),
+        "rounding": rounding_summary(run.pruned.get("rounding") or {}),
         "alignment": run.pruned.get("alignments") or ("none" if run.pruned else None),
         "parameters": {name: (_counts(run) or {}).get(name) for name in COUNTED},
         "adapter": {name: run.settings.get(name) for name in ADAPTER},

@@ -202,7 +202,9 @@ def test_the_card_tells_what_was_measured(pruned, offline, tmp_path):
         "tokens": 4_000,
         "heldout_loss": {"before": 3.5, "after": 3.25, "tokens": 512},
     }
-    (folder / "loram.json").write_text(json.dumps(record | {"alignments": [alignment]}))
+    errors = {"heldout_error_before": 0.008, "heldout_error_after": 0.002, "accepted": True}
+    added = {"alignments": [alignment], "rounding": {"model.layers.0.mlp.up_proj.weight": errors}}
+    (folder / "loram.json").write_text(json.dumps(record | added))
     loss = {"loss": 2.0, "standard_error": 0.01, "perplexity": 7.389}
     evaluation = {
         "plan": record["plan"],
@@ -221,6 +223,7 @@ def test_the_card_tells_what_was_measured(pruned, offline, tmp_path):
     for part in (
         "next-token, 20 steps, 4,000 tokens, of HuggingFaceFW/fineweb",
         "3.5000 before, 3.2500 after, over 512 tokens",
+        "1 of 1 weights, held-out error of their outputs 0.008 → 0.002 (squared, relative)",
         "| alpaca (out of domain) | 7.389 ± 0.074 |",
         "| piqa (acc,none) | 0.75 ± 0.02 |",
     ):
