@@ -87,7 +87,6 @@ def test_no_command_runs_code_from_a_folder(trap, tmp_path, text_file, marker):
     for filled in ((), ("--fill", "fitted", *text)):
         done = run("recover", adapter, "--output", tmp_path / f"to{len(filled)}", *filled)
         assert done.exit_code == 0, done.stderr
-    assert run("align", pruned, tmp_path / "aligned", *text).exit_code == 0
     assert "trap.py is not in" in run("publish", pruned, "some-org/x", "--dry-run").stderr
     assert not marker.exists()
     trap(tmp_path / "to0")

@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 COMMANDS = {
     "axolotl": ("train", "preprocess", "merge-lora", "evaluate", "inference"),
-    "axolotl-loram": ("prune", "align", "anchor", "evaluate"),
+    "axolotl-loram": ("prune", "anchor", "evaluate"),
     "torchrun": ("--nproc_per_node",),
 }
 """Those that import torch whatever they are asked; others are quicker as they are."""
