@@ -88,20 +88,20 @@ def _rounded(
         wide = layer.get_submodule(weight.module).get_parameter("weight")
         features = plan.features(weight.dims, index)
         rows, columns = (
-            torch.arange(size) if kept is None else torch.from_numpy(kept).long()
+            (torch.arange(size) if kept is None else torch.from_numpy(kept).long()).to(device)
             for size, kept in zip(wide.shape, features, strict=True)
         )
-        place = torch.meshgrid(rows.to(device), columns.to(device), indexing="ij")
+        place = rows[:, None], columns
         new = replaced.get(name)
         narrow = wide[place] if new is None else from_bits(new.read(), new.dtype).to(wide)
         wide.data.zero_()
         wide[place] = narrow
-        weights[weight.module] = name, wide, place, narrow.float(), columns.to(device)
+        weights[weight.module] = name, wide, place
     fitted, held_out = split(len(walk.tokens))
     grams = input_statistics(walk, index, layer, list(weights), True, fitted)
     chosen = []
-    for module, (name, wide, place, narrow, columns) in weights.items():
-        dtype = stored[name].dtype
+    for module, (name, wide, place) in weights.items():
+        narrow, columns, dtype = wide[place].float(), place[1], stored[name].dtype
         how = packing.block, TORCH_DTYPES[dtype]
         gram = grams.pop(module)
         gram = gram if len(columns) == len(gram) else gram[columns][:, columns]
@@ -110,7 +110,7 @@ def _rounded(
         every = torch.arange(len(columns), device=device)
         before, after = errors_of(inputs, every, narrow, candidates).values()
         accepted = after < before
-        chosen.append((wide, place, candidates[float(accepted)]))
+        chosen.append((wide, place, candidates[float(accepted)].to(wide.dtype)))
         fact = {
             "heldout_error_before": before,
             "heldout_error_after": min(before, after),
@@ -118,7 +118,7 @@ def _rounded(
         }
         yield name, fact, to_bits(candidates[1.0].to(how[1]), dtype)
     for wide, place, rounded in chosen:  # all of a layer have seen it as it was
-        wide[place] = rounded.to(wide.dtype)
+        wide[place] = rounded
 
 
 def round_to_nf4(
