@@ -52,6 +52,13 @@ def layer_parameters(config: dict) -> int:
 
 def run(config: dict, samples: int, ratio: float, folder: Path) -> dict[str, object]:
     """One row."""
+    options = ["--method", "activation", "--pruning-ratio", str(ratio)]
+    options += ["--protect-first", "0", "--protect-last", "0"]
+    return {"ratio": ratio, **pruned(config, samples, folder, *options)}
+
+
+def pruned(config: dict, samples: int, folder: Path, *options: str) -> dict[str, object]:
+    """What one pruning takes, of a checkpoint that is made for it."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/support")]
     from conftest import byte_tokenizer
 
@@ -60,14 +67,12 @@ def run(config: dict, samples: int, ratio: float, folder: Path) -> dict[str, obj
     byte_tokenizer().save_pretrained(base)
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:20]
     text.write_text("\n".join(file.read_text(encoding="utf-8") for file in sources), "utf-8")
-    options = ["--method", "activation", "--pruning-ratio", str(ratio), "--device", "cpu"]
-    options += ["--calibration", str(text), "--protect-first", "0", "--protect-last", "0"]
-    options += ["--calibration-samples", str(samples), "--calibration-length", str(LENGTH)]
+    options += ("--device", "cpu", "--calibration", str(text))
+    options += ("--calibration-samples", str(samples), "--calibration-length", str(LENGTH))
     before = processor_seconds()
     command = [sys.executable, "-m", "axolotl_loram.cli", "prune", str(base), str(output)]
     wall, peak = timed([*command, *options])
     return {
-        "ratio": ratio,
         "hidden": config["hidden_size"],
         "neurons": config["intermediate_size"],
         "layers": layer_count(config),
