@@ -103,11 +103,12 @@ class Pruned(Result):
         return PruningPlan.load(self.path)
 
     def as_dict(self) -> dict[str, Any]:
-        """Folder, counts, what the refit gained, size and digest of the plan."""
-        from axolotl_loram.architecture.record import refit_summary
+        """Folder, counts, what refit and rounding gained, size and digest of the plan."""
+        from axolotl_loram.architecture.record import refit_summary, rounding_summary
 
         shown = {"output": str(self.path), **self.parameters}
         shown |= refit_summary(self.record["refit"] or {})
+        shown |= rounding_summary(self.record.get("rounding") or {})
         return shown | {name: self.record[name] for name in ("weight_bytes", "plan")}
 
 

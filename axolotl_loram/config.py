@@ -61,6 +61,7 @@ def first_problem(error: ValidationError) -> str:
 
 BLOCK_SIZES = (64, 128, 256)
 GPTQ = "nf4-gptq"
+"""NF4 that is rounded on text (`pruning/rounding`)."""
 NATIVE = "native"
 QLORAM = {"lm_head": "nf4", "embedding": "cpu"}
 """Default with load_in_4bit. An embedding on the CPU loses nothing; with NF4 for the rest it is the

@@ -10,6 +10,7 @@ share = ln(base / recovered) / ln(base / LoRA), both of the same seed; LoRA at t
 rates that were there when the row was added.
 
     python benchmarks/real.py MODEL GSM8K   # rows that real.csv has are not run again
+    python benchmarks/real.py --summary     # shares of LoRA of the same seed and rate
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import csv
 import math
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -44,6 +46,8 @@ from axolotl_loram.training.distil import Targets
 from axolotl_loram.training.teacher import most_likely
 
 ROWS = Path(__file__).with_suffix(".csv")
+NAMED = ("model", "task", *(name for name in asdict(Case(0)) if name != "seed"))
+"""What tells runs apart but for their seed."""
 
 
 def trained(bench: RealBench, case: Case) -> Path:
@@ -295,14 +299,39 @@ def add(bench: Bench, case: Case | None, found: dict[str, Any], rows: list[dict]
     print({name: value for name, value in row.items() if value != ""}, flush=True)
 
 
+def summarize(rows: list[dict[str, str]]) -> Iterator[str]:
+    """Mean share of LoRA of the same seed and rate, its standard error, and the shares by seed."""
+    gains: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row["seed"]:
+            base = next(r for r in rows if not r["seed"] and all(r[n] == row[n] for n in NAMED[:2]))
+            gain = math.log(float(base["recovered_task"]) / float(row["recovered_task"]))
+            gains.setdefault(tuple(row[n] for n in NAMED), {})[row["seed"]] = gain
+    lora = {"ratio": "0.0", "method": "activation", "refit": "True", "loss": "plain"}
+    lora |= {"top_k": "0", "aligned": "", "bits": "16"}
+    for key, of_seed in gains.items():
+        whole = gains.get(tuple(lora.get(n, value) for n, value in zip(NAMED, key, strict=True)))
+        shares = [gain / whole[s] for s, gain in of_seed.items() if whole and s in whole]
+        if shares:
+            error = statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else None
+            mean = f"{statistics.mean(shares):.3f}" + (f" ± {error:.3f}" if error else "")
+            yield f"{' '.join(key)}: {mean} ({', '.join(f'{share:.3f}' for share in shares)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="folder of a chat model")
-    parser.add_argument("gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument("model", type=Path, nargs="?", help="folder of a chat model")
+    parser.add_argument("gsm8k", type=Path, nargs="?", help="folder of train.jsonl and test.jsonl")
+    parser.add_argument("--summary", action="store_true", help="only tell what the rows say")
     parser.add_argument("--scratch", type=Path, default=ROOT / "build")
     parser.add_argument("--task", choices=("gsm8k", "docstrings"), default="gsm8k")
     parser.add_argument("--only", default="", help="runs whose description has this regex")
     options = parser.parse_args()
+    if options.summary:
+        print(*summarize(list(csv.DictReader(ROWS.open(encoding="utf-8")))), sep="\n")
+        return
+    if options.gsm8k is None:
+        parser.error("expected the folders of a model and of GSM8K, or --summary")
     torch.set_num_threads(1)
     scratch = options.scratch / f"real-{options.model.name}"
     scratch = scratch if options.task == "gsm8k" else scratch / options.task

@@ -14,10 +14,10 @@ sequences that it has not seen.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ RIDGES = (1e-3, 1e-2, 1e-1)
 """λ to try, in units of the mean of G_SS's diagonal."""
 HELD_OUT = 8
 """One sequence in so many is held out."""
+Fit = tuple[str, np.ndarray, dict[str, Any]]
+"""Tensor name, the fitted weight's bits, and facts: `accepted`, and errors before and after."""
+Key = TypeVar("Key")
 
 
 @torch.no_grad()
@@ -51,32 +54,50 @@ def refit(walk: Walk, plan: PruningPlan) -> tuple[dict[str, StoredTensor], dict[
         Tensor name → the refitted weight of the pruned shape, where accepted; and tensor name →
         held-out errors, relative to ‖W x‖², before and after, λ, and whether it was accepted.
     """
-    for index, layer in walk:
-        arrays, facts = {}, {}
+
+    def of_layer(index: int, layer: nn.Module) -> Iterator[Fit]:
         for weight in readers(walk.stream.config, index):
             (kept,) = plan.features(weight.dims[1:], index)
-            if kept is None:
-                continue
-            family = walk.stream.family
-            name = family.stored_name(f"{family.layers}.{index}.{weight.module}.weight")
-            narrow, fact = _refit_one(walk, index, layer, weight, torch.from_numpy(kept), name)
+            if kept is not None:
+                family = walk.stream.family
+                name = family.stored_name(f"{family.layers}.{index}.{weight.module}.weight")
+                yield _refit_one(walk, index, layer, weight, torch.from_numpy(kept), name)
+
+    return layer_by_layer(walk, of_layer)
+
+
+def layer_by_layer(
+    walk: Walk, of_layer: Callable[[int, nn.Module], Iterable[Fit]]
+) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """Fit weights of each layer, resumably; the next layers see what became of it.
+
+    Args:
+        walk: Through the layers; its stage names what is kept of the work.
+        of_layer: Fits weights of a layer, and puts what was chosen into it.
+
+    Returns:
+        Tensor name → the fitted weight, where accepted; and tensor name → facts, of all.
+    """
+    for index, layer in walk:
+        arrays, facts = {}, {}
+        for name, bits, fact in of_layer(index, layer):
             facts[name] = fact
             if fact["accepted"]:
-                arrays[name] = (walk.stream.checkpoint[name].dtype, narrow)
+                arrays[name] = (walk.stream.checkpoint[name].dtype, bits)
         with walk.advanced(index, layer):
-            walk.work.save(f"refit-{index}", arrays, facts)
-    replaced: dict[str, StoredTensor] = {}
+            walk.work.save(f"{walk.stage}-{index}", arrays, facts)
+    fitted: dict[str, StoredTensor] = {}
     record: dict[str, Any] = {}
     for index in range(walk.stop):
-        tensors, facts = walk.work.load(f"refit-{index}")
-        replaced |= tensors
+        tensors, facts = walk.work.load(f"{walk.stage}-{index}")
+        fitted |= tensors
         record |= facts
-    return replaced, record
+    return fitted, record
 
 
 def _refit_one(
     walk: Walk, index: int, layer: nn.Module, weight: Weight, kept: torch.Tensor, name: str
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> Fit:
     """Refit one projection and put it, zero where inputs are removed, into the layer."""
     parameter = layer.get_submodule(weight.module).get_parameter("weight")
     kept, whole = kept.to(walk.stream.device), parameter.float()
@@ -96,7 +117,7 @@ def _refit_one(
         "ridge": best or None,
         "accepted": best > 0,
     }
-    return to_bits(chosen, dtype), fact
+    return name, to_bits(chosen, dtype), fact
 
 
 def split(samples: int) -> tuple[list[int], list[int]]:
@@ -166,16 +187,23 @@ def errors_of(
     batches: Iterator[torch.Tensor],
     kept: torch.Tensor,
     whole: torch.Tensor,
-    candidates: dict[float, torch.Tensor],
-) -> dict[float, float]:
-    """Σ ‖W x − W' x_S‖² / Σ ‖W x‖² of each candidate on the inputs."""
+    candidates: dict[Key, torch.Tensor],
+) -> dict[Key, float]:
+    """Σ ‖W x − W' x_S‖² / Σ ‖W x‖² of each candidate on the inputs.
+
+    Args:
+        batches: x, (tokens, inputs).
+        kept: S, (kept,).
+        whole: W, (outputs, inputs).
+        candidates: W', each (outputs, kept).
+    """
     errors, energy = dict.fromkeys(candidates, 0.0), 0.0
     for inputs in batches:
         wanted, narrow = inputs @ whole.T, inputs[:, kept]
         energy += wanted.square().sum().item()
-        for ridge, candidate in candidates.items():
-            errors[ridge] += (wanted - narrow @ candidate.T).square().sum().item()
-    return {ridge: error / max(energy, 1e-30) for ridge, error in errors.items()}
+        for key, candidate in candidates.items():
+            errors[key] += (wanted - narrow @ candidate.T).square().sum().item()
+    return {key: error / max(energy, 1e-30) for key, error in errors.items()}
 
 
 class _Seen(Exception):

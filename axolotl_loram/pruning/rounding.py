@@ -12,19 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from axolotl_loram.architecture.model import layer_weights
 from axolotl_loram.architecture.plan import PruningPlan
 from axolotl_loram.architecture.spaces import LINEAR
-from axolotl_loram.files.nf4 import BLOCK as SCALED
+from axolotl_loram.files import nf4
 from axolotl_loram.files.tensors import StoredTensor
 from axolotl_loram.models.bits import TORCH_DTYPES, from_bits, to_bits
 from axolotl_loram.models.packing import Packing
 from axolotl_loram.models.walk import Walk
-from axolotl_loram.pruning.refit import errors_of, inputs_of, split
+from axolotl_loram.pruning.refit import Fit, errors_of, inputs_of, layer_by_layer, split
 from axolotl_loram.pruning.sparsegpt import BLOCK, input_statistics, inverse_factor
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -50,21 +49,13 @@ def fit_rounding(
         that they were not fitted on; and tensor name → those errors, relative to ‖W x‖², before
         and after, and whether it was accepted.
     """
-    for index, layer in walk:
-        arrays, facts = {}, {}
+
+    def of_layer(index: int, layer: nn.Module) -> Iterator[Fit]:
         if index not in plan.removed:
-            for name, fact, bits in _rounded(walk, index, layer, plan, replaced, packing):
-                facts[name] = fact
-                if fact["accepted"]:
-                    arrays[name] = (walk.stream.checkpoint[name].dtype, bits)
-        with walk.advanced(index, layer):
-            walk.work.save(f"rounding-{index}", arrays, facts)
-    found, record = dict(replaced), dict[str, Any]()
-    for index in range(walk.stop):
-        tensors, facts = walk.work.load(f"rounding-{index}")
-        found |= tensors
-        record |= facts
-    return found, record
+            yield from _rounded(walk, index, layer, plan, replaced, packing)
+
+    rounded, record = layer_by_layer(walk, of_layer)
+    return {**replaced, **rounded}, record
 
 
 def _rounded(
@@ -74,8 +65,8 @@ def _rounded(
     plan: PruningPlan,
     replaced: Mapping[str, StoredTensor],
     packing: Packing,
-) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
-    """A layer's weights, pruned and rounded in the layer too: name, errors, bits.
+) -> Iterator[Fit]:
+    """A layer's weights, pruned and rounded in the layer too.
 
     The layer stays of the base's width, with zeros where something is removed.
     """
@@ -101,22 +92,21 @@ def _rounded(
     grams = input_statistics(walk, index, layer, list(weights), True, fitted)
     chosen = []
     for module, (name, wide, place) in weights.items():
-        narrow, columns, dtype = wide[place].float(), place[1], stored[name].dtype
-        how = packing.block, TORCH_DTYPES[dtype]
+        (rows, columns), dtype = place, stored[name].dtype
+        narrow, how = wide[place].float(), (packing.block, TORCH_DTYPES[dtype])
         gram = grams.pop(module)
         gram = gram if len(columns) == len(gram) else gram[columns][:, columns]
-        candidates = {0.0: nearest_nf4(narrow, *how), 1.0: round_to_nf4(narrow, gram, *how, name)}
-        inputs = (x[:, columns] for x in inputs_of(walk, index, layer, module, held_out))
-        every = torch.arange(len(columns), device=device)
-        before, after = errors_of(inputs, every, narrow, candidates).values()
-        accepted = after < before
-        chosen.append((wide, place, candidates[float(accepted)].to(wide.dtype)))
+        nearest, fit = nearest_nf4(narrow, *how), round_to_nf4(narrow, gram, *how, name)
+        inputs, whole = inputs_of(walk, index, layer, module, held_out), wide[rows[:, 0]].float()
+        errors = errors_of(inputs, columns, whole, {"nearest": nearest, "fit": fit})
+        accepted = errors["fit"] < errors["nearest"]
+        chosen.append((wide, place, (fit if accepted else nearest).to(wide.dtype)))
         fact = {
-            "heldout_error_before": before,
-            "heldout_error_after": min(before, after),
+            "heldout_error_before": errors["nearest"],
+            "heldout_error_after": min(errors.values()),
             "accepted": accepted,
         }
-        yield name, fact, to_bits(candidates[1.0].to(how[1]), dtype)
+        yield name, to_bits(fit.to(how[1]), dtype), fact
     for wide, place, rounded in chosen:  # all of a layer have seen it as it was
         wide[place] = rounded
 
@@ -124,7 +114,7 @@ def _rounded(
 def round_to_nf4(
     weight: torch.Tensor,
     gram: torch.Tensor,
-    block: int = SCALED,
+    block: int = nf4.BLOCK,
     dtype: torch.dtype = torch.bfloat16,
     name: str = "",
 ) -> torch.Tensor:
